@@ -1,0 +1,29 @@
+"""Train a new head on a frozen, pretrained ResNet.
+
+    finetune recipes/resnet_head.py
+    finetune resnet_head --images my_photos --augment light --dropout 0.2
+
+Expected on the digits that ship with the kit, with the defaults: @@METRIC@@
+"""
+
+from typing import Literal
+
+from finetune import Recipe, Training, image_head
+
+
+def recipe(
+    images: str = "digits",
+    backbone: str = "bundled/resnet",
+    weights: str = "default",
+    image_size: int = 0,
+    augment: Literal["none", "light"] = "none",
+    head: Literal["linear", "mlp", "append"] = "linear",
+    dropout: float = 0.0,
+    epochs: int = 15,
+    batch_size: int = 64,
+    lr: float = 3e-3,
+    seed: int = 0,
+    training: Training = Training(),
+) -> Recipe:
+    """A new head on a frozen ResNet; `image_head` documents the options."""
+    return image_head(**locals())

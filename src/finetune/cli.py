@@ -1,0 +1,270 @@
+"""The command line. Parsing imports no torch; `finetune --help` answers in a quarter of a second."""
+
+import dataclasses
+import inspect
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import docstring_parser
+import tyro
+
+from finetune import recipe as recipes
+from finetune.errors import FinetuneError, UsageError
+
+HELP = """\
+finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit for bit.
+
+  finetune RECIPE [options]              train; RECIPE is a file or a shipped recipe: {recipes}
+  finetune RECIPE --help                 the recipe's own options, with their documentation
+  finetune resume [RUN] [--epochs N]     go on; without RUN: the newest unfinished below runs/
+  finetune export RUN                    weights that stock torchvision loads, and a JSON beside them
+  finetune predict FILE INPUT...         classify images with an export: JSON lines
+  finetune summary RECIPE [options]      layers, what trains, the size of a checkpoint
+  finetune new NAME FILE                 copy a shipped recipe to a file of your own
+  finetune COMMAND --help                a command's options
+
+Which value holds: the recipe's default, then the command line. At a resume the run's saved values hold; only what
+does not change the result can be given anew (--device, --workers, how often to save, where the data lies).
+Exit codes: 0 done, 2 wrong usage or recipe, 1 failed, 75 stopped early on purpose and worth calling again.
+"""
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Options that can also be given at a resume: none changes the result."""
+
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), or a device of torch."""
+    workers: int = 0
+    """Processes that read and augment images ahead; 0 = none."""
+    worker_start: Literal["auto", "fork", "forkserver", "spawn"] = "auto"
+    """How worker processes start; auto = the platform's way."""
+    quiet: bool = False
+    """Print the last line only."""
+
+
+@dataclass(frozen=True)
+class SavingOptions:
+    """How often to save."""
+
+    save_every_steps: int | None = None
+    """Save also every so many steps; 0 = at the end of each epoch only."""
+    save_every_minutes: float | None = None
+    """Save also when so many minutes have passed; 0 = never for that."""
+    keep: int | None = None
+    """Numbered checkpoints to keep, besides latest.pt and best.pt (2)."""
+
+    def given(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(SavingOptions)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class RunOptions(SavingOptions, MachineOptions):
+    """Options that every recipe has."""
+
+    run: str = ""
+    """Folder of the run; default: the next free runs/RECIPE-N."""
+    resume: bool = False
+    """If the folder already holds this run, go on with it: safe in a loop."""
+    init_from: str = ""
+    """RUN, RUN:best or RUN:latest: start from that run's weights."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the network's arithmetic; fp16 on CUDA only."""
+    deterministic: bool = True
+    """Deterministic algorithms; without them a resume is not exact on CUDA."""
+    log_every_steps: int = 10
+    """Steps between two lines in metrics.jsonl."""
+    frozen: Literal["auto", "copy"] = "auto"
+    """copy = keep the frozen weights in the run folder, so that it stands alone."""
+
+
+@dataclass(frozen=True)
+class ResumeOptions(SavingOptions, MachineOptions):
+    """Options of `finetune resume`."""
+
+    run: Annotated[str, tyro.conf.Positional] = ""
+    """The run's folder; default: the newest unfinished below runs/."""
+    epochs: int = 0
+    """Train to so many epochs in all: the schedule keeps its first horizon, then the rate is constant."""
+    lr: float = 0.0
+    """Learning rate behind that horizon; default: the recipe's final one."""
+    from_: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """Rewind to this checkpoint first; later ones move to superseded/."""
+    images: str = ""
+    """Where the same images lie now, if they were moved."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `finetune export`."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run's folder."""
+    weights_only: bool = True
+    """Weights for stock loading; --no-weights-only copies the whole checkpoint instead."""
+    from_: Annotated[Literal["best", "latest"], tyro.conf.arg(name="from")] = "best"
+    """Which checkpoint."""
+    output: str = ""
+    """The file to write; default: RUN/model.pt."""
+    format: Literal["pt", "safetensors"] = "pt"
+    """Of the file."""
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Options of `finetune predict`."""
+
+    file: Annotated[str, tyro.conf.Positional]
+    """The export: its .json must lie beside it."""
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Images, and folders of them."""
+    top_k: int = 3
+    """Classes to list for each image."""
+    batch_size: int = 64
+    """Images computed at once."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), or a device of torch."""
+
+
+# ---- A recipe's signature as options ------------------------------------------------------------------------------
+
+
+def _documentation(function: Callable) -> dict[str, str]:
+    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
+    return {param.arg_name: (param.description or "").replace("\n", " ") for param in parsed.params}
+
+
+def options_class(function: Callable[..., recipes.Recipe]) -> type:
+    """A dataclass with one field a parameter of the recipe, documented by its docstring, else by `image_head`'s.
+
+    Raises:
+        UsageError: a parameter without a type or a default.
+    """
+    documentation = _documentation(recipes.image_head) | _documentation(function)
+    fields = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.annotation is inspect.Parameter.empty or parameter.default is inspect.Parameter.empty:
+            raise UsageError(f"recipe parameter {name!r}: needs a type and a default, as in {name}: int = 3")
+        markers: list[Any] = [tyro.conf.arg(help=documentation[name])] if name in documentation else []
+        if dataclasses.is_dataclass(parameter.annotation):
+            markers = [tyro.conf.OmitArgPrefixes]
+        kind = parameter.annotation
+        for marker in markers:
+            kind = Annotated[kind, marker]
+        fields.append((name, kind, dataclasses.field(default=parameter.default)))
+    return dataclasses.make_dataclass("RecipeOptions", fields, frozen=True)
+
+
+def parse_recipe(name: str, arguments: Sequence[str]) -> tuple[Path, recipes.Recipe, RunOptions]:
+    """Load a recipe and parse its and the run's options."""
+    path = recipes.find_recipe_file(name, COMMANDS)
+    function = recipes.load_recipe_function(path)
+    recipe_class = options_class(function)
+    both = dataclasses.make_dataclass(
+        "Options",
+        [
+            ("recipe", Annotated[recipe_class, tyro.conf.OmitArgPrefixes], dataclasses.field(default=recipe_class())),
+            ("run", Annotated[RunOptions, tyro.conf.OmitArgPrefixes], dataclasses.field(default=RunOptions())),
+        ],
+        frozen=True,
+    )
+    summary = docstring_parser.parse(inspect.getdoc(function) or "").short_description or ""
+    parsed = tyro.cli(both, prog=f"finetune {name}", description=summary, args=list(arguments))
+    options = {field.name: getattr(parsed.recipe, field.name) for field in dataclasses.fields(recipe_class)}
+    return path, recipes.call_recipe(function, options, path), parsed.run
+
+
+# ---- Commands ------------------------------------------------------------------------------------------------------
+
+
+def command_train(name: str, arguments: Sequence[str]) -> int:
+    path, recipe, options = parse_recipe(name, arguments)
+    from finetune import commands
+
+    return commands.train_recipe(path, recipe, options)
+
+
+def command_resume(arguments: Sequence[str]) -> int:
+    options = tyro.cli(ResumeOptions, prog="finetune resume", description="Go on with a run.", args=list(arguments))
+    from finetune import commands
+
+    return commands.resume_run(options)
+
+
+def command_export(arguments: Sequence[str]) -> int:
+    options = tyro.cli(
+        ExportOptions, prog="finetune export", description="Weights that stock libraries load.", args=list(arguments)
+    )
+    from finetune import commands
+
+    return commands.export_run(options)
+
+
+def command_predict(arguments: Sequence[str]) -> int:
+    options = tyro.cli(
+        PredictOptions, prog="finetune predict", description="Classify images with an export.", args=list(arguments)
+    )
+    from finetune import commands
+
+    return commands.predict_files(options)
+
+
+def command_summary(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        raise UsageError("finetune summary: needs a recipe, as in: finetune summary vgg_head")
+    _, recipe, _ = parse_recipe(arguments[0], arguments[1:])
+    from finetune import commands
+
+    return commands.summarise(recipe)
+
+
+def command_new(arguments: Sequence[str]) -> int:
+    if len(arguments) != 2:
+        raise UsageError("finetune new: needs the name of a shipped recipe and a file, as in: finetune new vgg_head my.py")
+    source, target = recipes.find_recipe_file(arguments[0]), Path(arguments[1])
+    if target.suffix != ".py":
+        raise UsageError(f"finetune new: {target} must end in .py")
+    if target.exists():
+        raise UsageError(f"finetune new: {target} exists already; give another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    print(f"finetune {target}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "resume": command_resume,
+    "export": command_export,
+    "predict": command_predict,
+    "summary": command_summary,
+    "new": command_new,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP.format(recipes=", ".join(recipes.shipped_recipes())), end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        from finetune import __version__
+
+        print(f"finetune {__version__}")
+        return 0
+    try:
+        if words[0] in COMMANDS:
+            return COMMANDS[words[0]](words[1:])
+        return command_train(words[0], words[1:])
+    except FinetuneError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

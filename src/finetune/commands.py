@@ -1,0 +1,140 @@
+"""What each command does, once its options are parsed. Imported late: this is where torch comes in."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetune import checkpoint as checkpoints
+from finetune import launch
+from finetune.build import Numerics, determining_config
+from finetune.errors import StoppedEarly, UsageError
+from finetune.launch import Machine
+from finetune.recipe import Recipe, differences, local_modules
+from finetune.run import RunFolder, newest_unfinished
+from finetune.state import Progress
+from finetune.train import Settings
+from finetune.watch.progress import Terminal, make_console
+
+
+def make_terminal(quiet: bool) -> Terminal:
+    return Terminal(make_console(quiet))
+
+
+def check_saving(saving: dict[str, Any]) -> dict[str, Any]:
+    """Refuse values of the saving options that mean nothing."""
+    if saving.get("keep", 1) < 1:
+        raise UsageError(f"--keep {saving['keep']}: not allowed; give 1 or more")
+    for name in ("save_every_steps", "save_every_minutes"):
+        if saving.get(name, 0) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} {saving[name]}: not allowed; give 0 (off) or more")
+    return saving
+
+
+def make_machine(options: Any) -> Machine:
+    if options.workers < 0:
+        raise UsageError(f"--workers {options.workers}: not allowed; give 0 (none) or more")
+    return Machine(options.device, options.workers, options.worker_start)
+
+
+def train_recipe(path: Path, recipe: Recipe, options: Any) -> int:
+    """`finetune RECIPE`."""
+    terminal = make_terminal(options.quiet)
+    numerics = Numerics(options.precision, options.deterministic)
+    if options.log_every_steps < 1:
+        raise UsageError(f"--log-every-steps {options.log_every_steps}: not allowed; give 1 or more")
+    saving = check_saving(options.given())
+    machine = make_machine(options)
+    folder = Path(options.run) if options.run else None
+    if folder is not None and RunFolder(folder).exists():
+        run = RunFolder(folder)
+        record = run.read_recipe()
+        has_checkpoint = bool(checkpoints.step_files(run.checkpoints)) or (run.checkpoints / checkpoints.LATEST).exists()
+        if options.resume:
+            found = differences(record["config"], determining_config(recipe, numerics))
+            if found:
+                raise UsageError(
+                    f"--run {folder} --resume: holds another run: {'; '.join(found)}; give its own values, or another --run"
+                )
+            return finish(run, launch.resume(run, machine, terminal, settings=saving), terminal)
+        if has_checkpoint:
+            raise UsageError(f"--run {folder}: already holds a run; add --resume to go on with it, or give another folder")
+    settings = Settings(log_every_steps=options.log_every_steps, **saving)
+    run, progress = launch.start(
+        folder,
+        path.stem,
+        recipe,
+        numerics,
+        machine,
+        settings,
+        terminal,
+        code=tuple(local_modules(path)),
+        init_from=options.init_from,
+        copy_frozen=options.frozen == "copy",
+    )
+    return finish(run, progress, terminal)
+
+
+def resume_run(options: Any) -> int:
+    """`finetune resume`."""
+    run = RunFolder(Path(options.run)) if options.run else newest_unfinished()
+    terminal = make_terminal(options.quiet)
+    progress = launch.resume(
+        run,
+        make_machine(options),
+        terminal,
+        settings=check_saving(options.given()),
+        epochs=options.epochs,
+        lr=options.lr,
+        from_file=Path(options.from_) if options.from_ else None,
+        images=options.images,
+    )
+    return finish(run, progress, terminal)
+
+
+def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> int:
+    """Say how it ended and what to type next. The last line is the run folder, for scripts."""
+    best = progress.best
+    if best:
+        terminal.say(f"\n{progress.status}: best validation {best['metric']} {best['value']:.4f} in epoch {best['epoch']}")
+    terminal.say("\nnext:")
+    terminal.say(f"  finetune export {run.path}                 weights that stock torchvision loads")
+    terminal.say(f"  finetune resume {run.path} --epochs 30     train longer (after a crash: without --epochs)")
+    terminal.say("  finetune vgg_head --images FOLDER          your own images, one sub-folder a class\n")
+    print(run.path)
+    return 0
+
+
+def export_run(options: Any) -> int:
+    """`finetune export`."""
+    from finetune.export import copy_checkpoint, export
+
+    run = RunFolder(Path(options.run))
+    if not options.weights_only:
+        print(copy_checkpoint(run, options.from_, Path(options.output) if options.output else None))
+        return 0
+    suffix = "." + options.format
+    output = Path(options.output) if options.output else run.path / f"model{suffix}"
+    if output.suffix != suffix:
+        raise UsageError(f"--output {output}: must end in {suffix}, or give --format {output.suffix.lstrip('.') or 'pt'}")
+    report = export(run, options.from_, output)
+    print(report.text(), file=sys.stderr)
+    print(output)
+    return 0
+
+
+def predict_files(options: Any) -> int:
+    """`finetune predict`."""
+    from finetune.predict import predict
+
+    if not options.inputs:
+        raise UsageError("finetune predict: nothing to predict; give images or folders")
+    return predict(Path(options.file), options.inputs, options.top_k, options.batch_size, options.device)
+
+
+def summarise(recipe: Recipe) -> int:
+    """`finetune summary`."""
+    from finetune.summary import summary_text
+
+    print(summary_text(recipe))
+    return 0

@@ -1,0 +1,92 @@
+"""Batches fetched ahead by worker processes, or in this one. Which of the two cannot change a bit."""
+
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from finetune.data.images import ImagePipeline, Request
+
+START_METHODS = ("auto", "fork", "forkserver", "spawn")
+
+
+class _PipelineDataset(Dataset):
+    """A DataLoader wants a map from a key to an item; our key is a whole batch."""
+
+    def __init__(self, pipeline: ImagePipeline):
+        self.pipeline = pipeline
+
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
+        return self.pipeline.fetch(request)
+
+
+class _Requests:
+    """The DataLoader's sampler: whatever was put into it last. Lets one set of workers serve every epoch."""
+
+    def __init__(self):
+        self.requests: Iterable[Request] = ()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.requests)
+
+
+def _prepare_worker(_worker: int) -> None:
+    # Ctrl-C reaches the whole process group; only the run decides what to do about it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Workers compute with one thread; so must this process when it does their work, or sums round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Loader:
+    """Fetches the batches that are asked for, in order.
+
+    Args:
+        pipeline: does the work.
+        workers: processes that fetch ahead; 0 = this process, when the batch is needed.
+        start_method: how worker processes start; "auto" is the platform's own way.
+        pin_memory: keep batches in page-locked memory, for faster copies to a CUDA device.
+    """
+
+    def __init__(self, pipeline: ImagePipeline, workers: int, start_method: str, pin_memory: bool):
+        self._pipeline = pipeline
+        self._requests = _Requests()
+        self._loader = None
+        if workers:
+            method = None if start_method == "auto" else start_method
+            self._loader = DataLoader(
+                _PipelineDataset(pipeline),
+                batch_size=None,
+                sampler=self._requests,  # type: ignore[arg-type]
+                num_workers=workers,
+                multiprocessing_context=multiprocessing.get_context(method),
+                worker_init_fn=_prepare_worker,
+                persistent_workers=True,
+                pin_memory=pin_memory,
+                # Its own, or each pass would draw a seed from the global one.
+                generator=torch.Generator().manual_seed(0),
+            )
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of `requests`, in their order."""
+        if self._loader is None:
+            for request in requests:
+                with one_thread():
+                    batch = self._pipeline.fetch(request)
+                yield batch
+        else:
+            self._requests.requests = requests
+            yield from self._loader

@@ -1,0 +1,74 @@
+"""What makes a resume exact: the order of the samples and every random draw are pure functions of where we are.
+
+Nothing here has state. To go to the middle of an epoch is to slice; no batch is replayed.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def key(*parts: str | int) -> int:
+    """A 63-bit number from words and numbers: equal parts give equal keys, on every machine; others do not meet."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    """The order of epoch `epoch`: a permutation of `count` indices, int64."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(key("order", seed, epoch)))
+
+
+def batches_from(order: Tensor, batch_size: int, position_samples: int = 0) -> Iterator[Tensor]:
+    """The index batches of an epoch from `position_samples` on; the last one may be smaller."""
+    for start in range(position_samples, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+@contextmanager
+def keyed_generator(*parts: str | int) -> Iterator[torch.Generator]:
+    """Within the block the CPU's default generator is seeded by `parts`; afterwards it is as it was.
+
+    Only the CPU's: `torch.manual_seed` would reseed the device's too, and with it the dropout in the head.
+    """
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(key(*parts))
+    try:
+        yield generator
+    finally:
+        generator.set_state(state)
+
+
+def stratified_split(
+    targets: Tensor, validation_fraction: float, seed: int, train_samples: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Split indices so that each class keeps its share.
+
+    Args:
+        targets: (samples,) int64 class numbers.
+        validation_fraction: share of each class that validates; each class keeps at least one sample to train on,
+            and gives one to validate with as soon as it has two.
+        seed: the same seed gives the same split.
+        train_samples: keep only so many training samples, each class in its share (0 = all).
+
+    Returns:
+        (train, validation) sorted int64 indices.
+    """
+    train, validation = [], []
+    for label in targets.unique().tolist():
+        members = (targets == label).nonzero().squeeze(1)
+        generator = torch.Generator().manual_seed(key("split", seed, label))
+        members = members[torch.randperm(len(members), generator=generator)]
+        count = min(max(round(len(members) * validation_fraction), 1), len(members) - 1)
+        validation.append(members[:count])
+        train.append(members[count:])
+    if train_samples:
+        # Deal the classes out in turn until there are enough: shares as equal as the classes' sizes allow.
+        rounds = [(turn, n, int(index)) for n, group in enumerate(train) for turn, index in enumerate(group)]
+        chosen = [index for _, _, index in sorted(rounds)[:train_samples]]
+        train = [torch.tensor(chosen, dtype=torch.int64)]
+    return torch.cat(train).sort().values, torch.cat(validation).sort().values

@@ -1,0 +1,214 @@
+"""Bytes on disk: atomic writes, a checksum trailer, hard links, one lock a run. Everything that writes comes through here."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from finetune.errors import RunError
+
+# The trailer stands behind the payload in the same file: magic, then 64 hexadecimal digits. Zip readers look for
+# their directory from the end of the file and skip what follows it, so `torch.load` still reads such a file.
+TRAILER_MAGIC = b"\nfinetune-sha256:"
+TRAILER_BYTES = len(TRAILER_MAGIC) + 64
+TEMPORARY_SUFFIX = ".tmp"
+READ_BLOCK_BYTES = 1 << 20
+# Worker processes of a killed run hold its lock until they notice that their parent is gone, at most this long.
+STALE_LOCK_WAIT_SECONDS = 15.0
+
+
+class BadFile(RunError):
+    """A file whose content is not what was written."""
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut. Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _HashingWriter:
+    """A write-only stream that hashes what passes through, so that a large file is not read again for its checksum."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream = stream
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        return self.stream.write(data)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def write_atomically(path: Path, write: Callable[[Any], None], *, trailer: bool = False) -> str:
+    """Write a file so that `path` holds either the old content or the whole new one, whatever happens in between.
+
+    Args:
+        path: the file; its folder must exist.
+        write: called with a binary stream (write and flush only), writes the payload.
+        trailer: whether to append the checksum trailer that `verify_trailer` checks.
+
+    Returns:
+        The sha256 of the payload, in hexadecimal.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "wb") as stream:
+            hashing = _HashingWriter(stream)
+            write(hashing)
+            digest = hashing.sha256.hexdigest()
+            if trailer:
+                stream.write(TRAILER_MAGIC + digest.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+    return digest
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda stream: stream.write(text.encode()))
+
+
+def read_json(path: Path, what: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{what} {path} does not exist; check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadFile(f"{what} {path} is damaged ({error}); restore it from a copy") from None
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """Make `path` the same file as `source` atomically: a hard link where the file system can, else a copy."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    with suppress(FileNotFoundError):
+        temporary.unlink()
+    try:
+        os.link(source, temporary)
+    except OSError:
+        copy_file(source, path)
+        return
+    # Renaming one hard link onto another of the same file does nothing and leaves both names: remove ours.
+    os.replace(temporary, path)
+    with suppress(FileNotFoundError):
+        temporary.unlink()
+    sync_folder(path.parent)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    def write(stream):
+        with open(source, "rb") as original:
+            while block := original.read(READ_BLOCK_BYTES):
+                stream.write(block)
+
+    write_atomically(path, write)
+
+
+def _hash_blocks(blocks: Iterable[bytes]) -> str:
+    sha256 = hashlib.sha256()
+    for block in blocks:
+        sha256.update(block)
+    return sha256.hexdigest()
+
+
+def _read_blocks(stream: BinaryIO, size_bytes: int) -> Iterable[bytes]:
+    while size_bytes > 0:
+        block = stream.read(min(READ_BLOCK_BYTES, size_bytes))
+        if not block:
+            return
+        size_bytes -= len(block)
+        yield block
+
+
+def sha256_of_file(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return _hash_blocks(_read_blocks(stream, os.fstat(stream.fileno()).st_size))
+
+
+def verify_trailer(path: Path) -> None:
+    """Check the checksum behind the payload.
+
+    Raises:
+        BadFile: the trailer is missing or does not match.
+    """
+    with open(path, "rb") as stream:
+        payload_bytes = os.fstat(stream.fileno()).st_size - TRAILER_BYTES
+        if payload_bytes <= 0:
+            raise BadFile(f"{path} is truncated: {payload_bytes + TRAILER_BYTES} bytes")
+        digest = _hash_blocks(_read_blocks(stream, payload_bytes))
+        trailer = stream.read(TRAILER_BYTES)
+    if not trailer.startswith(TRAILER_MAGIC):
+        raise BadFile(f"{path} has no checksum at its end: truncated, or not a checkpoint of this kit")
+    if trailer[len(TRAILER_MAGIC):] != digest.encode():
+        raise BadFile(f"{path} is damaged: its content does not match its checksum")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that a killed process left in `folder`. Call it with the run's lock held."""
+    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        with suppress(OSError):
+            leftover.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":
+        return True  # os.kill(pid, 0) ends the process there; the lock itself is released with its holder
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def hold_lock(folder: Path):
+    """Hold the folder's lock: one run, one writer. A lock whose holder is dead is taken over.
+
+    Raises:
+        RunError: another live process holds it.
+    """
+    lock = FileLock(folder / "lock")
+    owner_file = folder / "lock.owner"
+    deadline = time.monotonic() + STALE_LOCK_WAIT_SECONDS
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            break
+        except Timeout:
+            try:
+                owner = int(owner_file.read_text())
+            except (OSError, ValueError):
+                owner = None
+            if (owner is not None and _is_alive(owner)) or time.monotonic() > deadline:
+                raise RunError(
+                    f"run {folder} is in use by process {owner or 'unknown'}; wait for it, or stop it first"
+                ) from None
+            time.sleep(0.1)
+    try:
+        owner_file.write_text(str(os.getpid()))
+        yield
+    finally:
+        with suppress(OSError):
+            owner_file.unlink()
+        lock.release()

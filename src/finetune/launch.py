@@ -1,0 +1,338 @@
+"""Starts a run, or goes on with one; holds what was saved against what is found."""
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import checkpoint as checkpoints
+from finetune.build import (
+    Data,
+    Numerics,
+    check_same_config,
+    determining_config,
+    load_from_run,
+    new_network,
+    open_data,
+    saved_network,
+    split_config,
+    standardise_head,
+)
+from finetune.data.loader import Loader
+from finetune.data.order import key
+from finetune.data.source import class_counts
+from finetune.errors import UsageError
+from finetune.files import hold_lock, remove_leftovers
+from finetune.guard import listen_for_signals
+from finetune.losses import balanced_class_weights
+from finetune.models.backbones import find_backbone
+from finetune.models.freeze import frozen_tensors
+from finetune.models.network import Network, store_frozen
+from finetune.recipe import Recipe
+from finetune.run import RunFolder, make_folder, next_folder
+from finetune.state import Progress, environment_differences, progress_from_plain, progress_to_plain, seed_generators
+from finetune.train import Settings, count_steps, pick_device, set_numerics, train
+from finetune.watch.progress import Terminal
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Choices that may differ at a resume: they do not change the result on the same kind of machine.
+
+    Attributes:
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        workers: processes that fetch batches ahead.
+        worker_start: how they start.
+    """
+
+    device: str = "auto"
+    workers: int = 0
+    worker_start: str = "auto"
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    if precision == "fp16" and device.type != "cuda":
+        raise UsageError(f"--precision fp16: not on {device.type}; allowed there are fp32 and bf16")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training, ready to go."""
+
+    recipe: Recipe
+    numerics: Numerics
+    network: Network
+    data: Data
+    device: torch.device
+    weights_text: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint belongs to."""
+        return {
+            "config": determining_config(self.recipe, self.numerics),
+            "data": self.data.facts(),
+            "network": {"old_class_count": self.network.old_class_count},
+        }
+
+
+# ---- A new run ---------------------------------------------------------------------------------------------------
+
+
+def start(
+    path: Path | None,
+    name: str,
+    recipe: Recipe,
+    numerics: Numerics,
+    machine: Machine,
+    settings: Settings,
+    terminal: Terminal,
+    *,
+    code: tuple[Path, ...] = (),
+    init_from: str = "",
+    copy_frozen: bool = False,
+) -> tuple[RunFolder, Progress]:
+    """Begin a run in a folder that holds none, or one that died before its first checkpoint.
+
+    Args:
+        path: of the run folder; None = the next free one below runs/.
+        name: of the recipe.
+        code: files to keep with the run: the recipe and what it imported from its own folder.
+        init_from: "RUN", "RUN:best" or "RUN:latest": start from that run's weights.
+        copy_frozen: copy the frozen weights into the run folder, so that it stands alone.
+
+    Raises:
+        FinetuneError: see `train`.
+    """
+    # Everything that can be wrong is looked at before a folder is made.
+    device = pick_device(machine.device)
+    check_precision(numerics.precision, device)
+    set_numerics(numerics.deterministic)
+    data = open_data(recipe, find_backbone(recipe.model.backbone))
+    network, weights = new_network(recipe, data.class_count)
+    if init_from:
+        load_from_run(network, init_from, data.source.classes)
+    text = f"{weights.path.name}, sha256 {weights.sha256[:12]}" if weights else "random"
+    if init_from:
+        text = f"from {init_from}"
+    job = Job(recipe, numerics, network, data, device, text)
+    record = {
+        "name": name,
+        "config": job.identity["config"],
+        "settings": dataclasses.asdict(settings),
+        "init_from": init_from,
+        "copy_frozen": copy_frozen,
+    }
+    run = RunFolder(path or next_folder(name))
+    run.make()
+    with hold_lock(run.path):
+        shutil.rmtree(run.frozen, ignore_errors=True)
+        make_folder(run, record, list(code))
+        frozen = frozen_tensors(network.module, network.rules(recipe.trainable.rules), 0)
+        store_frozen(run.frozen, None if init_from else weights, frozen, copy_frozen)
+        seed_generators(key("train", recipe.seed))
+        network.module.to(device, memory_format=torch.channels_last)
+        if not init_from:
+            standardise_head(network.module, data, device)
+        progress = Progress(history=[{"event": "start", "step": 0, "epoch": 0}])
+        return run, run_job(run, job, progress, None, machine, settings, terminal)
+
+
+# ---- An old run --------------------------------------------------------------------------------------------------
+
+
+def resume(
+    run: RunFolder,
+    machine: Machine,
+    terminal: Terminal,
+    *,
+    settings: dict[str, Any],
+    epochs: int = 0,
+    lr: float = 0.0,
+    from_file: Path | None = None,
+    images: str = "",
+) -> Progress:
+    """Go on with a run as if it had never stopped.
+
+    What holds, in this order: 1. the recipe and numerics saved in the run; 2. for what does not change the result
+    (`machine`, `settings`, where the data lies), what is given now; 3. for settings not given, those saved.
+
+    Args:
+        settings: fields of `Settings` given now.
+        epochs: extend the run to so many epochs, at the recipe's final rate or `lr`.
+        from_file: rewind to this checkpoint first.
+        images: where the same data lies now.
+
+    Raises:
+        FinetuneError: see `train`; also when the checkpoint belongs to another model, data or recipe.
+    """
+    record = run.read_recipe()
+    recipe, numerics = split_config(record["config"])
+    run_settings = Settings(**record["settings"] | settings)
+    with hold_lock(run.path):
+        remove_leftovers(run.checkpoints)
+        remove_leftovers(run.path)
+        if from_file is not None:
+            checkpoints.rewind(run.checkpoints, from_file)
+            aside = run.checkpoints / checkpoints.SUPERSEDED
+            terminal.say(f"rewound to {from_file.name}; later checkpoints are in {aside}")
+        found = checkpoints.newest_good(run.checkpoints)
+        if found is not None:
+            path, state, bad = found
+            for line in bad:
+                terminal.say(f"skipped: {line}")
+            check_same_config(record["config"], state["config"], f"{path} is not of the recipe in {run.recipe_file}")
+            checkpoints.repair_names(run.checkpoints, path, state)
+            progress = progress_from_plain(state)
+            if extend(progress, epochs, lr, recipe, state["data"]["train_samples"]):
+                # On disk at once: a run killed before its next save must not forget that it was extended.
+                state |= progress_to_plain(progress)
+                checkpoints.write_checkpoint(run.checkpoints, state, is_best=False, keep=run_settings.keep)
+            if progress.status != "running":
+                terminal.say(f"run {run.path} is {progress.status} at step {progress.step}; to train longer: --epochs N")
+                return progress
+            job = resumed_job(run, recipe, numerics, machine, state, images, terminal)
+            if progress.best and not (run.checkpoints / checkpoints.BEST).exists():
+                terminal.say(f"the best checkpoint (step {progress.best['step']}) is gone: best starts anew")
+                progress.best = {}
+            where = f"step {progress.step} (epoch {progress.epoch + 1}, sample {progress.position_samples})"
+            terminal.say(f"resuming {run.path} at {where}")
+            progress.history.append({"event": "resume", "step": progress.step, "epoch": progress.epoch})
+            return run_job(run, job, progress, state, machine, run_settings, terminal)
+    terminal.say(f"{run.path} has no checkpoint yet: starting over")
+    _, progress = start(
+        run.path,
+        record["name"],
+        recipe,
+        numerics,
+        machine,
+        run_settings,
+        terminal,
+        init_from=record["init_from"],
+        copy_frozen=record["copy_frozen"],
+    )
+    return progress
+
+
+def resumed_job(
+    run: RunFolder,
+    recipe: Recipe,
+    numerics: Numerics,
+    machine: Machine,
+    state: dict[str, Any],
+    images: str,
+    terminal: Terminal,
+) -> Job:
+    """The job of a checkpoint, its data and environment compared with what they were.
+
+    Raises:
+        RunError: other data, or a network that does not fit.
+    """
+    device = pick_device(machine.device)
+    check_precision(numerics.precision, device)
+    set_numerics(numerics.deterministic)
+    located = dataclasses.replace(recipe.data, images=images or recipe.data.images)
+    data = open_data(dataclasses.replace(recipe, data=located), find_backbone(recipe.model.backbone))
+    check_same_config(state["data"], data.facts(), f"the data is not what run {run.path} was trained on")
+    for line in environment_differences(state["versions"], device):
+        terminal.say(f"not bit for bit from here on: {line}")
+    network = saved_network(run, recipe, state)
+    network.module.to(device, memory_format=torch.channels_last)
+    return Job(recipe, numerics, network, data, device, f"as kept in {run.frozen}")
+
+
+def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_samples: int) -> bool:
+    """Record `--epochs N` as a phase of its own behind the schedule's first horizon. False when nothing was asked.
+
+    Raises:
+        UsageError: fewer epochs than the run has already, or a rate without epochs.
+    """
+    if not epochs:
+        if lr:
+            raise UsageError(f"--lr {lr}: at a resume only together with --epochs; for other rates: --init-from RUN:best")
+        return False
+    _, _, end_step = count_steps(recipe, train_samples, progress)
+    extension = {"from_step": end_step, "epochs": epochs, "lr": lr}
+    progress.extensions.append(extension)
+    steps_per_epoch, _, new_end = count_steps(recipe, train_samples, progress)
+    if new_end <= end_step:
+        raise UsageError(f"--epochs {epochs}: the run has {-(-end_step // steps_per_epoch)} already; give more")
+    progress.status = "running"
+    progress.validations_without_best = 0
+    progress.history.append({"event": "extend", "step": progress.step, "epoch": progress.epoch} | extension)
+    return True
+
+
+# ---- Both --------------------------------------------------------------------------------------------------------
+
+
+def run_job(
+    run: RunFolder,
+    job: Job,
+    progress: Progress,
+    resumed: dict[str, Any] | None,
+    machine: Machine,
+    settings: Settings,
+    terminal: Terminal,
+) -> Progress:
+    """Show what is about to happen, then train."""
+    data, recipe = job.data, job.recipe
+    class_weights = None
+    if recipe.task.class_weights == "balanced":
+        counts = class_counts(data.source.targets[data.train], data.class_count)
+        class_weights = balanced_class_weights(counts).to(job.device)
+    loaders = [
+        Loader(data.pipeline, machine.workers, machine.worker_start, pin_memory=job.device.type == "cuda")
+        for _ in ("train", "validation")
+    ]
+    rules = job.network.rules(recipe.trainable.rules)
+    _, _, end_step = count_steps(recipe, len(data.train), progress)
+    terminal.begin(describe(run, job, resumed), progress.step, end_step)
+    with listen_for_signals() as stop:
+        return train(
+            run,
+            recipe,
+            job.identity,
+            job.network.module,
+            rules,
+            *loaders,
+            data.train,
+            data.validation,
+            class_weights,
+            data.class_count,
+            progress,
+            resumed,
+            job.device,
+            job.numerics.precision,
+            settings,
+            terminal,
+            stop,
+        )
+
+
+def describe(run: RunFolder, job: Job, resumed: dict[str, Any] | None) -> dict[str, str]:
+    """The facts of a run for the table at its start."""
+    module, recipe, data = job.network.module, job.recipe, job.data
+    epoch = resumed["frozen"]["epoch"] if resumed else 0
+    frozen = frozen_tensors(module, job.network.rules(recipe.trainable.rules), epoch)
+    parameters = dict(module.named_parameters())
+    frozen_count = sum(value.numel() for name, value in parameters.items() if name in frozen)
+    trainable = [name for name in parameters if name not in frozen]
+    trainable_count = sum(parameters[name].numel() for name in trainable)
+    names = sorted({name.rpartition(".")[0] for name in trainable})
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return {
+        "backbone": f"{recipe.model.backbone} ({job.weights_text})",
+        "frozen": f"{frozen_count:,} parameters in {sum(name in frozen for name in parameters)} tensors, held in eval mode",
+        "trainable": f"{trainable_count:,} parameters in {shown}",
+        "data": (
+            f"{recipe.data.images}: {len(data.train):,} to train on, {len(data.validation):,} to validate, "
+            f"{data.class_count} classes, {data.pipeline.image_size} px, augment {recipe.data.augment}"
+        ),
+        "training": f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}",
+        "device": f"{job.device}, {job.numerics.precision}, {torch.get_num_threads()} threads",
+        "run folder": str(run.path),
+    }

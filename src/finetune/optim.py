@@ -1,0 +1,109 @@
+"""Optimizers and learning-rate schedules, with everything keyed by parameter name."""
+
+import difflib
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.errors import UsageError
+
+
+def _find_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    classes = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and key not in ("Optimizer", "LBFGS")
+    }
+    if name.lower() not in classes:
+        nearest = difflib.get_close_matches(name.lower(), classes, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UsageError(f"--optimizer {name}: unknown; allowed are {', '.join(sorted(classes))}{hint}")
+    return classes[name.lower()]
+
+
+def build_optimizer(
+    parameters: dict[str, nn.Parameter], name: str, lr: float, weight_decay: float, momentum: float
+) -> torch.optim.Optimizer:
+    """An optimizer over named parameters in two groups: matrices, which decay, and vectors, which do not.
+
+    Args:
+        parameters: the trainable ones, by name.
+        name: of a class in torch.optim, in any case. It gets those of the other arguments that it takes.
+
+    Raises:
+        UsageError: unknown name, or a class that needs more than these (LBFGS wants a closure).
+    """
+    kind = _find_optimizer(name)
+    takes = inspect.signature(kind).parameters
+    offered = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+    arguments = {key: value for key, value in offered.items() if key in takes}
+    decaying = [key for key, value in parameters.items() if value.ndim >= 2]
+    flat = [key for key, value in parameters.items() if value.ndim < 2]
+    groups: list[dict[str, Any]] = []
+    for names, decay in ((decaying, weight_decay), (flat, 0.0)):
+        if names:
+            group: dict[str, Any] = {"params": [parameters[key] for key in names], "names": names}
+            groups.append(group | ({"weight_decay": decay} if "weight_decay" in takes else {}))
+    return kind(groups, **arguments)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Plain state by parameter name: {"state": {name: {...}}, "groups": [{"names", "lr", "weight_decay"}]}."""
+    state, groups = {}, []
+    for group in optimizer.param_groups:
+        groups.append({key: group[key] for key in ("names", "lr", "weight_decay") if key in group})
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            if parameter in optimizer.state:
+                state[name] = {
+                    key: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+                    for key, value in optimizer.state[parameter].items()
+                }
+    return {"state": state, "groups": groups}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Put back what `optimizer_state` gave. Parameters without saved state (just thawed) start afresh."""
+    current = optimizer.state_dict()
+    names = [name for group in optimizer.param_groups for name in group["names"]]
+    positions = [position for group in current["param_groups"] for position in group["params"]]
+    current["state"] = {
+        position: saved["state"][name] for position, name in zip(positions, names, strict=True) if name in saved["state"]
+    }
+    optimizer.load_state_dict(current)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def schedule_factor(
+    name: str,
+    step: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    warmup_fraction: float,
+    final_fraction: float,
+    step_epochs: int,
+    factor: float,
+) -> float:
+    """What the peak learning rate is multiplied with at optimizer step `step` (0 = the first).
+
+    Pure, so that a resume computes what the unbroken run did. Cosine decay is Loshchilov and Hutter's ("SGDR", ICLR
+    2017), without restarts. "plateau" depends on the metrics as well; the loop multiplies its
+    reductions on top.
+    """
+    warmup_steps = round(total_steps * warmup_fraction)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if name == "cosine":
+        done = (step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1)
+        return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if name == "step":
+        return factor ** (step // (step_epochs * steps_per_epoch))
+    if name in ("constant", "plateau"):
+        return 1.0
+    raise UsageError(f"--schedule {name}: unknown; allowed are cosine, step, plateau, constant")

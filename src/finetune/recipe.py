@@ -1,0 +1,437 @@
+"""A recipe describes a training as one plain value; nothing is loaded, read or built until a run begins.
+
+No import of torch here: help, summaries and search workers make recipes freely.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network.
+
+    Attributes:
+        backbone: architecture by name.
+        weights: "default" (the backbone's own), "none" (random), or a file.
+        head: "linear", "mlp", "append", or "keep" (the architecture's own last layer, newly initialised).
+        dropout: probability that a feature is zeroed before each new linear layer.
+        head_width: hidden features of an "mlp" head.
+    """
+
+    backbone: str
+    weights: str = "default"
+    head: str = "linear"
+    dropout: float = 0.0
+    head_width: int = 256
+
+
+@dataclass(frozen=True)
+class Images:
+    """Image data: which, how split, how prepared.
+
+    Attributes:
+        images: "digits", "glyphs" or a folder with one sub-folder a class.
+        image_size: edge in pixels; 0 = the size that the backbone was trained at.
+        augment: "none", "light" or "glyphs".
+        validation_fraction: share of each class that validates.
+        train_samples: train on so many only, each class in its share; 0 = all.
+        fonts: folder of fonts for "glyphs"; "" = those that matplotlib ships.
+    """
+
+    images: str
+    image_size: int = 0
+    augment: str = "none"
+    validation_fraction: float = 0.2
+    train_samples: int = 0
+    fonts: str = ""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One class a sample, softmax cross-entropy.
+
+    Attributes:
+        label_smoothing: share of the target that is spread over all classes.
+        class_weights: "none", or "balanced" = each class weighs the same, however many samples it has.
+    """
+
+    label_smoothing: float = 0.0
+    class_weights: str = "none"
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The freeze map: (module pattern, "trainable" or "frozen", from epoch) rules; the first match wins.
+
+    Attributes:
+        rules: in order; a pattern is a module path or a shell pattern over paths, "head" stands for the new head,
+            and what lies below a match is matched too.
+        batchnorm: whether BatchNorm layers that train also go on learning their statistics.
+    """
+
+    rules: tuple[tuple[str, str, int], ...] = (("head", "trainable", 0), ("*", "frozen", 0))
+    batchnorm: bool = False
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How weights move.
+
+    Attributes:
+        name: "adamw", "sgd" or any class of torch.optim.
+        lr: learning rate at the schedule's peak.
+        weight_decay: for weight matrices; biases and normalisation layers get none.
+        momentum: where the optimizer has one.
+        clip_norm: the gradient's largest norm; 0 = no clipping.
+        accumulate: a batch is computed in so many parts; the result is that of the whole batch.
+    """
+
+    name: str = "adamw"
+    lr: float = 3e-3
+    weight_decay: float = 1e-2
+    momentum: float = 0.9
+    clip_norm: float = 0.0
+    accumulate: int = 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate goes from step to step.
+
+    Attributes:
+        name: "cosine", "step", "plateau" or "constant".
+        warmup_fraction: share of all steps over which the rate rises linearly from zero.
+        final_fraction: where "cosine" ends, as a share of the peak.
+        step_epochs, factor: "step" multiplies by `factor` every `step_epochs`; "plateau" by `factor` when the
+            stop metric has not improved in `patience` validations.
+    """
+
+    name: str = "cosine"
+    warmup_fraction: float = 0.05
+    final_fraction: float = 0.01
+    step_epochs: int = 10
+    factor: float = 0.1
+    patience: int = 3
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Which metric is "best", and when to stop early.
+
+    Attributes:
+        metric: "accuracy", "f1" or "loss" of the validation set.
+        patience: stop after so many validations without a new best; 0 = never.
+    """
+
+    metric: str = "accuracy"
+    patience: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a training's result, as plain values.
+
+    Attributes:
+        epochs: passes over the training data; 0 = as many as `max_steps` need.
+        max_steps: end after so many optimizer steps even within an epoch; 0 = no limit.
+        validate_every_steps: validate also every so many steps; 0 = at the end of each epoch only.
+    """
+
+    model: Model
+    data: Images
+    task: Classification = Classification()
+    trainable: Trainable = Trainable()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    stop: Stop = Stop()
+    epochs: int = 15
+    max_steps: int = 0
+    batch_size: int = 64
+    validate_every_steps: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+def check_ranges(recipe: Recipe) -> None:
+    """Refuse values that no training can have.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    data, optimizer, schedule = recipe.data, recipe.optimizer, recipe.schedule
+    rules: list[tuple[str, float, bool, str]] = [
+        ("epochs", recipe.epochs, recipe.epochs >= (0 if recipe.max_steps else 1), "1 or more"),
+        ("max-steps", recipe.max_steps, recipe.max_steps >= 0, "0 (no limit) or more"),
+        ("batch-size", recipe.batch_size, recipe.batch_size >= 1, "1 or more"),
+        ("validate-every-steps", recipe.validate_every_steps, recipe.validate_every_steps >= 0, "0 or more"),
+        ("seed", recipe.seed, recipe.seed >= 0, "0 or more"),
+        ("image-size", data.image_size, data.image_size == 0 or data.image_size >= 8, "0 (the backbone's) or 8 or more"),
+        ("train-samples", data.train_samples, data.train_samples >= 0, "0 (all) or more"),
+        ("validation-fraction", data.validation_fraction, 0 < data.validation_fraction < 1, "between 0 and 1"),
+        ("dropout", recipe.model.dropout, 0 <= recipe.model.dropout < 1, "0 up to, not including, 1"),
+        ("head-width", recipe.model.head_width, recipe.model.head_width >= 1, "1 or more"),
+        ("label-smoothing", recipe.task.label_smoothing, 0 <= recipe.task.label_smoothing < 1, "0 up to, not including, 1"),
+        ("lr", optimizer.lr, 0 < optimizer.lr < float("inf"), "more than 0"),
+        ("weight-decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "0 or more"),
+        ("clip-norm", optimizer.clip_norm, optimizer.clip_norm >= 0, "0 (off) or more"),
+        ("accumulate", optimizer.accumulate, 1 <= optimizer.accumulate <= recipe.batch_size, "1 up to the batch size"),
+        ("warmup-fraction", schedule.warmup_fraction, 0 <= schedule.warmup_fraction < 1, "0 up to, not including, 1"),
+        ("patience", recipe.stop.patience, recipe.stop.patience >= 0, "0 (never) or more"),
+    ]
+    for name, value, allowed, range_text in rules:
+        if not allowed:
+            raise UsageError(f"--{name} {value}: not allowed; give {range_text}")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The options that every recipe for a new head shares.
+
+    Attributes:
+        optimizer: adamw, sgd, or any class of torch.optim.
+        weight_decay: for weight matrices; biases and normalisation layers get none.
+        schedule: of the learning rate, after a short warm-up.
+        label_smoothing: share of the target that is spread over all classes.
+        class_weights: "balanced" = each class weighs the same, however many samples it has.
+        clip_norm: the gradient's largest norm; 0 = no clipping.
+        accumulate: compute each batch in so many parts, to save memory; the step is the same.
+        patience: stop after so many validations without a new best; 0 = never.
+        stop_metric: of the validation set; decides which checkpoint is best.
+        validate_every_steps: validate also every so many steps; 0 = each epoch only.
+        train_samples: train on so many samples only, each class in its share; 0 = all.
+    """
+
+    optimizer: str = "adamw"
+    weight_decay: float = 1e-2
+    schedule: Literal["cosine", "step", "plateau", "constant"] = "cosine"
+    label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    clip_norm: float = 0.0
+    accumulate: int = 1
+    patience: int = 0
+    stop_metric: Literal["accuracy", "f1", "loss"] = "accuracy"
+    validate_every_steps: int = 0
+    train_samples: int = 0
+
+
+def image_head(
+    *,
+    images: str,
+    backbone: str,
+    weights: str,
+    image_size: int,
+    augment: str,
+    head: str,
+    dropout: float,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    training: Training,
+) -> Recipe:
+    """A new head on a frozen, pretrained image backbone.
+
+    Args:
+        images: "digits", or a folder with one sub-folder of images a class.
+        backbone: the pretrained network: bundled/vgg or bundled/resnet.
+        weights: "default" (the backbone's own), "none" (random), or a .safetensors or .pt file.
+        image_size: edge in pixels of what the backbone sees; 0 = what it was trained at.
+        augment: random changes of each training image: "light" = affine, crop, colour.
+        head: one linear layer; a small mlp; or a linear layer behind the old head.
+        dropout: probability that a feature is zeroed while training.
+        epochs: passes over the training data.
+        batch_size: samples an optimizer step.
+        lr: learning rate at its peak.
+        seed: of the split, the order, the head's first weights, dropout and augmentation.
+        training: the options that every recipe for a new head shares.
+    """
+    return Recipe(
+        model=Model(backbone=backbone, weights=weights, head=head, dropout=dropout),
+        data=Images(
+            images=images, image_size=image_size, augment=augment, train_samples=training.train_samples
+        ),
+        task=Classification(label_smoothing=training.label_smoothing, class_weights=training.class_weights),
+        optimizer=Optimizer(
+            name=training.optimizer,
+            lr=lr,
+            weight_decay=training.weight_decay,
+            clip_norm=training.clip_norm,
+            accumulate=training.accumulate,
+        ),
+        schedule=Schedule(name=training.schedule),
+        stop=Stop(metric=training.stop_metric, patience=training.patience),
+        epochs=epochs,
+        batch_size=batch_size,
+        validate_every_steps=training.validate_every_steps,
+        seed=seed,
+    )
+
+
+# ---- Recipes as plain values, and back ----------------------------------------------------------------------------
+
+
+def to_plain(recipe: Recipe) -> dict[str, Any]:
+    """Dicts, lists, strings and numbers only: equal to what JSON gives back."""
+    return {
+        field.name: _plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def from_plain(plain: dict[str, Any]) -> Recipe:
+    """The recipe that `to_plain` was given; fields that a newer kit added take their defaults.
+
+    Raises:
+        UsageError: a field that this kit does not know.
+    """
+    return _from_plain(Recipe, plain)
+
+
+def _from_plain(kind: type, plain: dict[str, Any]) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = [name for name in plain if name not in fields]
+    if unknown:
+        raise UsageError(f"the saved recipe has unknown fields {', '.join(unknown)}; a newer finetune wrote it: upgrade")
+    values = {}
+    for name, value in plain.items():
+        field_type = fields[name].type
+        if dataclasses.is_dataclass(field_type):
+            value = _from_plain(typing.cast(type, field_type), value)
+        elif isinstance(value, list):
+            value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+        values[name] = value
+    return kind(**values)
+
+
+def differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two plain values, one line each: "name: saved, now given"."""
+    lines = []
+    for name in dict.fromkeys([*saved, *given]):
+        old, new = saved.get(name), given.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name}: {old!r} in the run, {new!r} now")
+    return lines
+
+
+# ---- Recipe files ----------------------------------------------------------------------------------------------
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name to file of the recipes that come with the kit."""
+    inside = Path(__file__).parent / "recipes"
+    folder = inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def find_recipe_file(name: str, other_names: typing.Iterable[str] = ()) -> Path:
+    """The file that RECIPE means: a path, or the name of a shipped recipe.
+
+    Args:
+        other_names: further words that the user may have meant (commands), for the error.
+
+    Raises:
+        UsageError: neither; names the nearest.
+    """
+    shipped = shipped_recipes()
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in shipped:
+        return shipped[name]
+    nearest = difflib.get_close_matches(path.stem, [*shipped, *other_names], n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else "give a recipe file or one of those"
+    raise UsageError(f"{name}: no such file, command or recipe; shipped recipes are {', '.join(shipped)}; {hint}")
+
+
+def load_recipe_function(path: Path) -> Callable[..., Recipe]:
+    """Run a recipe file and return its `recipe` function. Modules beside the file can be imported by it.
+
+    Raises:
+        UsageError: the file fails, or defines no such function.
+    """
+    path = path.resolve()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"recipe {path}: not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file raises is the file's fault, and said so
+        where = _last_line_in(error, path)
+        raise UsageError(f"recipe {path}{where}: {type(error).__name__}: {error}; mend the file") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    function = getattr(module, "recipe", None)
+    if not inspect.isfunction(function):
+        raise UsageError(f"recipe {path}: defines no function 'recipe(...) -> Recipe'; add one, or see 'finetune new'")
+    return function
+
+
+def _last_line_in(error: BaseException, path: Path) -> str:
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f", line {error.lineno}"
+    line, trace = 0, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f", line {line}" if line else ""
+
+
+def call_recipe(function: Callable[..., Recipe], options: dict[str, Any], path: Path) -> Recipe:
+    """Call a recipe function and check what it returns.
+
+    Raises:
+        UsageError: it returns something else than a Recipe, or fails.
+    """
+    try:
+        recipe = function(**options)
+    except UsageError:
+        raise
+    except Exception as error:  # see load_recipe_function
+        where = _last_line_in(error, path.resolve())
+        raise UsageError(f"recipe {path}{where}: {type(error).__name__}: {error}; mend the file") from error
+    if not isinstance(recipe, Recipe):
+        raise UsageError(
+            f"recipe {path}: returned {type(recipe).__name__}, not a Recipe; return image_head(...) or Recipe(...)"
+        )
+    return recipe
+
+
+def local_modules(path: Path) -> list[Path]:
+    """The recipe file and every module that it imported from its own folder or below."""
+    folder = path.resolve().parent
+    files = {path.resolve()}
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if isinstance(module, types.ModuleType) and file:
+            file_path = Path(file).resolve()
+            inside = file_path.is_relative_to(folder) and file_path.suffix == ".py"
+            if inside and "site-packages" not in file_path.relative_to(folder).parts:
+                files.add(file_path)
+    shipped = Path(__file__).parent.resolve()
+    return sorted(file for file in files if file == path.resolve() or not file.is_relative_to(shipped))

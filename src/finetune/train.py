@@ -1,0 +1,382 @@
+"""The training loop, top to bottom. Helpers are leaf functions; what survives a restart is in `state.Progress`."""
+
+import contextlib
+import itertools
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.checkpoint import write_checkpoint
+from finetune.data.images import Request
+from finetune.data.loader import Loader
+from finetune.data.order import batches_from, epoch_order
+from finetune.errors import RunError, StoppedEarly, UsageError
+from finetune.guard import StopRequest
+from finetune.losses import classification_losses
+from finetune.metrics import accuracy, confusion_matrix, macro_f1
+from finetune.models.freeze import (
+    Rule,
+    apply_freeze,
+    changeable_tensors,
+    frozen_tensors,
+    hash_tensors,
+    phase_of,
+    set_modes,
+)
+from finetune.optim import (
+    build_optimizer,
+    load_optimizer_state,
+    optimizer_state,
+    schedule_factor,
+    set_learning_rate,
+)
+from finetune.recipe import Recipe
+from finetune.run import MetricsFile, RunFolder
+from finetune.state import (
+    Progress,
+    capture_generators,
+    numeric_environment,
+    progress_to_plain,
+    restore_generators,
+)
+from finetune.watch.progress import Terminal
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOWER_IS_BETTER = ("loss",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is run; none of it changes the result.
+
+    Attributes:
+        save_every_steps, save_every_minutes: save also this often; 0 = at the end of each epoch only.
+        keep: numbered checkpoints to keep.
+        log_every_steps: steps between two lines in metrics.jsonl.
+    """
+
+    save_every_steps: int = 0
+    save_every_minutes: float = 0.0
+    keep: int = 2
+    log_every_steps: int = 10
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" = CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        UsageError: a device that torch does not know or this machine does not have.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: cannot be used ({reason}); give auto, cpu, cuda, cuda:N or mps") from None
+    return device
+
+
+def set_numerics(deterministic: bool) -> None:
+    """Deterministic algorithms or fast ones. Must come before CUDA starts."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Filling fresh memory would only help against reading what was never written, and costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def to_device(images: Tensor, device: torch.device) -> Tensor:
+    return images.to(device, memory_format=torch.channels_last, non_blocking=True)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=PRECISIONS[precision])
+
+
+def validate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], class_count: int, device: torch.device, precision: str
+) -> dict[str, float]:
+    """Loss (plain cross-entropy, natural logarithm), accuracy and macro F1 over `batches`, everything in eval mode."""
+    model.eval()
+    confusion = torch.zeros(class_count, class_count, dtype=torch.int64, device=device)
+    loss_sum, samples = torch.zeros((), device=device), 0
+    with torch.inference_mode(), autocast(device, precision):
+        for images, targets in batches:
+            targets = targets.to(device)
+            logits = model(to_device(images, device))
+            losses, _ = classification_losses(logits, targets, None, 0.0)
+            loss_sum += losses.sum()
+            samples += len(targets)
+            confusion += confusion_matrix(logits.argmax(1), targets, class_count)
+    return {
+        "val/loss": loss_sum.item() / samples,
+        "val/accuracy": accuracy(confusion),
+        "val/f1": macro_f1(confusion),
+    }
+
+
+def is_better(metric: str, value: float, best: dict[str, Any]) -> bool:
+    if not best or not math.isfinite(best["value"]):
+        return True
+    return value < best["value"] if metric in LOWER_IS_BETTER else value > best["value"]
+
+
+def learning_rate(recipe: Recipe, progress: Progress, steps_per_epoch: int, horizon_steps: int) -> float:
+    """The rate of the next step. The schedule keeps its first horizon; an extension runs at its own constant rate."""
+    step = progress.step
+    for extension in progress.extensions:
+        if step >= extension["from_step"]:
+            if extension["lr"]:
+                return extension["lr"]
+            step = horizon_steps - 1  # no rate of its own: the recipe's final one
+    schedule = recipe.schedule
+    factor = schedule_factor(
+        schedule.name,
+        step,
+        horizon_steps,
+        steps_per_epoch,
+        schedule.warmup_fraction,
+        schedule.final_fraction,
+        schedule.step_epochs,
+        schedule.factor,
+    )
+    return recipe.optimizer.lr * factor * schedule.factor**progress.reductions
+
+
+def count_steps(recipe: Recipe, train_samples: int, progress: Progress) -> tuple[int, int, int]:
+    """(steps an epoch, the schedule's horizon in steps, the run's end in steps)."""
+    steps_per_epoch = math.ceil(train_samples / recipe.batch_size)
+    horizon = recipe.epochs * steps_per_epoch
+    if recipe.max_steps:
+        horizon = min(horizon, recipe.max_steps) if horizon else recipe.max_steps
+    end = progress.extensions[-1]["epochs"] * steps_per_epoch if progress.extensions else horizon
+    return steps_per_epoch, horizon, end
+
+
+def train(
+    run: RunFolder,
+    recipe: Recipe,
+    identity: dict[str, Any],
+    model: nn.Module,
+    rules: tuple[Rule, ...],
+    loader: Loader,
+    validation_loader: Loader,
+    train_indices: Tensor,
+    validation_indices: Tensor,
+    class_weights: Tensor | None,
+    class_count: int,
+    progress: Progress,
+    resumed: dict[str, Any] | None,
+    device: torch.device,
+    precision: str,
+    settings: Settings,
+    terminal: Terminal,
+    stop: StopRequest,
+) -> Progress:
+    """Train from where `progress` stands to the end.
+
+    Args:
+        identity: what a checkpoint belongs to: config, data, network; a resume refuses others.
+        resumed: the checkpoint to go on from, already loaded into `model`, or None for a fresh start.
+
+    Raises:
+        StoppedEarly: a signal asked for it; the state is saved.
+        RunError: the loss is not finite, or frozen tensors changed.
+    """
+    samples = len(train_indices)
+    steps_per_epoch, horizon_steps, end_step = count_steps(recipe, samples, progress)
+    epochs = math.ceil(end_step / steps_per_epoch)
+    batchnorm = recipe.trainable.batchnorm
+    parts = recipe.optimizer.accumulate
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    metrics_file = MetricsFile(run.metrics_file, progress.step if resumed else -1)
+    last_saved = time.monotonic()
+    held_in_eval: list[str] = []
+
+    # ---- What trains: phase -> requires_grad -> optimizer groups -> load -> check --------------------------------
+    def start_phase(epoch: int) -> tuple[list[str], torch.optim.Optimizer, str]:
+        names = apply_freeze(model, rules, epoch)
+        parameters = dict(model.named_parameters())
+        optimizer = build_optimizer(
+            {name: parameters[name] for name in names},
+            recipe.optimizer.name,
+            recipe.optimizer.lr,
+            recipe.optimizer.weight_decay,
+            recipe.optimizer.momentum,
+        )
+        return names, optimizer, hash_tensors(frozen_tensors(model, rules, epoch))
+
+    # A checkpoint at the very end of an epoch already names the next one, but was written in the phase before it.
+    phase_epoch = resumed["frozen"]["epoch"] if resumed else progress.epoch
+    phase = phase_of(rules, phase_epoch)
+    trainable, optimizer, frozen_hash = start_phase(phase_epoch)
+    if resumed:
+        if trainable != resumed["frozen"]["trainable"]:
+            raise RunError(f"what trains now is not what trained: {sorted(set(trainable) ^ set(resumed['frozen']['trainable']))}")
+        if frozen_hash != resumed["frozen"]["sha256"]:
+            raise RunError("the frozen tensors are not those the run trained on: their sha256 differs; restore frozen/")
+        load_optimizer_state(optimizer, resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+
+    def finite_epoch_loss() -> float:
+        """Nothing is recorded as good, and nothing saved, once the loss has left the numbers."""
+        loss = progress.epoch_loss()
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} at step {progress.step}; the last good checkpoint is kept: "
+                "lower --lr, or set --clip-norm, and start again"
+            )
+        return loss
+
+    def save(is_best: bool) -> None:
+        nonlocal last_saved
+        finite_epoch_loss()
+        metrics_file.sync()
+        state = identity | progress_to_plain(progress) | {
+            "model": {k: v.detach().cpu().clone() for k, v in changeable_tensors(model, rules, phase_epoch).items()},
+            "frozen": {
+                "parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
+                "trainable": trainable,
+                "modules_in_eval": held_in_eval,
+                "epoch": phase_epoch,
+                "phase": phase,
+                "sha256": frozen_hash,
+            },
+            "optimizer": optimizer_state(optimizer),
+            "scaler": scaler.state_dict(),
+            "rng": capture_generators(),
+            "retention": {"keep": settings.keep},
+            "trackers": {},
+            "versions": numeric_environment(device),
+        }
+        write_checkpoint(run.checkpoints, state, is_best=is_best, keep=settings.keep)
+        last_saved = time.monotonic()
+        terminal.saved()
+
+    def run_validation() -> bool:
+        """Validate, record, and say whether it is the best so far."""
+        epoch_loss = finite_epoch_loss()
+        requests = (Request(batch.tolist()) for batch in batches_from(validation_indices, recipe.batch_size * 4))
+        values = validate(model, validation_loader.batches(requests), class_count, device, precision)
+        set_modes(model, rules, batchnorm, phase_epoch)
+        epoch = math.ceil(progress.step / steps_per_epoch)
+        metrics_file.write({"step": progress.step, "epoch": epoch, "train/epoch_loss": epoch_loss} | values)
+        value = values[f"val/{recipe.stop.metric}"]
+        best = is_better(recipe.stop.metric, value, progress.best)
+        progress.last_validation = values
+        if best:
+            progress.best = {"metric": recipe.stop.metric, "value": value, "step": progress.step, "epoch": epoch}
+            progress.validations_without_best = 0
+        else:
+            progress.validations_without_best += 1
+            if recipe.schedule.name == "plateau" and progress.validations_without_best % recipe.schedule.patience == 0:
+                progress.reductions += 1
+        terminal.validated(epoch, epochs, {"train loss": epoch_loss} | values, best)
+        return best
+
+    def batches_of_epoch() -> Iterator[tuple[Tensor, Tensor]]:
+        order = train_indices[epoch_order(recipe.seed, progress.epoch, samples)]
+        batches = batches_from(order, recipe.batch_size, progress.position_samples)
+        batches = itertools.islice(batches, end_step - progress.step)
+        return loader.batches(Request(batch.tolist(), augment_epoch=progress.epoch) for batch in batches)
+
+    # Last of all: whatever was built above may have drawn random numbers.
+    if resumed:
+        restore_generators(resumed["rng"])
+
+    try:
+        while progress.step < end_step and progress.status == "running":
+            # ---- Thaw -------------------------------------------------------------------------------------------
+            if phase_of(rules, progress.epoch) != phase:
+                carried = optimizer_state(optimizer)
+                phase_epoch, phase = progress.epoch, phase_of(rules, progress.epoch)
+                trainable, optimizer, frozen_hash = start_phase(phase_epoch)
+                load_optimizer_state(optimizer, carried)
+                progress.history.append({"event": "thaw", "step": progress.step, "epoch": progress.epoch})
+                terminal.say(f"epoch {progress.epoch + 1}: thawed, {len(trainable)} tensors train now")
+
+            held_in_eval = set_modes(model, rules, batchnorm, phase_epoch)
+            for images, targets in batches_of_epoch():
+                # ---- One optimizer step -------------------------------------------------------------------------
+                images, targets = to_device(images, device), targets.to(device, non_blocking=True)
+                lr = learning_rate(recipe, progress, steps_per_epoch, horizon_steps)
+                set_learning_rate(optimizer, lr)
+                batch_weight = len(targets) if class_weights is None else class_weights[targets].sum()
+                batch_loss = torch.zeros((), device=device)
+                # The parts of a batch are weighed by the whole batch, so any number of parts gives the same mean.
+                for part_images, part_targets in zip(images.chunk(parts), targets.chunk(parts), strict=True):
+                    with autocast(device, precision):
+                        logits = model(part_images)
+                    losses, _ = classification_losses(
+                        logits, part_targets, class_weights, recipe.task.label_smoothing
+                    )
+                    loss = losses.sum() / batch_weight
+                    scaler.scale(loss).backward()
+                    batch_loss += loss.detach()
+                if recipe.optimizer.clip_norm:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(
+                        [p for group in optimizer.param_groups for p in group["params"]], recipe.optimizer.clip_norm
+                    )
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+
+                # ---- Where we are now ---------------------------------------------------------------------------
+                progress.step += 1
+                progress.position_samples += len(targets)
+                progress.loss_sum = progress.loss_sum.to(device) + batch_loss * len(targets)
+                progress.loss_samples += len(targets)
+                epoch_number = progress.epoch + 1
+                epoch_done = progress.position_samples >= samples
+                if progress.step % settings.log_every_steps == 0:
+                    metrics_file.write(
+                        {"step": progress.step, "epoch": epoch_number, "train/loss": batch_loss.item(), "lr": lr}
+                    )
+                terminal.step(progress.step, epoch_number, epochs, len(targets))
+
+                # ---- Validate -----------------------------------------------------------------------------------
+                every = recipe.validate_every_steps
+                done = progress.step >= end_step
+                validated = epoch_done or done or bool(every and progress.step % every == 0)
+                is_best = run_validation() if validated else False
+                if validated and 0 < recipe.stop.patience <= progress.validations_without_best:
+                    progress.status = "stopped early"
+                elif done:
+                    progress.status = "finished"
+                if epoch_done:
+                    progress.epoch, progress.position_samples = progress.epoch + 1, 0
+                    progress.loss_sum, progress.loss_samples = torch.zeros(()), 0
+
+                # ---- Save: on step boundaries only ----------------------------------------------------------------
+                minutes = (time.monotonic() - last_saved) / 60
+                due = bool(settings.save_every_steps and progress.step % settings.save_every_steps == 0)
+                due |= bool(settings.save_every_minutes and minutes >= settings.save_every_minutes)
+                if validated or due or stop.requested:
+                    save(is_best)
+                if progress.status != "running":
+                    break
+                if stop.requested:
+                    raise StoppedEarly(
+                        f"stopped by {stop.signal_name} at step {progress.step} of {end_step}, saved; "
+                        f"go on with: finetune resume {run.path}"
+                    )
+        if hash_tensors(frozen_tensors(model, rules, phase_epoch)) != frozen_hash:
+            raise RunError("frozen tensors changed while training; this is a fault of finetune: please report it")
+    finally:
+        terminal.end()
+        metrics_file.close()
+    return progress

@@ -1,0 +1,80 @@
+"""What a person sees in the terminal while a run goes on. In a pipe: plain lines."""
+
+import os
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+def make_console(quiet: bool = False) -> Console:
+    """A console on standard output; without colour and width limit where no terminal reads it."""
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
+    width = None if sys.stdout.isatty() else 120
+    return Console(quiet=quiet, no_color=plain, width=width, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+class Terminal:
+    """A table at the start, a bar while training, a line after each validation."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.started = self.last_saved = time.monotonic()
+        self.samples = 0
+
+    def begin(self, facts: dict[str, str], step: int, total_steps: int) -> None:
+        """Show the facts of the run.
+
+        Args:
+            facts: label to text, in order.
+        """
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, text in facts.items():
+            table.add_row(label, Text(text))
+        self.console.print(table)
+        if self.console.is_terminal and not self.console.quiet:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[figures]}"),
+                console=self.console,
+                transient=True,
+                expand=True,
+            )
+            self.task = self.bar.add_task("starting", total=total_steps, completed=step, figures="")
+            self.bar.start()
+        self.started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        self.console.print(Text(text))
+
+    def step(self, step: int, epoch: int, epochs: int, samples: int) -> None:
+        """After each optimizer step: nothing that makes a device wait."""
+        self.samples += samples
+        if self.bar is not None and self.task is not None:
+            seconds = time.monotonic() - self.started
+            figures = f"{self.samples / max(seconds, 1e-9):.0f} img/s, saved {time.monotonic() - self.last_saved:.0f} s ago"
+            self.bar.update(self.task, completed=step, description=f"epoch {epoch}/{epochs}", figures=figures)
+
+    def validated(self, epoch: int, epochs: int, values: dict[str, Any], is_best: bool) -> None:
+        parts = [f"epoch {epoch:>{len(str(epochs))}}/{epochs}"]
+        parts += [f"{name} {value:.4f}" for name, value in values.items()]
+        self.console.print(Text("  ".join(parts) + ("  best" if is_best else "")))
+
+    def saved(self) -> None:
+        self.last_saved = time.monotonic()
+
+    def end(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
