@@ -1,6 +1,5 @@
-"""What is minimised, as one loss a sample and the weight it counts with."""
+"""What is minimised, as one loss a sample."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -12,8 +11,8 @@ def balanced_class_weights(counts: Tensor) -> Tensor:
 
 def classification_losses(
     logits: Tensor, targets: Tensor, class_weights: Tensor | None, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropy without the final mean, so that parts of a batch can be added up exactly.
+) -> Tensor:
+    """Weighted cross-entropy without the final mean, so that parts of a batch can be added up.
 
     Label smoothing is Szegedy et al.'s ("Rethinking the Inception architecture", CVPR 2016).
 
@@ -23,10 +22,8 @@ def classification_losses(
         class_weights: (classes,) or None.
 
     Returns:
-        The weighted losses (batch,) and their weights (batch,): a batch's loss is sum / sum.
+        The weighted losses (batch,). A batch's loss is their sum over the sum of its samples' class weights.
     """
-    losses = functional.cross_entropy(
+    return functional.cross_entropy(
         logits.float(), targets, weight=class_weights, reduction="none", label_smoothing=label_smoothing
     )
-    weights = torch.ones_like(losses) if class_weights is None else class_weights[targets]
-    return losses, weights

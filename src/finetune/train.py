@@ -117,7 +117,7 @@ def validate(
         for images, targets in batches:
             targets = targets.to(device)
             logits = model(to_device(images, device))
-            losses, _ = classification_losses(logits, targets, None, 0.0)
+            losses = classification_losses(logits, targets, None, 0.0)
             loss_sum += losses.sum()
             samples += len(targets)
             confusion += confusion_matrix(logits.argmax(1), targets, class_count)
@@ -320,9 +320,7 @@ def train(
                 for part_images, part_targets in zip(images.chunk(parts), targets.chunk(parts), strict=True):
                     with autocast(device, precision):
                         logits = model(part_images)
-                    losses, _ = classification_losses(
-                        logits, part_targets, class_weights, recipe.task.label_smoothing
-                    )
+                    losses = classification_losses(logits, part_targets, class_weights, recipe.task.label_smoothing)
                     loss = losses.sum() / batch_weight
                     scaler.scale(loss).backward()
                     batch_loss += loss.detach()

@@ -105,8 +105,8 @@ model.layer1, model.layer2, model.layer3, model.layer4 = stage(48, 48, 1), stage
 model.avgpool, model.fc = nn.AdaptiveAvgPool2d({POOLED_PIXELS}), nn.Linear(768, {{classes}})"""
 
 # Mean and standard deviation of the distorted glyphs that both were trained on.
-GLYPHS_MEAN = [0.3, 0.3, 0.3]
-GLYPHS_STD = [0.3, 0.3, 0.3]
+GLYPHS_MEAN = [0.38, 0.38, 0.38]
+GLYPHS_STD = [0.32, 0.32, 0.32]
 BUILDERS = {
     "bundled/vgg": (build_vgg, "vgg.safetensors", VGG_STOCK_LINES),
     "bundled/resnet": (build_resnet, "resnet.safetensors", RESNET_STOCK_LINES),

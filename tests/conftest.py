@@ -1,0 +1,141 @@
+"""What tests share: recipes small enough to train in a second, runs that die on purpose, and exact comparison."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Before torch starts its threads: the same number everywhere makes runs comparable.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from finetune import Classification, Images, Model, Optimizer, Recipe, Schedule, Stop, checkpoint, launch
+from finetune.build import Numerics
+from finetune.launch import Machine
+from finetune.run import RunFolder
+from finetune.train import Settings
+from finetune.watch.progress import Terminal, make_console
+
+
+class Killed(Exception):
+    """Stands for a process that ends without a word: nothing is saved."""
+
+
+class DyingTerminal(Terminal):
+    """Kills the run right after given optimizer steps, before anything of that step is saved."""
+
+    def __init__(self, die_after_steps: int = 0):
+        super().__init__(make_console(quiet=True))
+        self.die_after_steps = die_after_steps
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def step(self, step: int, epoch: int, epochs: int, samples: int) -> None:
+        if step == self.die_after_steps:
+            raise Killed
+
+
+def small_recipe(backbone: str = "bundled/vgg", **changes: Any) -> Recipe:
+    """Seven steps an epoch on 100 digits, two epochs, everything random switched on."""
+    values: dict[str, Any] = {
+        "model": Model(backbone=backbone, dropout=changes.pop("dropout", 0.3), head=changes.pop("head", "linear")),
+        "data": Images(images="digits", augment=changes.pop("augment", "light"), train_samples=100),
+        "task": Classification(label_smoothing=0.1),
+        "optimizer": Optimizer(accumulate=changes.pop("accumulate", 1), clip_norm=1.0),
+        "schedule": Schedule(),
+        "stop": Stop(),
+        "epochs": 2,
+        "batch_size": 16,
+        "seed": 3,
+    }
+    return Recipe(**values | changes)
+
+
+def train_run(
+    path: Path,
+    recipe: Recipe,
+    *,
+    precision: str = "fp32",
+    workers: int = 0,
+    die_after_steps: int = 0,
+    save_every_steps: int = 1,
+    **start_options: Any,
+) -> RunFolder:
+    run, _ = launch.start(
+        path,
+        "test",
+        recipe,
+        Numerics(precision=precision),
+        Machine(device="cpu", workers=workers),
+        Settings(save_every_steps=save_every_steps, log_every_steps=1),
+        DyingTerminal(die_after_steps),
+        **start_options,
+    )
+    return run
+
+
+def resume_run(run: RunFolder, *, workers: int = 0, die_after_steps: int = 0, **options: Any) -> list[str]:
+    """Go on with a run; returns what it said."""
+    terminal = DyingTerminal(die_after_steps)
+    launch.resume(run, Machine(device="cpu", workers=workers), terminal, settings={}, **options)
+    return terminal.lines
+
+
+def train_with_deaths(path: Path, recipe: Recipe, deaths: list[int], **options: Any) -> RunFolder:
+    """Train to the end, killed after each of the steps in `deaths`."""
+    with pytest.raises(Killed):
+        train_run(path, recipe, die_after_steps=deaths[0], **options)
+    workers = options.get("workers", 0)
+    run = RunFolder(path)
+    for step in deaths[1:]:
+        with pytest.raises(Killed):
+            resume_run(run, workers=workers, die_after_steps=step)
+    resume_run(run, workers=workers)
+    return run
+
+
+def read(run: RunFolder, name: str = "latest.pt") -> dict[str, Any]:
+    return checkpoint.read_checkpoint(run.checkpoints / name)
+
+
+def metrics_lines(run: RunFolder) -> list[dict[str, Any]]:
+    """metrics.jsonl without the times."""
+    lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def assert_equal_values(ours: Any, theirs: Any, path: str = "") -> None:
+    """Equal to the last bit, whatever the nesting."""
+    assert type(ours) is type(theirs), path
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs), path
+        for key in ours:
+            assert_equal_values(ours[key], theirs[key], f"{path}/{key}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), path
+        for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal_values(one, other, f"{path}/{number}")
+    elif isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), path
+    else:
+        assert ours == theirs, path
+
+
+def assert_equal_runs(interrupted: RunFolder, unbroken: RunFolder) -> None:
+    """Final and best checkpoints and metrics are the same bit for bit; only the history of starts may differ."""
+    for name in ("latest.pt", "best.pt"):
+        ours, theirs = read(interrupted, name), read(unbroken, name)
+        ours.pop("history"), theirs.pop("history")
+        assert_equal_values(ours, theirs, name)
+    assert metrics_lines(interrupted) == metrics_lines(unbroken)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> RunFolder:
+    """A finished run on the digits with the defaults of the recipe, but for fewer epochs. Do not change it."""
+    recipe = small_recipe(augment="none", dropout=0.0, data=Images(images="digits"), batch_size=64, epochs=3)
+    return train_run(tmp_path_factory.mktemp("trained") / "run", recipe, save_every_steps=0)

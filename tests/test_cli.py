@@ -1,0 +1,155 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.cli import main
+
+
+def test_help_imports_no_torch_and_names_every_command_and_recipe():
+    code = (
+        "import sys\nfrom finetune.cli import main\nassert main(['--help']) == 0\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'matplotlib', 'transformers', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    for word in ("resume", "export", "predict", "summary", "new", "vgg_head", "resnet_head", "75"):
+        assert word in output
+
+
+def test_a_recipes_help_imports_no_torch_and_documents_its_options():
+    code = (
+        "import sys\nfrom finetune.cli import main\n"
+        "try:\n    main(['vgg_head', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'torch', 'torchvision'} & set(sys.modules)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    for option in (
+        "--images", "--backbone", "--image-size", "--augment", "--head", "--dropout", "--epochs", "--batch-size", "--lr",
+        "--seed", "--run", "--device", "--precision", "--workers", "--save-every-steps", "--save-every-minutes", "--keep",
+        "--resume", "--init-from", "--accumulate", "--optimizer",
+    ):  # fmt: skip
+        assert option in output, option
+    assert "probability that a feature is zeroed" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 2, None),
+        (["vgg_haed"], 2, "no such file, command or recipe; shipped recipes are pretrain_glyphs, resnet_head, vgg_head; did you mean vgg_head?"),
+        (["resum"], 2, "did you mean resume?"),
+        (["vgg_head", "--backbone", "bundled/vggg"], 2, "--backbone bundled/vggg: unknown; allowed are bundled/vgg, bundled/resnet; did you mean bundled/vgg?"),
+        (["vgg_head", "--epochs", "0"], 2, "--epochs 0: not allowed; give 1 or more"),
+        (["vgg_head", "--lr", "-1"], 2, "--lr -1.0: not allowed; give more than 0"),
+        (["vgg_head", "--dropout", "1"], 2, "--dropout 1.0: not allowed; give 0 up to, not including, 1"),
+        (["vgg_head", "--accumulate", "65"], 2, "--accumulate 65: not allowed; give 1 up to the batch size"),
+        (["vgg_head", "--images", "no/where"], 2, "--images no/where: no such folder"),
+        (["vgg_head", "--weights", "no.pt"], 2, "--weights no.pt: no file"),
+        (["vgg_head", "--device", "cuda:7"], 2, "--device cuda:7: cannot be used"),
+        (["vgg_head", "--device", "toaster"], 2, "--device toaster: cannot be used"),
+        (["vgg_head", "--precision", "fp16", "--device", "cpu"], 2, "--precision fp16: not on cpu; allowed there are fp32 and bf16"),
+        (["vgg_head", "--optimizer", "adamx"], 2, "--optimizer adamx: unknown"),
+        (["vgg_head", "--workers", "-1"], 2, "--workers -1: not allowed"),
+        (["vgg_head", "--keep", "0"], 2, "--keep 0: not allowed; give 1 or more"),
+        (["vgg_head", "--init-from", "no/run"], 1, "run folder no/run does not exist"),
+        (["resume"], 2, "no unfinished run"),
+        (["resume", "no/run"], 1, "run folder no/run does not exist"),
+        (["export", "no/run"], 1, "run folder no/run does not exist"),
+        (["predict", "no.pt", "x.png"], 1, "export no.pt does not exist"),
+        (["summary"], 2, "needs a recipe"),
+        (["new", "vgg_head"], 2, "needs the name of a shipped recipe and a file"),
+        (["new", "vgg_head", "my.txt"], 2, "must end in .py"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_an_exit_code_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys, words, code, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == code
+    captured = capsys.readouterr()
+    if said is not None:
+        assert said in captured.err and captured.err.count("\n") == 1
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_an_unknown_option_exits_2_and_names_the_nearest(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["vgg_head", "--epoch", "3"])
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert "--epochs" in captured.err + captured.out
+
+
+RECIPE_START = "from finetune import *\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("def recipe(:\n", "line 1: SyntaxError"),
+        ("x = 1\n", "defines no function 'recipe(...) -> Recipe'"),
+        ("def recipe(epochs: int = 3):\n    return 3\n", "returned int, not a Recipe"),
+        ("def recipe(epochs: int = 3):\n    return 1 / 0\n", "line 3: ZeroDivisionError"),
+        ("import no_such_module\n", "line 2: ModuleNotFoundError"),
+        ("def recipe(epochs):\n    return 3\n", "recipe parameter 'epochs': needs a type and a default"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_with_the_place(tmp_path, monkeypatch, capsys, source, said):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(RECIPE_START + source)
+    assert main(["mine.py"]) == 2
+    error = capsys.readouterr().err
+    assert said.replace("line 1", "line 2") in error and error.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_a_recipe_of_ones_own_with_a_module_beside_it_keeps_both_with_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["new", "vgg_head", "mine/my_head.py"]) == 0
+    text = Path("mine/my_head.py").read_text().replace("from typing", "from my_defaults import EPOCHS\nfrom typing")
+    Path("mine/my_head.py").write_text(text.replace("epochs: int = 15", "epochs: int = EPOCHS"))
+    Path("mine/my_defaults.py").write_text("EPOCHS = 1\n")
+    capsys.readouterr()
+    assert main(["mine/my_head.py", "--train-samples", "100", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "runs/my_head-1"
+    assert sorted(path.name for path in Path("runs/my_head-1/code").iterdir()) == ["my_defaults.py", "my_head.py"]
+    assert main(["resume"]) == 2  # it is finished, and there is no other
+    assert "1 run(s) there, all finished" in capsys.readouterr().err
+
+
+def test_an_existing_run_is_not_overwritten_and_resumed_only_as_what_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["vgg_head", "--epochs", "1", "--train-samples", "100", "--device", "cpu", "--run", "here"]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "already holds a run; add --resume" in capsys.readouterr().err
+    assert main([*words, "--resume"]) == 0
+    assert "finished at step 2" in capsys.readouterr().out
+    assert main([*words, "--resume", "--lr", "0.5"]) == 2
+    assert "optimizer.lr: 0.003 in the run, 0.5 now" in capsys.readouterr().err
+
+
+def test_the_run_ends_with_what_to_type_next_and_the_folder_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["resnet_head", "--epochs", "1", "--train-samples", "100", "--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    assert output.splitlines()[-1] == "runs/resnet_head-1"
+    for words in ("finetune export runs/resnet_head-1", "finetune resume runs/resnet_head-1", "--images FOLDER", "frozen", "val/accuracy"):
+        assert words in output
+    assert main(["resnet_head", "--epochs", "1", "--train-samples", "100", "--device", "cpu", "--quiet"]) == 0
+    assert capsys.readouterr().out == "runs/resnet_head-2\n"
+
+
+def test_summary_shows_what_trains_and_how_large_a_checkpoint_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["summary", "vgg_head"]) == 0
+    output = capsys.readouterr().out
+    assert "Trainable" in output and "StandardisedLinear (1)" in output
+    assert "trainable:   5,130 parameters" in output and "frozen:      287,904 parameters" in output
+    assert list(tmp_path.iterdir()) == []
+    said = int(output.rsplit("about ", 1)[1].split()[0].replace(",", ""))
+    assert main(["vgg_head", "--epochs", "1", "--train-samples", "100", "--device", "cpu", "--quiet"]) == 0
+    real = Path("runs/vgg_head-1/checkpoints/latest.pt").stat().st_size
+    assert abs(said - real) / real < 0.25

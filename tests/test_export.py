@@ -1,0 +1,119 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import small_recipe, train_run
+
+import finetune
+from finetune import Images, RunError
+from finetune.build import open_data, trained_network
+from finetune.data.images import Request
+from finetune.export import FOLDED_TOLERANCE, export
+from finetune.models.backbones import find_backbone
+
+
+def run_stock_lines(lines: str, images, tmp_path):
+    """Type the printed lines into a Python that cannot import finetune; return the logits."""
+    torch.save(images, tmp_path / "images.pt")
+    code = (
+        "import sys\nsys.modules['finetune'] = None\n" + lines
+        + f"\nimport torch\nimages = torch.load({str(tmp_path / 'images.pt')!r}, weights_only=True)\n"
+        + f"torch.save(model(images).detach(), {str(tmp_path / 'logits.pt')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    return torch.load(tmp_path / "logits.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("format", ["pt", "safetensors"])
+@pytest.mark.parametrize("backbone", ["bundled/vgg", "bundled/resnet"])
+def test_stock_torchvision_loads_the_export_strictly_and_gives_the_runs_logits(tmp_path, backbone, format):
+    recipe = small_recipe(backbone, epochs=1)
+    run = train_run(tmp_path / "run", recipe, save_every_steps=0)
+    report = export(run, "best", tmp_path / "out" / f"model.{format}")
+    data = open_data(recipe, find_backbone(backbone))
+    images, _ = data.pipeline.fetch(Request(data.validation[:40].tolist()))
+    network, _ = trained_network(run, "best")
+    with torch.inference_mode():
+        ours = network.module(images)
+    theirs = run_stock_lines(report.stock_lines, images, tmp_path)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=FOLDED_TOLERANCE * max(ours.abs().max().item(), 1))
+    assert 0 < report.largest_difference <= FOLDED_TOLERANCE * max(ours.abs().max().item(), 1)
+
+
+@pytest.mark.parametrize("head", ["mlp", "append"])
+def test_other_heads_are_rebuilt_by_load_from_the_json_and_say_that_stock_loading_does_not_apply(tmp_path, head):
+    run = train_run(tmp_path / "run", small_recipe(head=head, epochs=1), save_every_steps=0)
+    report = export(run, "latest", tmp_path / "model.pt")
+    assert "has no stock counterpart" in report.text() and "finetune.load" in report.text()
+    model = finetune.load(tmp_path / "model.pt")
+    assert not model.training and model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_a_run_in_which_everything_trained_exports_bit_for_bit(tmp_path):
+    recipe = small_recipe(
+        head="keep", epochs=1, trainable=finetune.Trainable(rules=(("*", "trainable", 0),), batchnorm=True)
+    )
+    run = train_run(tmp_path / "run", recipe, save_every_steps=0)
+    assert export(run, "best", tmp_path / "model.pt").largest_difference == 0
+
+
+def test_the_json_says_what_the_file_is(trained, tmp_path):
+    export(trained, "best", tmp_path / "model.pt")
+    description = json.loads((tmp_path / "model.json").read_text())
+    assert description["classes"] == [str(digit) for digit in range(10)]
+    assert description["preprocessing"]["image_size"] == 32
+    assert description["architecture"]["backbone"] == "bundled/vgg" and description["architecture"]["stock"]
+    assert description["metrics"]["val/accuracy"] > 0.9
+    assert description["source_run"] == "run"
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["classifier.1.weight"].shape == (10, 512)
+
+
+def test_a_file_that_is_not_what_its_json_says_is_refused(trained, tmp_path):
+    export(trained, "best", tmp_path / "model.pt")
+    content = bytearray((tmp_path / "model.pt").read_bytes())
+    content[5000] ^= 1
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(RunError, match=r"does not match its \.json"):
+        finetune.load(tmp_path / "model.pt")
+    (tmp_path / "model.json").unlink()
+    with pytest.raises(RunError, match=r"model\.json does not exist"):
+        finetune.load(tmp_path / "model.pt")
+
+
+def test_a_comparison_that_fails_leaves_no_file(trained, tmp_path, monkeypatch):
+    from finetune import export as export_module
+
+    def wrong(module):
+        return {name: value + 1e-3 if name.endswith("bias") else value for name, value in folded(module).items()}
+
+    folded = export_module.folded_state
+    monkeypatch.setattr(export_module, "folded_state", wrong)
+    with pytest.raises(RunError, match="logits differ from the run's"):
+        export(trained, "best", tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_is_valid_weights_for_the_next_run(trained, tmp_path):
+    export(trained, "best", tmp_path / "model.pt")
+    recipe = small_recipe(
+        model=finetune.Model("bundled/vgg", weights=str(tmp_path / "model.pt")), epochs=1,
+        data=Images("digits", train_samples=100),
+    )  # fmt: skip
+    run = train_run(tmp_path / "next", recipe, save_every_steps=0)
+    network, _ = trained_network(run, "latest")
+    first, _ = trained_network(trained, "best")
+    assert torch.equal(network.module.features[0].weight, first.module.features[0].weight)
+
+
+def test_an_unfinished_run_without_a_checkpoint_cannot_be_exported(tmp_path):
+    from conftest import Killed
+
+    from finetune.run import RunFolder
+
+    with pytest.raises(Killed):
+        train_run(tmp_path / "run", small_recipe(), die_after_steps=1)
+    with pytest.raises(RunError, match="has no best checkpoint yet"):
+        export(RunFolder(tmp_path / "run"), "best", tmp_path / "model.pt")
+    assert not (tmp_path / "model.pt").exists()

@@ -1,0 +1,64 @@
+import random
+
+import numpy as np
+import torch
+
+from finetune.data.order import batches_from, epoch_order, key, keyed_generator, stratified_split
+
+
+def test_an_epochs_order_holds_every_sample_once_and_depends_on_seed_and_epoch_only():
+    order = epoch_order(5, 2, 1000)
+    assert sorted(order.tolist()) == list(range(1000))
+    torch.manual_seed(99)
+    assert torch.equal(order, epoch_order(5, 2, 1000))
+    assert not torch.equal(order, epoch_order(5, 3, 1000))
+    assert not torch.equal(order, epoch_order(6, 2, 1000))
+
+
+def test_batches_from_a_position_are_the_rest_of_the_epochs_batches():
+    order = epoch_order(0, 0, 103)
+    whole = [batch.tolist() for batch in batches_from(order, 10)]
+    assert [len(batch) for batch in whole] == [10] * 10 + [3]
+    assert [batch.tolist() for batch in batches_from(order, 10, 70)] == whole[7:]
+    assert list(batches_from(order, 10, 103)) == []
+
+
+def test_keys_of_different_parts_differ_even_where_their_digits_run_together():
+    assert key("a", 1, 23) != key("a", 12, 3)
+    assert len({key("augment", 0, epoch, index) for epoch in range(100) for index in range(100)}) == 10_000
+
+
+def test_a_keyed_generator_leaves_every_global_generator_as_it_was():
+    torch.manual_seed(1)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    with keyed_generator("augment", 0, 1, 2):
+        first = torch.rand(3)
+    with keyed_generator("augment", 0, 1, 2):
+        assert torch.equal(first, torch.rand(3))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert np.array_equal(states[2], np.random.get_state()[1])
+
+
+def test_a_split_keeps_each_classs_share_and_is_seeded():
+    targets = torch.tensor([0] * 100 + [1] * 50 + [2] * 5)
+    train, validation = stratified_split(targets, 0.2, seed=1)
+    assert sorted([*train.tolist(), *validation.tolist()]) == list(range(155))
+    assert torch.bincount(targets[validation]).tolist() == [20, 10, 1]
+    again = stratified_split(targets, 0.2, seed=1)
+    assert torch.equal(train, again[0]) and torch.equal(validation, again[1])
+    assert not torch.equal(validation, stratified_split(targets, 0.2, seed=2)[1])
+
+
+def test_a_class_with_one_sample_trains_and_one_with_two_validates_too():
+    train, validation = stratified_split(torch.tensor([0, 1, 1, 2, 2, 2]), 0.2, seed=0)
+    assert 0 in train.tolist()
+    assert len(validation) == 2
+
+
+def test_fewer_training_samples_are_dealt_evenly_and_leave_the_validation_set_alone():
+    targets = torch.arange(10).repeat(100)
+    _, validation = stratified_split(targets, 0.2, seed=0)
+    train, same_validation = stratified_split(targets, 0.2, seed=0, train_samples=50)
+    assert torch.bincount(targets[train]).tolist() == [5] * 10
+    assert torch.equal(validation, same_validation)

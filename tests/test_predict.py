@@ -1,0 +1,108 @@
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from finetune import UsageError
+from finetune.cli import main
+from finetune.data.digits import load_digits
+from finetune.export import export
+
+
+@pytest.fixture(scope="module")
+def model(trained, tmp_path_factory):
+    """An export alone in its folder: nothing of the run is near."""
+    folder = tmp_path_factory.mktemp("export")
+    export(trained, "best", folder / "model.pt")
+    return folder / "model.pt"
+
+
+def save_digits(folder, count: int) -> list[str]:
+    digits = load_digits()
+    folder.mkdir(exist_ok=True)
+    for index in range(count):
+        Image.fromarray(digits.images[index, 0].numpy()).save(folder / f"{index:03}.png")
+    return [digits.classes[target] for target in digits.targets[:count]]
+
+
+def lines_of(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_folder_of_digits_is_read_well_a_json_line_each_in_the_order_of_names(model, tmp_path, capsys):
+    labels = save_digits(tmp_path / "digits", 100)
+    assert main(["predict", str(model), str(tmp_path / "digits"), "--batch-size", "33"]) == 0
+    lines = lines_of(capsys)
+    assert [line["file"] for line in lines] == [str(tmp_path / "digits" / f"{i:03}.png") for i in range(100)]
+    assert sum(line["label"] == label for line, label in zip(lines, labels, strict=True)) >= 97
+    first = lines[0]
+    assert first["probability"] == first["top"][0]["probability"] and len(first["top"]) == 3
+    assert [entry["probability"] for entry in first["top"]] == sorted((e["probability"] for e in first["top"]), reverse=True)
+
+
+def test_predictions_are_those_of_the_validation_pipeline(model, trained, tmp_path, capsys):
+    """A picture read from a file goes through the very same preparation as in training."""
+    from conftest import small_recipe
+
+    import finetune
+    from finetune import Images
+    from finetune.build import open_data
+    from finetune.data.images import Request
+    from finetune.models.backbones import find_backbone
+
+    save_digits(tmp_path / "digits", 5)
+    main(["predict", str(model), str(tmp_path / "digits"), "--top-k", "10"])
+    lines = lines_of(capsys)
+    pipeline = open_data(small_recipe(data=Images("digits")), find_backbone("bundled/vgg")).pipeline
+    images, _ = pipeline.fetch(Request([0, 1, 2, 3, 4]))
+    with torch.inference_mode():
+        probabilities = finetune.load(model)(images).softmax(1)
+    for line, row in zip(lines, probabilities, strict=True):
+        found = {entry["label"]: entry["probability"] for entry in line["top"]}
+        assert [found[str(digit)] for digit in range(10)] == pytest.approx(row.tolist(), abs=1e-5)
+
+
+def test_a_broken_image_is_reported_in_its_line_and_the_others_are_predicted(model, tmp_path, capsys):
+    save_digits(tmp_path / "digits", 3)
+    (tmp_path / "digits" / "001.png").write_bytes(b"broken")
+    assert main(["predict", str(model), str(tmp_path / "digits")]) == 1
+    lines = lines_of(capsys)
+    assert ["label" in line for line in lines] == [True, False, True]
+    assert "cannot be decoded" in lines[1]["error"]
+
+
+def test_missing_inputs_are_one_line_and_exit_2(model, tmp_path, capsys):
+    assert main(["predict", str(model), str(tmp_path / "nowhere.png")]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["predict", str(model), str(tmp_path / "empty")]) == 2
+    assert "holds no images" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="must be 1 or more"):
+        from finetune.predict import predict
+
+        predict(model, ["x"], 0, 1, "cpu")
+
+
+def test_a_pickle_that_would_run_code_runs_nothing(model, tmp_path, capsys):
+    """Even with a .json that vouches for it."""
+    from finetune.files import sha256_of_file
+
+    marker = tmp_path / "ran"
+
+    class Gadget:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    shutil.copy(model.with_suffix(".json"), tmp_path / "model.json")
+    with open(tmp_path / "model.pt", "wb") as stream:
+        pickle.dump({"classifier.1.weight": Gadget()}, stream)
+    description = json.loads((tmp_path / "model.json").read_text())
+    description["sha256"] = sha256_of_file(tmp_path / "model.pt")
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    save_digits(tmp_path / "digits", 1)
+    assert main(["predict", str(tmp_path / "model.pt"), str(tmp_path / "digits")]) == 1
+    assert "model.pt" in capsys.readouterr().err
+    assert not marker.exists()

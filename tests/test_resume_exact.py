@@ -1,0 +1,232 @@
+"""Interrupted within one process, many combinations; test_resume.py does it with real processes and SIGKILL."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from PIL import Image
+from conftest import (
+    DyingTerminal,
+    Killed,
+    assert_equal_runs,
+    read,
+    resume_run,
+    small_recipe,
+    train_run,
+    train_with_deaths,
+)
+
+from finetune import Images, Optimizer, RunError, Schedule, Stop, StoppedEarly, Trainable, UsageError, launch
+from finetune.build import Numerics
+from finetune.launch import Machine
+from finetune.run import RunFolder
+from finetune.train import Settings
+
+# Four deaths in the first epoch of seven steps and two in the second.
+DEATHS = [2, 3, 5, 6, 9, 13]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "workers", "accumulate", "precision", "head"),
+    [
+        ("bundled/vgg", 0, 1, "fp32", "linear"),
+        ("bundled/vgg", 2, 4, "fp32", "mlp"),
+        ("bundled/vgg", 0, 4, "bf16", "append"),
+        ("bundled/resnet", 2, 1, "bf16", "linear"),
+        ("bundled/resnet", 0, 4, "fp32", "mlp"),
+    ],
+)
+def test_a_run_killed_six_times_ends_bit_for_bit_like_one_that_was_not(
+    tmp_path, backbone, workers, accumulate, precision, head
+):
+    recipe = small_recipe(backbone, accumulate=accumulate, head=head)
+    options = {"precision": precision, "workers": workers}
+    unbroken = train_run(tmp_path / "unbroken", recipe, **options)
+    interrupted = train_with_deaths(tmp_path / "interrupted", recipe, DEATHS, **options)
+    assert_equal_runs(interrupted, unbroken)
+    assert len([event for event in read(interrupted)["history"] if event["event"] == "resume"]) == len(DEATHS)
+
+
+def test_deaths_with_saves_only_at_the_end_of_epochs_repeat_steps_and_end_the_same(tmp_path):
+    recipe = small_recipe(epochs=3)
+    unbroken = train_run(tmp_path / "unbroken", recipe, save_every_steps=0)
+    interrupted = train_with_deaths(tmp_path / "interrupted", recipe, [10, 11, 17], save_every_steps=0)
+    assert_equal_runs(interrupted, unbroken)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainable": Trainable(rules=(("*", "trainable", 0),), batchnorm=True)},
+        {"trainable": Trainable(rules=(("head", "trainable", 0), ("layer3", "trainable", 1), ("*", "frozen", 0)))},
+        {"schedule": Schedule(name="plateau", patience=1), "validate_every_steps": 3},
+        {"optimizer": Optimizer(name="sgd", lr=0.1), "schedule": Schedule(name="step", step_epochs=1)},
+        {"stop": Stop(metric="loss", patience=1), "optimizer": Optimizer(lr=0.3), "validate_every_steps": 2},
+    ],
+    ids=["everything trains", "thaw", "plateau", "sgd and step", "early stop"],
+)
+def test_every_kind_of_state_survives(tmp_path, changes):
+    recipe = small_recipe("bundled/resnet", **changes)
+    unbroken = train_run(tmp_path / "unbroken", recipe)
+    last = read(unbroken)["step"]
+    interrupted = train_with_deaths(tmp_path / "interrupted", recipe, [s for s in (2, 4, 7, 8, 11) if s < last])
+    assert_equal_runs(interrupted, unbroken)
+
+
+def test_the_number_of_workers_may_change_at_a_resume(tmp_path):
+    recipe = small_recipe()
+    unbroken = train_run(tmp_path / "unbroken", recipe, workers=0)
+    with pytest.raises(Killed):
+        train_run(tmp_path / "interrupted", recipe, workers=2, die_after_steps=4)
+    run = RunFolder(tmp_path / "interrupted")
+    resume_run(run, workers=0)
+    assert_equal_runs(run, unbroken)
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path):
+    whole = train_run(tmp_path / "whole", small_recipe(dropout=0.0, epochs=1), save_every_steps=0)
+    parts = train_run(tmp_path / "parts", small_recipe(dropout=0.0, epochs=1, accumulate=4), save_every_steps=0)
+    one, four = read(whole)["model"]["classifier.1.weight"], read(parts)["model"]["classifier.1.weight"]
+    assert not torch.equal(one, torch.zeros_like(one))
+    # AdamW divides by the gradient's own size, so a last-bit difference in a tiny gradient can move its weight by a
+    # hundredth of a step of 3e-3.
+    torch.testing.assert_close(one, four, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_polite_signal_finishes_the_step_saves_and_the_rest_is_exact(tmp_path, name):
+    recipe = small_recipe()
+
+    class Signalling(DyingTerminal):
+        def step(self, step, *_):
+            if step == 4:
+                os.kill(os.getpid(), getattr(signal, name))
+
+    with pytest.raises(StoppedEarly, match=f"stopped by {name} at step 4 of 14, saved") as stopped:
+        launch.start(
+            tmp_path / "run", "test", recipe, Numerics(), Machine("cpu"), Settings(log_every_steps=1), Signalling()
+        )
+    assert stopped.value.exit_code == 75
+    run = RunFolder(tmp_path / "run")
+    assert read(run)["position_samples"] == 64
+    resume_run(run)
+    unbroken = train_run(tmp_path / "unbroken", recipe, save_every_steps=0)
+    assert_equal_runs(run, unbroken)
+
+
+# ---- What a resume refuses, and says --------------------------------------------------------------------------------
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(tmp_path):
+    run = train_run(tmp_path / "run", small_recipe(epochs=1), save_every_steps=0)
+    before = (run.checkpoints / "latest.pt").read_bytes()
+    assert "finished at step 7" in resume_run(run)[0]
+    assert (run.checkpoints / "latest.pt").read_bytes() == before
+
+
+def test_an_extension_keeps_the_first_horizon_then_runs_at_the_final_rate(tmp_path):
+    recipe = small_recipe(epochs=1)
+    run = train_run(tmp_path / "run", recipe)
+    resume_run(run, epochs=2)
+    rates = [json.loads(line)["lr"] for line in run.metrics_file.read_text().splitlines() if '"lr"' in line]
+    assert len(rates) == 14
+    assert rates[6:] == [rates[6]] * 8 and rates[6] == pytest.approx(3e-3 * 0.01)
+    state = read(run)
+    assert state["scheduler"]["extensions"] == [{"from_step": 7, "epochs": 2, "lr": 0.0}]
+    assert state["status"] == "finished" and state["step"] == 14
+
+
+def test_an_extension_at_its_own_rate_killed_in_the_middle_is_exact_and_not_forgotten(tmp_path):
+    recipe = small_recipe(epochs=1)
+    unbroken = train_run(tmp_path / "unbroken", recipe)
+    resume_run(unbroken, epochs=3, lr=1e-3)
+    run = train_run(tmp_path / "run", recipe)
+    for step, options in ((8, {"epochs": 3, "lr": 1e-3}), (9, {}), (15, {})):
+        with pytest.raises(Killed):
+            resume_run(run, die_after_steps=step, **options)
+    resume_run(run)
+    assert_equal_runs(run, unbroken)
+    assert read(run)["step"] == 21
+
+
+def test_fewer_epochs_than_there_are_is_refused(tmp_path):
+    run = train_run(tmp_path / "run", small_recipe(epochs=2), save_every_steps=0)
+    with pytest.raises(UsageError, match="--epochs 1: the run has 2 already; give more"):
+        resume_run(run, epochs=1)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path):
+    recipe = small_recipe()
+    unbroken = train_run(tmp_path / "unbroken", recipe)
+    interrupted = train_with_deaths(tmp_path / "run", recipe, [1])
+    assert_equal_runs(interrupted, unbroken)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_with_what_differs(tmp_path):
+    run = train_run(tmp_path / "run", small_recipe(epochs=1), save_every_steps=0)
+    other = train_run(tmp_path / "other", small_recipe(epochs=1, seed=4, dropout=0.1), save_every_steps=0)
+    for path in run.checkpoints.iterdir():
+        path.unlink()
+    (run.checkpoints / "latest.pt").write_bytes((other.checkpoints / "latest.pt").read_bytes())
+    with pytest.raises(RunError, match=r"model\.dropout: 0\.3 in the run, 0\.1 now; seed: 3 in the run, 4 now"):
+        resume_run(run)
+
+
+def test_other_data_is_refused(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (9, 9), (number * 20, 0, 0)).save(tmp_path / "images" / label / f"{number}.png")
+    recipe = small_recipe(data=Images(images=str(tmp_path / "images")), batch_size=4)
+    with pytest.raises(Killed):
+        train_run(tmp_path / "run", recipe, die_after_steps=3)
+    (tmp_path / "images" / "a" / "0.png").unlink()
+    with pytest.raises(RunError, match=r"the data is not what run .* was trained on: fingerprint"):
+        resume_run(RunFolder(tmp_path / "run"))
+
+
+def test_changed_frozen_weights_are_refused(tmp_path):
+    recipe = small_recipe()
+    with pytest.raises(Killed):
+        train_run(tmp_path / "run", recipe, die_after_steps=3, copy_frozen=True)
+    run = RunFolder(tmp_path / "run")
+    path = run.frozen / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match="are not those of this run: sha256"):
+        resume_run(run)
+
+
+def test_a_rewind_moves_later_files_aside_and_ends_the_same(tmp_path):
+    recipe = small_recipe()
+    unbroken = train_run(tmp_path / "unbroken", recipe)
+    run, _ = launch.start(
+        tmp_path / "run", "test", recipe, Numerics(), Machine("cpu"),
+        Settings(save_every_steps=1, keep=20, log_every_steps=1), DyingTerminal(),
+    )
+    lines = resume_run(run, from_file=run.checkpoints / "step-000010.pt")
+    assert "rewound to step-000010.pt" in lines[0]
+    aside = sorted(path.name for path in (run.checkpoints / "superseded").iterdir())
+    assert "step-000014.pt" in aside and "latest-step-000014.pt" in aside and "step-000010.pt" not in aside
+    ours, theirs = read(run), read(unbroken)
+    assert torch.equal(ours["model"]["classifier.1.weight"], theirs["model"]["classifier.1.weight"])
+
+
+def test_init_from_starts_a_new_run_from_anothers_weights(tmp_path):
+    first = train_run(tmp_path / "first", small_recipe(), save_every_steps=0)
+    second = train_run(
+        tmp_path / "second", small_recipe(optimizer=Optimizer(lr=1e-4)), init_from=f"{first.path}:best", save_every_steps=0
+    )
+    old, new = read(first, "best.pt")["model"], read(second)["model"]
+    assert read(second)["step"] == 14
+    # Fourteen AdamW steps of at most 1e-4 from where the first run's best was.
+    assert 0 < (old["classifier.1.weight"] - new["classifier.1.weight"]).abs().max() < 14 * 1.1e-4
+    assert torch.equal(old["classifier.1.mean"], new["classifier.1.mean"])
+    again = RunFolder(tmp_path / "third")
+    with pytest.raises(Killed):
+        train_run(again.path, small_recipe(optimizer=Optimizer(lr=1e-4)), init_from=f"{first.path}:best", die_after_steps=3)
+    resume_run(again)
+    assert torch.equal(read(again)["model"]["classifier.1.weight"], new["classifier.1.weight"])
