@@ -183,15 +183,15 @@ def saved_network(run: RunFolder, recipe: Recipe, state: dict[str, Any]) -> Netw
     module = network.module
     if kind == "tensors" and tensors is not None:
         module.load_state_dict(tensors, strict=False)
-    # Shapes and unknown names are errors; what is missing must be exactly what is frozen.
+    frozen = frozen_tensors(module, network.rules(recipe.trainable.rules), state["frozen"]["epoch"])
+    # Counted here, not by load_state_dict: BatchNorm never reports a missing counter.
+    mismatch = set(module.state_dict()) ^ (set(frozen) | set(state["model"]))
+    if mismatch or set(frozen) & set(state["model"]):
+        raise RunError(f"checkpoint of {run.path} does not fit its recipe: {', '.join(sorted(mismatch))}")
     try:
-        missing = module.load_state_dict(state["model"], strict=False)
+        module.load_state_dict(state["model"], strict=False)
     except RuntimeError as error:
         raise RunError(f"checkpoint of {run.path} does not fit its recipe: {' '.join(str(error).split())}") from None
-    frozen = frozen_tensors(module, network.rules(recipe.trainable.rules), state["frozen"]["epoch"])
-    if missing.unexpected_keys or set(missing.missing_keys) != set(frozen):
-        names = [*missing.unexpected_keys, *(set(missing.missing_keys) ^ set(frozen))]
-        raise RunError(f"checkpoint of {run.path} does not fit its recipe: {', '.join(sorted(names))}")
     return network
 
 
