@@ -63,6 +63,7 @@ def head_accuracy(features: torch.Tensor, source: ArraySource, labels: int, seed
     with keyed_generator("model", seed):
         head = StandardisedLinear(features.shape[1], 10, dropout=0.0)
     standardise(head, [features[train]])
+    head.train()
     optimizer = build_optimizer(dict(head.named_parameters()), "adamw", LEARNING_RATE, 1e-2, 0.9)
     epochs, per_epoch = EPOCHS_BY_LABELS[labels], -(-len(train) // BATCH)
     for step_number in range(epochs * per_epoch):
@@ -73,6 +74,7 @@ def head_accuracy(features: torch.Tensor, source: ArraySource, labels: int, seed
         torch.nn.functional.cross_entropy(head(features[batch]), source.targets[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
+    head.eval()
     with torch.inference_mode():
         return (head(features[validation]).argmax(1) == source.targets[validation]).double().mean().item()
 
@@ -85,6 +87,7 @@ def main(fashion: str = "", seeds: int = 5) -> None:
         seeds: how many to average over.
     """
     torch.manual_seed(key("benchmark"))
+    torch.set_num_threads(1)  # the heads are too small for more
     sources = {"digits": load_digits()}
     if fashion:
         sources["Fashion-MNIST (test part)"] = load_fashion(Path(fashion))

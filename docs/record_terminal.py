@@ -5,6 +5,7 @@
 Writes docs/terminal.svg.
 """
 
+import io
 import os
 import signal
 import subprocess
@@ -39,7 +40,7 @@ def run(console: Console, shown: str, words: list[str], folder: Path, kill_after
 
 
 def main() -> None:
-    console = Console(record=True, width=112, file=open(os.devnull, "w"), force_terminal=True)
+    console = Console(record=True, width=112, file=io.StringIO(), force_terminal=True)
     with tempfile.TemporaryDirectory() as folder:
         recipe = ["vgg_head", "--epochs", "10"]
         run(console, "finetune recipes/vgg_head.py", recipe, Path(folder), kill_after_seconds=1.5)

@@ -32,9 +32,7 @@ def recipe(
     """
     return Recipe(
         model=Model(backbone=backbone, weights="none", head="keep"),
-        data=Images(
-            images="glyphs", fonts=fonts, image_size=image_size, augment="glyphs", validation_fraction=0.1
-        ),
+        data=Images(images="glyphs", fonts=fonts, image_size=image_size, augment="glyphs", validation_fraction=0.1),
         trainable=Trainable(rules=(("*", "trainable", 0),), batchnorm=True),
         optimizer=Optimizer(name="adamw", lr=lr, weight_decay=weight_decay),
         schedule=Schedule(name="cosine", warmup_fraction=0.05, final_fraction=0.0),

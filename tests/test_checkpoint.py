@@ -38,7 +38,9 @@ def test_a_checkpoint_holds_plain_types_only_and_every_key_of_the_contract(train
 def test_a_head_only_checkpoint_costs_its_own_bytes_not_the_backbones(trained):
     state = read(trained)
     own = sum(t.nbytes for t in state["model"].values())
-    own += sum(t.nbytes for entry in state["optimizer"]["state"].values() for t in entry.values() if hasattr(t, "nbytes"))
+    own += sum(
+        t.nbytes for entry in state["optimizer"]["state"].values() for t in entry.values() if hasattr(t, "nbytes")
+    )
     generators = state["rng"]["torch"].nbytes + state["rng"]["numpy"][1].nbytes
     size = (trained.checkpoints / "latest.pt").stat().st_size
     # What is left is names, numbers and the zip directory; the backbone would be 1.1 MB.

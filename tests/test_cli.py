@@ -136,7 +136,13 @@ def test_the_run_ends_with_what_to_type_next_and_the_folder_last(tmp_path, monke
     assert main(["resnet_head", "--epochs", "1", "--train-samples", "100", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
     assert output.splitlines()[-1] == "runs/resnet_head-1"
-    for words in ("finetune export runs/resnet_head-1", "finetune resume runs/resnet_head-1", "--images FOLDER", "frozen", "val/accuracy"):
+    for words in (
+        "finetune export runs/resnet_head-1",
+        "finetune resume runs/resnet_head-1",
+        "--images FOLDER",
+        "frozen",
+        "val/accuracy",
+    ):
         assert words in output
     assert main(["resnet_head", "--epochs", "1", "--train-samples", "100", "--device", "cpu", "--quiet"]) == 0
     assert capsys.readouterr().out == "runs/resnet_head-2\n"

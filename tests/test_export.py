@@ -18,7 +18,8 @@ def run_stock_lines(lines: str, images, tmp_path):
     """Type the printed lines into a Python that cannot import finetune; return the logits."""
     torch.save(images, tmp_path / "images.pt")
     code = (
-        "import sys\nsys.modules['finetune'] = None\n" + lines
+        "import sys\nsys.modules['finetune'] = None\n"
+        + lines
         + f"\nimport torch\nimages = torch.load({str(tmp_path / 'images.pt')!r}, weights_only=True)\n"
         + f"torch.save(model(images).detach(), {str(tmp_path / 'logits.pt')!r})\n"
     )

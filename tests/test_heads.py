@@ -26,7 +26,9 @@ def test_a_stock_network_of_torchvision_has_its_head_found_too():
 def test_standardised_features_have_mean_zero_and_deviation_one_and_constant_ones_stay_finite():
     torch.manual_seed(0)
     layer = StandardisedLinear(4, 2, dropout=0.0)
-    batches = [torch.randn(50, 4) * torch.tensor([1.0, 10.0, 0.1, 0.0]) + torch.tensor([5.0, -3.0, 0.0, 7.0]) for _ in range(3)]
+    batches = [
+        torch.randn(50, 4) * torch.tensor([1.0, 10.0, 0.1, 0.0]) + torch.tensor([5.0, -3.0, 0.0, 7.0]) for _ in range(3)
+    ]
     standardise(layer, batches)
     features = (torch.cat(batches) - layer.mean) / layer.deviation
     # Sums are in float64; what is left is float32's rounding of the features themselves.
@@ -88,5 +90,7 @@ def test_weights_of_another_architecture_are_refused_with_what_differs():
     from finetune import Model
 
     other = str(find_backbone("bundled/resnet").weights_file)
-    with pytest.raises(UsageError, match=r"(?s)does not fit the architecture.*- features\.0\.weight.*\+ conv1\.weight|more"):
+    with pytest.raises(
+        UsageError, match=r"(?s)does not fit the architecture.*- features\.0\.weight.*\+ conv1\.weight|more"
+    ):
         new_network(small_recipe(model=Model("bundled/vgg", weights=other)), 10)

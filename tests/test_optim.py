@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ def test_warm_up_rises_to_the_peak_and_cosine_falls_to_its_final_share():
     rates = [schedule_factor("cosine", step, warmup_fraction=0.1, **SCHEDULE) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.01)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert rates[54] == pytest.approx(0.505, abs=0.01)
 
 
@@ -25,7 +27,10 @@ def test_step_and_constant():
 def test_matrices_decay_and_vectors_do_not():
     model = nn.Linear(3, 2)
     optimizer = build_optimizer(dict(model.named_parameters()), "AdamW", 1e-3, 0.1, 0.9)
-    assert [(group["names"], group["weight_decay"]) for group in optimizer.param_groups] == [(["weight"], 0.1), (["bias"], 0.0)]
+    assert [(group["names"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (["weight"], 0.1),
+        (["bias"], 0.0),
+    ]
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "RMSprop", "adagrad", "nadam", "rprop"])

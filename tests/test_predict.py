@@ -40,7 +40,9 @@ def test_a_folder_of_digits_is_read_well_a_json_line_each_in_the_order_of_names(
     assert sum(line["label"] == label for line, label in zip(lines, labels, strict=True)) >= 97
     first = lines[0]
     assert first["probability"] == first["top"][0]["probability"] and len(first["top"]) == 3
-    assert [entry["probability"] for entry in first["top"]] == sorted((e["probability"] for e in first["top"]), reverse=True)
+    assert [entry["probability"] for entry in first["top"]] == sorted(
+        (e["probability"] for e in first["top"]), reverse=True
+    )
 
 
 def test_predictions_are_those_of_the_validation_pipeline(model, trained, tmp_path, capsys):

@@ -8,7 +8,8 @@ from conftest import read
 
 from finetune import Recipe
 from finetune.cli import main
-from finetune.recipe import from_plain, load_recipe_function, shipped_recipes, to_plain
+from finetune.recipe import from_plain, to_plain
+from finetune.recipe_files import load_recipe_function, shipped_recipes
 from finetune.run import RunFolder
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.py"))

@@ -6,7 +6,6 @@ import signal
 
 import pytest
 import torch
-from PIL import Image
 from conftest import (
     DyingTerminal,
     Killed,
@@ -17,6 +16,7 @@ from conftest import (
     train_run,
     train_with_deaths,
 )
+from PIL import Image
 
 from finetune import Images, Optimizer, RunError, Schedule, Stop, StoppedEarly, Trainable, UsageError, launch
 from finetune.build import Numerics
@@ -204,8 +204,13 @@ def test_a_rewind_moves_later_files_aside_and_ends_the_same(tmp_path):
     recipe = small_recipe()
     unbroken = train_run(tmp_path / "unbroken", recipe)
     run, _ = launch.start(
-        tmp_path / "run", "test", recipe, Numerics(), Machine("cpu"),
-        Settings(save_every_steps=1, keep=20, log_every_steps=1), DyingTerminal(),
+        tmp_path / "run",
+        "test",
+        recipe,
+        Numerics(),
+        Machine("cpu"),
+        Settings(save_every_steps=1, keep=20, log_every_steps=1),
+        DyingTerminal(),
     )
     lines = resume_run(run, from_file=run.checkpoints / "step-000010.pt")
     assert "rewound to step-000010.pt" in lines[0]
@@ -218,7 +223,10 @@ def test_a_rewind_moves_later_files_aside_and_ends_the_same(tmp_path):
 def test_init_from_starts_a_new_run_from_anothers_weights(tmp_path):
     first = train_run(tmp_path / "first", small_recipe(), save_every_steps=0)
     second = train_run(
-        tmp_path / "second", small_recipe(optimizer=Optimizer(lr=1e-4)), init_from=f"{first.path}:best", save_every_steps=0
+        tmp_path / "second",
+        small_recipe(optimizer=Optimizer(lr=1e-4)),
+        init_from=f"{first.path}:best",
+        save_every_steps=0,
     )
     old, new = read(first, "best.pt")["model"], read(second)["model"]
     assert read(second)["step"] == 14
@@ -227,6 +235,8 @@ def test_init_from_starts_a_new_run_from_anothers_weights(tmp_path):
     assert torch.equal(old["classifier.1.mean"], new["classifier.1.mean"])
     again = RunFolder(tmp_path / "third")
     with pytest.raises(Killed):
-        train_run(again.path, small_recipe(optimizer=Optimizer(lr=1e-4)), init_from=f"{first.path}:best", die_after_steps=3)
+        train_run(
+            again.path, small_recipe(optimizer=Optimizer(lr=1e-4)), init_from=f"{first.path}:best", die_after_steps=3
+        )
     resume_run(again)
     assert torch.equal(read(again)["model"]["classifier.1.weight"], new["classifier.1.weight"])

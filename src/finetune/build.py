@@ -16,6 +16,7 @@ from finetune.data.loader import one_thread
 from finetune.data.order import batches_from
 from finetune.data.source import Source
 from finetune.errors import RunError, UsageError
+from finetune.files import BadFile
 from finetune.models.backbones import Backbone, find_backbone
 from finetune.models.freeze import check_rules, frozen_tensors
 from finetune.models.heads import standardise, standardised_layers
@@ -68,11 +69,11 @@ def open_data(recipe: Recipe, backbone: Backbone) -> Data:
     """
     spec = recipe.data
     source = open_images(spec.images, spec.fonts)
-    train_indices, validation_indices = split_source(
-        source, spec.validation_fraction, recipe.seed, spec.train_samples
-    )
+    train_indices, validation_indices = split_source(source, spec.validation_fraction, recipe.seed, spec.train_samples)
     if not len(validation_indices):
-        raise UsageError(f"--images {spec.images}: no class has two images, so nothing is left to validate with; add images")
+        raise UsageError(
+            f"--images {spec.images}: no class has two images, so nothing is left to validate with; add images"
+        )
     pipeline = ImagePipeline(
         source,
         spec.image_size or backbone.image_size,
@@ -99,9 +100,13 @@ def new_network(recipe: Recipe, class_count: int) -> tuple[Network, WeightsFile 
     """The recipe's network with its pretrained weights and a fresh head, on the CPU."""
     backbone = find_backbone(recipe.model.backbone)
     weights = find_weights(recipe.model.weights, backbone)
+    try:
+        tensors = read_weights(weights.path) if weights else None
+    except BadFile as error:
+        raise UsageError(f"--weights {recipe.model.weights}: {error}") from None
     network = build_network(
         backbone,
-        read_weights(weights.path) if weights else None,
+        tensors,
         f"--weights {weights.path}" if weights else "",
         head=recipe.model.head,
         class_count=class_count,
@@ -139,7 +144,9 @@ def load_from_run(network: Network, init_from: str, classes: list[str]) -> None:
         raise UsageError(f"--init-from {init_from}: {which!r} is not allowed; give RUN, RUN:best or RUN:latest")
     other, state = trained_network(RunFolder(Path(folder)), which or "best")
     if state["data"]["classes"] != classes:
-        raise RunError(f"--init-from {folder}: trained on other classes ({len(state['data']['classes'])}, here {len(classes)})")
+        raise RunError(
+            f"--init-from {folder}: trained on other classes ({len(state['data']['classes'])}, here {len(classes)})"
+        )
     own, found = network.module.state_dict(), other.module.state_dict()
     if {name: v.shape for name, v in own.items()} != {name: v.shape for name, v in found.items()}:
         raise RunError(f"--init-from {folder}: another architecture or head; use the same --backbone and --head")

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, checked when read, the newest good one found. Knows bytes and names."""
+"""Checkpoint files: written whole or not at all, checked when read, the newest good one found."""
 
 import pickle
 import re
@@ -68,7 +68,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise BadFile(f"{path} is not a checkpoint of this kit")
     if state["schema_version"] > SCHEMA_VERSION:
         raise RunError(
-            f"checkpoint {path} has schema {state['schema_version']}, this finetune knows up to {SCHEMA_VERSION}; upgrade it"
+            f"checkpoint {path} has schema {state['schema_version']}, "
+            f"this finetune knows up to {SCHEMA_VERSION}; upgrade it"
         )
     return state
 

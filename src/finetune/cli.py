@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 import docstring_parser
 import tyro
 
-from finetune import recipe as recipes
 from finetune.errors import FinetuneError, UsageError
+from finetune.recipe import Recipe, image_head
+from finetune.recipe_files import call_recipe, find_recipe_file, load_recipe_function, shipped_recipes
 
 HELP = """\
 finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit for bit.
@@ -139,13 +140,13 @@ def _documentation(function: Callable) -> dict[str, str]:
     return {param.arg_name: (param.description or "").replace("\n", " ") for param in parsed.params}
 
 
-def options_class(function: Callable[..., recipes.Recipe]) -> type:
+def options_class(function: Callable[..., Recipe]) -> type:
     """A dataclass with one field a parameter of the recipe, documented by its docstring, else by `image_head`'s.
 
     Raises:
         UsageError: a parameter without a type or a default.
     """
-    documentation = _documentation(recipes.image_head) | _documentation(function)
+    documentation = _documentation(image_head) | _documentation(function)
     fields = []
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.annotation is inspect.Parameter.empty or parameter.default is inspect.Parameter.empty:
@@ -160,10 +161,10 @@ def options_class(function: Callable[..., recipes.Recipe]) -> type:
     return dataclasses.make_dataclass("RecipeOptions", fields, frozen=True)
 
 
-def parse_recipe(name: str, arguments: Sequence[str]) -> tuple[Path, recipes.Recipe, RunOptions]:
+def parse_recipe(name: str, arguments: Sequence[str]) -> tuple[Path, Recipe, RunOptions]:
     """Load a recipe and parse its and the run's options."""
-    path = recipes.find_recipe_file(name, COMMANDS)
-    function = recipes.load_recipe_function(path)
+    path = find_recipe_file(name, COMMANDS)
+    function = load_recipe_function(path)
     recipe_class = options_class(function)
     both = dataclasses.make_dataclass(
         "Options",
@@ -176,7 +177,7 @@ def parse_recipe(name: str, arguments: Sequence[str]) -> tuple[Path, recipes.Rec
     summary = docstring_parser.parse(inspect.getdoc(function) or "").short_description or ""
     parsed = tyro.cli(both, prog=f"finetune {name}", description=summary, args=list(arguments))
     options = {field.name: getattr(parsed.recipe, field.name) for field in dataclasses.fields(recipe_class)}
-    return path, recipes.call_recipe(function, options, path), parsed.run
+    return path, call_recipe(function, options, path), parsed.run
 
 
 # ---- Commands ------------------------------------------------------------------------------------------------------
@@ -225,8 +226,10 @@ def command_summary(arguments: Sequence[str]) -> int:
 
 def command_new(arguments: Sequence[str]) -> int:
     if len(arguments) != 2:
-        raise UsageError("finetune new: needs the name of a shipped recipe and a file, as in: finetune new vgg_head my.py")
-    source, target = recipes.find_recipe_file(arguments[0]), Path(arguments[1])
+        raise UsageError(
+            "finetune new: needs the name of a shipped recipe and a file, as in: finetune new vgg_head my.py"
+        )
+    source, target = find_recipe_file(arguments[0]), Path(arguments[1])
     if target.suffix != ".py":
         raise UsageError(f"finetune new: {target} must end in .py")
     if target.exists():
@@ -250,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(HELP.format(recipes=", ".join(recipes.shipped_recipes())), end="")
+        print(HELP.format(recipes=", ".join(shipped_recipes())), end="")
         return 0 if words else 2
     if words[0] == "--version":
         from finetune import __version__

@@ -1,6 +1,5 @@
 """What each command does, once its options are parsed. Imported late: this is where torch comes in."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 from finetune import checkpoint as checkpoints
 from finetune import launch
 from finetune.build import Numerics, determining_config
-from finetune.errors import StoppedEarly, UsageError
+from finetune.errors import UsageError
 from finetune.launch import Machine
-from finetune.recipe import Recipe, differences, local_modules
+from finetune.recipe import Recipe, differences
+from finetune.recipe_files import local_modules
 from finetune.run import RunFolder, newest_unfinished
 from finetune.state import Progress
 from finetune.train import Settings
@@ -49,16 +49,21 @@ def train_recipe(path: Path, recipe: Recipe, options: Any) -> int:
     if folder is not None and RunFolder(folder).exists():
         run = RunFolder(folder)
         record = run.read_recipe()
-        has_checkpoint = bool(checkpoints.step_files(run.checkpoints)) or (run.checkpoints / checkpoints.LATEST).exists()
+        has_checkpoint = (
+            bool(checkpoints.step_files(run.checkpoints)) or (run.checkpoints / checkpoints.LATEST).exists()
+        )
         if options.resume:
             found = differences(record["config"], determining_config(recipe, numerics))
             if found:
                 raise UsageError(
-                    f"--run {folder} --resume: holds another run: {'; '.join(found)}; give its own values, or another --run"
+                    f"--run {folder} --resume: holds another run: {'; '.join(found)}; "
+                    "give its own values, or another --run"
                 )
             return finish(run, launch.resume(run, machine, terminal, settings=saving), terminal)
         if has_checkpoint:
-            raise UsageError(f"--run {folder}: already holds a run; add --resume to go on with it, or give another folder")
+            raise UsageError(
+                f"--run {folder}: already holds a run; add --resume to go on with it, or give another folder"
+            )
     settings = Settings(log_every_steps=options.log_every_steps, **saving)
     run, progress = launch.start(
         folder,
@@ -96,7 +101,9 @@ def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> int:
     """Say how it ended and what to type next. The last line is the run folder, for scripts."""
     best = progress.best
     if best:
-        terminal.say(f"\n{progress.status}: best validation {best['metric']} {best['value']:.4f} in epoch {best['epoch']}")
+        terminal.say(
+            f"\n{progress.status}: best validation {best['metric']} {best['value']:.4f} in epoch {best['epoch']}"
+        )
     terminal.say("\nnext:")
     terminal.say(f"  finetune export {run.path}                 weights that stock torchvision loads")
     terminal.say(f"  finetune resume {run.path} --epochs 30     train longer (after a crash: without --epochs)")
@@ -116,7 +123,9 @@ def export_run(options: Any) -> int:
     suffix = "." + options.format
     output = Path(options.output) if options.output else run.path / f"model{suffix}"
     if output.suffix != suffix:
-        raise UsageError(f"--output {output}: must end in {suffix}, or give --format {output.suffix.lstrip('.') or 'pt'}")
+        raise UsageError(
+            f"--output {output}: must end in {suffix}, or give --format {output.suffix.lstrip('.') or 'pt'}"
+        )
     report = export(run, options.from_, output)
     print(report.text(), file=sys.stderr)
     print(output)

@@ -1,4 +1,4 @@
-"""Bytes on disk: atomic writes, a checksum trailer, hard links, one lock a run. Everything that writes comes through here."""
+"""Bytes on disk: atomic writes, a checksum trailer, hard links, one lock a run. Everything that writes comes here."""
 
 import hashlib
 import json
@@ -158,7 +158,7 @@ def verify_trailer(path: Path) -> None:
         trailer = stream.read(TRAILER_BYTES)
     if not trailer.startswith(TRAILER_MAGIC):
         raise BadFile(f"{path} has no checksum at its end: truncated, or not a checkpoint of this kit")
-    if trailer[len(TRAILER_MAGIC):] != digest.encode():
+    if trailer[len(TRAILER_MAGIC) :] != digest.encode():
         raise BadFile(f"{path} is damaged: its content does not match its checksum")
 
 

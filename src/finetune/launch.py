@@ -192,7 +192,9 @@ def resume(
                 state |= progress_to_plain(progress)
                 checkpoints.write_checkpoint(run.checkpoints, state, is_best=False, keep=run_settings.keep)
             if progress.status != "running":
-                terminal.say(f"run {run.path} is {progress.status} at step {progress.step}; to train longer: --epochs N")
+                terminal.say(
+                    f"run {run.path} is {progress.status} at step {progress.step}; to train longer: --epochs N"
+                )
                 return progress
             job = resumed_job(run, recipe, numerics, machine, state, images, terminal)
             if progress.best and not (run.checkpoints / checkpoints.BEST).exists():
@@ -252,7 +254,9 @@ def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_sam
     """
     if not epochs:
         if lr:
-            raise UsageError(f"--lr {lr}: at a resume only together with --epochs; for other rates: --init-from RUN:best")
+            raise UsageError(
+                f"--lr {lr}: at a resume only together with --epochs; for other rates: --init-from RUN:best"
+            )
         return False
     _, _, end_step = count_steps(recipe, train_samples, progress)
     extension = {"from_step": end_step, "epochs": epochs, "lr": lr}
@@ -326,13 +330,15 @@ def describe(run: RunFolder, job: Job, resumed: dict[str, Any] | None) -> dict[s
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return {
         "backbone": f"{recipe.model.backbone} ({job.weights_text})",
-        "frozen": f"{frozen_count:,} parameters in {sum(name in frozen for name in parameters)} tensors, held in eval mode",
+        "frozen": f"{frozen_count:,} parameters in {len(parameters) - len(trainable)} tensors, held in eval mode",
         "trainable": f"{trainable_count:,} parameters in {shown}",
         "data": (
             f"{recipe.data.images}: {len(data.train):,} to train on, {len(data.validation):,} to validate, "
             f"{data.class_count} classes, {data.pipeline.image_size} px, augment {recipe.data.augment}"
         ),
-        "training": f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}",
+        "training": (
+            f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
+        ),
         "device": f"{job.device}, {job.numerics.precision}, {torch.get_num_threads()} threads",
         "run folder": str(run.path),
     }

@@ -70,7 +70,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
     names = [name for group in optimizer.param_groups for name in group["names"]]
     positions = [position for group in current["param_groups"] for position in group["params"]]
     current["state"] = {
-        position: saved["state"][name] for position, name in zip(positions, names, strict=True) if name in saved["state"]
+        position: saved["state"][name]
+        for position, name in zip(positions, names, strict=True)
+        if name in saved["state"]
     }
     optimizer.load_state_dict(current)
 

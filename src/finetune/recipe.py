@@ -4,15 +4,8 @@ No import of torch here: help, summaries and search workers make recipes freely.
 """
 
 import dataclasses
-import difflib
-import importlib.util
-import inspect
-import sys
-import types
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import UsageError
@@ -179,12 +172,22 @@ def check_ranges(recipe: Recipe) -> None:
         ("batch-size", recipe.batch_size, recipe.batch_size >= 1, "1 or more"),
         ("validate-every-steps", recipe.validate_every_steps, recipe.validate_every_steps >= 0, "0 or more"),
         ("seed", recipe.seed, recipe.seed >= 0, "0 or more"),
-        ("image-size", data.image_size, data.image_size == 0 or data.image_size >= 8, "0 (the backbone's) or 8 or more"),
+        (
+            "image-size",
+            data.image_size,
+            data.image_size == 0 or data.image_size >= 8,
+            "0 (the backbone's) or 8 or more",
+        ),
         ("train-samples", data.train_samples, data.train_samples >= 0, "0 (all) or more"),
         ("validation-fraction", data.validation_fraction, 0 < data.validation_fraction < 1, "between 0 and 1"),
         ("dropout", recipe.model.dropout, 0 <= recipe.model.dropout < 1, "0 up to, not including, 1"),
         ("head-width", recipe.model.head_width, recipe.model.head_width >= 1, "1 or more"),
-        ("label-smoothing", recipe.task.label_smoothing, 0 <= recipe.task.label_smoothing < 1, "0 up to, not including, 1"),
+        (
+            "label-smoothing",
+            recipe.task.label_smoothing,
+            0 <= recipe.task.label_smoothing < 1,
+            "0 up to, not including, 1",
+        ),
         ("lr", optimizer.lr, 0 < optimizer.lr < float("inf"), "more than 0"),
         ("weight-decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "0 or more"),
         ("clip-norm", optimizer.clip_norm, optimizer.clip_norm >= 0, "0 (off) or more"),
@@ -261,9 +264,7 @@ def image_head(
     """
     return Recipe(
         model=Model(backbone=backbone, weights=weights, head=head, dropout=dropout),
-        data=Images(
-            images=images, image_size=image_size, augment=augment, train_samples=training.train_samples
-        ),
+        data=Images(images=images, image_size=image_size, augment=augment, train_samples=training.train_samples),
         task=Classification(label_smoothing=training.label_smoothing, class_weights=training.class_weights),
         optimizer=Optimizer(
             name=training.optimizer,
@@ -286,9 +287,7 @@ def image_head(
 
 def to_plain(recipe: Recipe) -> dict[str, Any]:
     """Dicts, lists, strings and numbers only: equal to what JSON gives back."""
-    return {
-        field.name: _plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)
-    }
+    return {field.name: _plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
 
 
 def _plain(value: Any) -> Any:
@@ -312,7 +311,9 @@ def _from_plain(kind: type, plain: dict[str, Any]) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = [name for name in plain if name not in fields]
     if unknown:
-        raise UsageError(f"the saved recipe has unknown fields {', '.join(unknown)}; a newer finetune wrote it: upgrade")
+        raise UsageError(
+            f"the saved recipe has unknown fields {', '.join(unknown)}; a newer finetune wrote it: upgrade"
+        )
     values = {}
     for name, value in plain.items():
         field_type = fields[name].type
@@ -334,104 +335,3 @@ def differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") 
         elif old != new:
             lines.append(f"{prefix}{name}: {old!r} in the run, {new!r} now")
     return lines
-
-
-# ---- Recipe files ----------------------------------------------------------------------------------------------
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Name to file of the recipes that come with the kit."""
-    inside = Path(__file__).parent / "recipes"
-    folder = inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.py"))}
-
-
-def find_recipe_file(name: str, other_names: typing.Iterable[str] = ()) -> Path:
-    """The file that RECIPE means: a path, or the name of a shipped recipe.
-
-    Args:
-        other_names: further words that the user may have meant (commands), for the error.
-
-    Raises:
-        UsageError: neither; names the nearest.
-    """
-    shipped = shipped_recipes()
-    path = Path(name)
-    if path.is_file():
-        return path
-    if name in shipped:
-        return shipped[name]
-    nearest = difflib.get_close_matches(path.stem, [*shipped, *other_names], n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}?" if nearest else "give a recipe file or one of those"
-    raise UsageError(f"{name}: no such file, command or recipe; shipped recipes are {', '.join(shipped)}; {hint}")
-
-
-def load_recipe_function(path: Path) -> Callable[..., Recipe]:
-    """Run a recipe file and return its `recipe` function. Modules beside the file can be imported by it.
-
-    Raises:
-        UsageError: the file fails, or defines no such function.
-    """
-    path = path.resolve()
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"recipe {path}: not a Python file; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises is the file's fault, and said so
-        where = _last_line_in(error, path)
-        raise UsageError(f"recipe {path}{where}: {type(error).__name__}: {error}; mend the file") from error
-    finally:
-        sys.path.remove(str(path.parent))
-    function = getattr(module, "recipe", None)
-    if not inspect.isfunction(function):
-        raise UsageError(f"recipe {path}: defines no function 'recipe(...) -> Recipe'; add one, or see 'finetune new'")
-    return function
-
-
-def _last_line_in(error: BaseException, path: Path) -> str:
-    if isinstance(error, SyntaxError) and error.lineno:
-        return f", line {error.lineno}"
-    line, trace = 0, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f", line {line}" if line else ""
-
-
-def call_recipe(function: Callable[..., Recipe], options: dict[str, Any], path: Path) -> Recipe:
-    """Call a recipe function and check what it returns.
-
-    Raises:
-        UsageError: it returns something else than a Recipe, or fails.
-    """
-    try:
-        recipe = function(**options)
-    except UsageError:
-        raise
-    except Exception as error:  # see load_recipe_function
-        where = _last_line_in(error, path.resolve())
-        raise UsageError(f"recipe {path}{where}: {type(error).__name__}: {error}; mend the file") from error
-    if not isinstance(recipe, Recipe):
-        raise UsageError(
-            f"recipe {path}: returned {type(recipe).__name__}, not a Recipe; return image_head(...) or Recipe(...)"
-        )
-    return recipe
-
-
-def local_modules(path: Path) -> list[Path]:
-    """The recipe file and every module that it imported from its own folder or below."""
-    folder = path.resolve().parent
-    files = {path.resolve()}
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if isinstance(module, types.ModuleType) and file:
-            file_path = Path(file).resolve()
-            inside = file_path.is_relative_to(folder) and file_path.suffix == ".py"
-            if inside and "site-packages" not in file_path.relative_to(folder).parts:
-                files.add(file_path)
-    shipped = Path(__file__).parent.resolve()
-    return sorted(file for file in files if file == path.resolve() or not file.is_relative_to(shipped))

@@ -103,7 +103,7 @@ def make_folder(run: RunFolder, record: dict[str, Any], code: list[Path]) -> Non
 
 
 def run_status(run: RunFolder) -> str:
-    """"new" (no checkpoint yet), "damaged", or the status in the newest checkpoint."""
+    """ "new" (no checkpoint yet), "damaged", or the status in the newest checkpoint."""
     path = run.checkpoints / LATEST
     if not path.is_file():
         return "new"
@@ -126,7 +126,9 @@ def newest_unfinished() -> RunFolder:
         if run_status(run) not in ("finished", "stopped early"):
             return run
     found = f"{len(runs)} run(s) there, all finished" if runs else "no run there"
-    raise UsageError(f"no unfinished run in {RUNS_FOLDER.resolve()} ({found}); give the run's folder: finetune resume RUN")
+    raise UsageError(
+        f"no unfinished run in {RUNS_FOLDER.resolve()} ({found}); give the run's folder: finetune resume RUN"
+    )
 
 
 def _changed(path: Path) -> float:

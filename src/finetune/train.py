@@ -225,7 +225,9 @@ def train(
     trainable, optimizer, frozen_hash = start_phase(phase_epoch)
     if resumed:
         if trainable != resumed["frozen"]["trainable"]:
-            raise RunError(f"what trains now is not what trained: {sorted(set(trainable) ^ set(resumed['frozen']['trainable']))}")
+            raise RunError(
+                f"what trains now is not what trained: {sorted(set(trainable) ^ set(resumed['frozen']['trainable']))}"
+            )
         if frozen_hash != resumed["frozen"]["sha256"]:
             raise RunError("the frozen tensors are not those the run trained on: their sha256 differs; restore frozen/")
         load_optimizer_state(optimizer, resumed["optimizer"])
@@ -245,23 +247,29 @@ def train(
         nonlocal last_saved
         finite_epoch_loss()
         metrics_file.sync()
-        state = identity | progress_to_plain(progress) | {
-            "model": {k: v.detach().cpu().clone() for k, v in changeable_tensors(model, rules, phase_epoch).items()},
-            "frozen": {
-                "parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
-                "trainable": trainable,
-                "modules_in_eval": held_in_eval,
-                "epoch": phase_epoch,
-                "phase": phase,
-                "sha256": frozen_hash,
-            },
-            "optimizer": optimizer_state(optimizer),
-            "scaler": scaler.state_dict(),
-            "rng": capture_generators(),
-            "retention": {"keep": settings.keep},
-            "trackers": {},
-            "versions": numeric_environment(device),
-        }
+        state = (
+            identity
+            | progress_to_plain(progress)
+            | {
+                "model": {
+                    k: v.detach().cpu().clone() for k, v in changeable_tensors(model, rules, phase_epoch).items()
+                },
+                "frozen": {
+                    "parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
+                    "trainable": trainable,
+                    "modules_in_eval": held_in_eval,
+                    "epoch": phase_epoch,
+                    "phase": phase,
+                    "sha256": frozen_hash,
+                },
+                "optimizer": optimizer_state(optimizer),
+                "scaler": scaler.state_dict(),
+                "rng": capture_generators(),
+                "retention": {"keep": settings.keep},
+                "trackers": {},
+                "versions": numeric_environment(device),
+            }
+        )
         write_checkpoint(run.checkpoints, state, is_best=is_best, keep=settings.keep)
         last_saved = time.monotonic()
         terminal.saved()

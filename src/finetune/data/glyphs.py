@@ -182,7 +182,5 @@ def _blur(pixels: Tensor, sigma_pixels: Tensor) -> Tensor:
     kernels = torch.exp(-0.5 * (offsets / sigma_pixels.clamp(min=0.05)[:, None]) ** 2)
     kernels = kernels / kernels.sum(dim=1, keepdim=True)
     batch = len(pixels)
-    rows = functional.conv2d(
-        pixels.transpose(0, 1), kernels.view(batch, 1, 1, -1), padding=(0, radius), groups=batch
-    )
+    rows = functional.conv2d(pixels.transpose(0, 1), kernels.view(batch, 1, 1, -1), padding=(0, radius), groups=batch)
     return functional.conv2d(rows, kernels.view(batch, 1, -1, 1), padding=(radius, 0), groups=batch).transpose(0, 1)

@@ -101,7 +101,8 @@ def stage(i, o, stride):
     return nn.Sequential(BasicBlock(i, o, stride, shortcut))
 model = ResNet(BasicBlock, [1, 1, 1, 1])
 model.conv1, model.bn1 = nn.Conv2d(3, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48)
-model.layer1, model.layer2, model.layer3, model.layer4 = stage(48, 48, 1), stage(48, 96, 2), stage(96, 192, 2), nn.Identity()
+model.layer1, model.layer2 = stage(48, 48, 1), stage(48, 96, 2)
+model.layer3, model.layer4 = stage(96, 192, 2), nn.Identity()
 model.avgpool, model.fc = nn.AdaptiveAvgPool2d({POOLED_PIXELS}), nn.Linear(768, {{classes}})"""
 
 # Mean and standard deviation of the distorted glyphs that both were trained on.

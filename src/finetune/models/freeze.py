@@ -139,4 +139,3 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
         # A byte view that works for every type, bfloat16 included, and for tensors without dimensions.
         sha256.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
-

@@ -70,7 +70,9 @@ def build_network(
         old_class_count = class_count
     elif not old_class_count:
         if state is None or f"{head_path}.weight" not in state:
-            raise UsageError("--head append needs pretrained weights with their old head; give --weights, or --head linear")
+            raise UsageError(
+                "--head append needs pretrained weights with their old head; give --weights, or --head linear"
+            )
         old_class_count = len(state[f"{head_path}.weight"])
     with keyed_generator("model", seed):
         module = backbone.build(old_class_count)

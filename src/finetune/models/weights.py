@@ -1,5 +1,6 @@
 """Pretrained weights: find the file, read it safely, load it so that nothing is missing but what may be."""
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune.errors import UsageError
-from finetune.files import sha256_of_file
+from finetune.files import BadFile, sha256_of_file
 from finetune.models.backbones import Backbone
+
+# What a damaged file makes of torch's and safetensors' readers.
+UNREADABLE = (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ def find_weights(weights: str, backbone: Backbone) -> WeightsFile | None:
     path = backbone.weights_file if weights == "default" else Path(weights)
     if path is None or not path.is_file():
         raise UsageError(
-            f"--weights {weights}: no file {path}; allowed are 'default', 'none' (random), or a .safetensors or .pt file"
+            f"--weights {weights}: no file {path}; "
+            "allowed are 'default', 'none' (random), or a .safetensors or .pt file"
         )
     reference = backbone.name if weights == "default" else ""
     return WeightsFile(path, sha256_of_file(path), reference)
@@ -43,21 +48,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from a .safetensors or .pt file. Runs no code from it.
 
     Raises:
-        UsageError: not such a file, or one that would run code.
+        BadFile: not such a file, or one that would run code.
     """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UsageError(f"--weights {path}: cannot be read ({str(error).splitlines()[0]})") from None
-    except Exception as error:  # pickle.UnpicklingError, and what a damaged pickle makes of itself
-        raise UsageError(
-            f"--weights {path}: refused, it is not plain tensors ({str(error).splitlines()[0]}); "
-            "give a .safetensors file or a .pt that holds a state dict"
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise BadFile(
+            f"{path} is refused: it holds more than plain tensors, which could run code; "
+            "give a .safetensors file, or a .pt that holds a state dict"
         ) from None
+    except UNREADABLE as error:
+        raise BadFile(f"{path} cannot be read ({str(error).strip().splitlines()[0][:200]}); restore it") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UsageError(f"--weights {path}: does not hold a state dict (names to tensors)")
+        raise BadFile(f"{path} does not hold a state dict (names to tensors)")
     return state
 
 
@@ -87,7 +90,5 @@ def load_backbone_weights(model: nn.Module, state: dict[str, Tensor], head: list
         lines = [f"  - {name}" for name in missing] + [f"  + {name}" for name in extra] + [f"  ~ {s}" for s in shapes]
         shown = "\n".join(lines[:20] + ([f"  ... {len(lines) - 20} more"] if len(lines) > 20 else []))
         raise UsageError(f"{source} does not fit the architecture (- missing, + unknown, ~ other shape):\n{shown}")
-    fitting = {
-        name: value for name, value in state.items() if name in own and value.shape == own[name].shape
-    }
+    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     model.load_state_dict(fitting, strict=False)
