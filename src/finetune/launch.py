@@ -31,10 +31,11 @@ from finetune.losses import balanced_class_weights
 from finetune.models.backbones import find_backbone
 from finetune.models.freeze import frozen_tensors
 from finetune.models.network import Network, store_frozen
+from finetune.optim import find_optimizer
 from finetune.recipe import Recipe
 from finetune.run import RunFolder, make_folder, next_folder
 from finetune.state import Progress, environment_differences, progress_from_plain, progress_to_plain, seed_generators
-from finetune.train import Settings, count_steps, pick_device, set_numerics, train
+from finetune.train import Settings, count_steps, learning_rate, pick_device, set_numerics, train
 from finetune.watch.progress import Terminal
 
 
@@ -110,6 +111,7 @@ def start(
     # Everything that can be wrong is looked at before a folder is made.
     device = pick_device(machine.device)
     check_precision(numerics.precision, device)
+    find_optimizer(recipe.optimizer.name)
     set_numerics(numerics.deterministic)
     data = open_data(recipe, find_backbone(recipe.model.backbone))
     network, weights = new_network(recipe, data.class_count)
@@ -250,7 +252,7 @@ def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_sam
     """Record `--epochs N` as a phase of its own behind the schedule's first horizon. False when nothing was asked.
 
     Raises:
-        UsageError: fewer epochs than the run has already, or a rate without epochs.
+        UsageError: fewer epochs than the run has already, a rate without epochs, or no rate at all.
     """
     if not epochs:
         if lr:
@@ -258,12 +260,15 @@ def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_sam
                 f"--lr {lr}: at a resume only together with --epochs; for other rates: --init-from RUN:best"
             )
         return False
-    _, _, end_step = count_steps(recipe, train_samples, progress)
+    steps_per_epoch, horizon_steps, end_step = count_steps(recipe, train_samples, progress)
     extension = {"from_step": end_step, "epochs": epochs, "lr": lr}
     progress.extensions.append(extension)
-    steps_per_epoch, _, new_end = count_steps(recipe, train_samples, progress)
+    _, _, new_end = count_steps(recipe, train_samples, progress)
     if new_end <= end_step:
         raise UsageError(f"--epochs {epochs}: the run has {-(-end_step // steps_per_epoch)} already; give more")
+    at_the_end = dataclasses.replace(progress, step=end_step)
+    if learning_rate(recipe, at_the_end, steps_per_epoch, horizon_steps) == 0:
+        raise UsageError(f"--epochs {epochs}: the recipe's final rate is 0, so nothing would train; give --lr as well")
     progress.status = "running"
     progress.validations_without_best = 0
     progress.history.append({"event": "extend", "step": progress.step, "epoch": progress.epoch} | extension)

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from finetune.errors import UsageError
 
 
-def _find_optimizer(name: str) -> type[torch.optim.Optimizer]:
+def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The class of torch.optim with that name, in any case.
+
+    Raises:
+        UsageError: there is none, or it needs a closure (LBFGS); names the nearest.
+    """
     classes = {
         key.lower(): value
         for key, value in vars(torch.optim).items()
@@ -34,9 +39,9 @@ def build_optimizer(
         name: of a class in torch.optim, in any case. It gets those of the other arguments that it takes.
 
     Raises:
-        UsageError: unknown name, or a class that needs more than these (LBFGS wants a closure).
+        UsageError: see `find_optimizer`.
     """
-    kind = _find_optimizer(name)
+    kind = find_optimizer(name)
     takes = inspect.signature(kind).parameters
     offered = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
     arguments = {key: value for key, value in offered.items() if key in takes}

@@ -51,7 +51,7 @@ def summary_text(recipe: Recipe) -> str:
         col_names=("output_size", "num_params", "trainable"),
         row_settings=("var_names", "depth"),
         depth=4,
-        mode="same",
+        mode="eval",
         verbose=0,
     )
     counts = {True: 0, False: 0}

@@ -202,7 +202,6 @@ def train(
     batchnorm = recipe.trainable.batchnorm
     parts = recipe.optimizer.accumulate
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    metrics_file = MetricsFile(run.metrics_file, progress.step if resumed else -1)
     last_saved = time.monotonic()
     held_in_eval: list[str] = []
 
@@ -301,6 +300,7 @@ def train(
         batches = itertools.islice(batches, end_step - progress.step)
         return loader.batches(Request(batch.tolist(), augment_epoch=progress.epoch) for batch in batches)
 
+    metrics_file = MetricsFile(run.metrics_file, progress.step if resumed else -1)
     # Last of all: whatever was built above may have drawn random numbers.
     if resumed:
         restore_generators(resumed["rng"])
