@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 import docstring_parser
 import tyro
 
-from finetune.errors import FinetuneError, UsageError
+from finetune.errors import FinetuneError, StoppedEarly, UsageError
 from finetune.recipe import Recipe, image_head
 from finetune.recipe_files import call_recipe, find_recipe_file, load_recipe_function, shipped_recipes
 
@@ -267,6 +268,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FinetuneError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        # While training, Ctrl-C is a request that saves; here nothing had begun that could be lost.
+        print("finetune: interrupted before the first step; the same command starts again", file=sys.stderr)
+        return StoppedEarly.exit_code
+    except BrokenPipeError:
+        # Whoever read our output went away (`finetune --help | head`): that is no failure worth a traceback.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the interpreter's own flush at exit
+        return 0
 
 
 if __name__ == "__main__":

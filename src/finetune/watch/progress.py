@@ -5,7 +5,7 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +28,13 @@ class Terminal:
         self.started = self.last_saved = time.monotonic()
         self.samples = 0
 
+    def _print(self, what: RenderableType) -> None:
+        """Print, or fall silent for good when nobody reads any more: showing can never stop a run."""
+        try:
+            self.console.print(what)
+        except OSError:
+            self.console.quiet = True
+
     def begin(self, facts: dict[str, str], step: int, total_steps: int) -> None:
         """Show the facts of the run.
 
@@ -39,7 +46,7 @@ class Terminal:
         table.add_column(overflow="fold")
         for label, text in facts.items():
             table.add_row(label, Text(text))
-        self.console.print(table)
+        self._print(table)
         if self.console.is_terminal and not self.console.quiet:
             self.bar = Progress(
                 TextColumn("{task.description}"),
@@ -56,7 +63,7 @@ class Terminal:
         self.started = time.monotonic()
 
     def say(self, text: str) -> None:
-        self.console.print(Text(text))
+        self._print(Text(text))
 
     def step(self, step: int, epoch: int, epochs: int, samples: int) -> None:
         """After each optimizer step: nothing that makes a device wait."""
@@ -71,7 +78,7 @@ class Terminal:
     def validated(self, epoch: int, epochs: int, values: dict[str, Any], is_best: bool) -> None:
         parts = [f"epoch {epoch:>{len(str(epochs))}}/{epochs}"]
         parts += [f"{name} {value:.4f}" for name, value in values.items()]
-        self.console.print(Text("  ".join(parts) + ("  best" if is_best else "")))
+        self._print(Text("  ".join(parts) + ("  best" if is_best else "")))
 
     def saved(self) -> None:
         self.last_saved = time.monotonic()
