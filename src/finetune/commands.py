@@ -105,9 +105,16 @@ def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> int:
             f"\n{progress.status}: best validation {best['metric']} {best['value']:.4f} in epoch {best['epoch']}"
         )
     terminal.say("\nnext:")
-    terminal.say(f"  finetune export {run.path}                 weights that stock torchvision loads")
-    terminal.say(f"  finetune resume {run.path} --epochs 30     train longer (after a crash: without --epochs)")
-    terminal.say("  finetune vgg_head --images FOLDER          your own images, one sub-folder a class\n")
+    longer = 2 * max(progress.epoch, 1)
+    hints = {
+        f"finetune export {run.path}": "weights that stock torchvision loads",
+        f"finetune resume {run.path} --epochs {longer}": "train longer; after a crash, without --epochs",
+        "finetune vgg_head --images FOLDER": "your own images, one sub-folder a class",
+    }
+    width = max(map(len, hints))
+    for command, meaning in hints.items():
+        terminal.say(f"  {command:<{width}}  {meaning}")
+    terminal.say("")
     print(run.path)
     return 0
 

@@ -299,7 +299,8 @@ def run_job(
     ]
     rules = job.network.rules(recipe.trainable.rules)
     _, _, end_step = count_steps(recipe, len(data.train), progress)
-    terminal.begin(describe(run, job, resumed), progress.step, end_step)
+    epoch = resumed["frozen"]["epoch"] if resumed else 0
+    terminal.begin(describe(run, job), describe_freeze(job, epoch), progress.step, end_step)
     with listen_for_signals() as stop:
         return train(
             run,
@@ -322,21 +323,11 @@ def run_job(
         )
 
 
-def describe(run: RunFolder, job: Job, resumed: dict[str, Any] | None) -> dict[str, str]:
+def describe(run: RunFolder, job: Job) -> dict[str, str]:
     """The facts of a run for the table at its start."""
-    module, recipe, data = job.network.module, job.recipe, job.data
-    epoch = resumed["frozen"]["epoch"] if resumed else 0
-    frozen = frozen_tensors(module, job.network.rules(recipe.trainable.rules), epoch)
-    parameters = dict(module.named_parameters())
-    frozen_count = sum(value.numel() for name, value in parameters.items() if name in frozen)
-    trainable = [name for name in parameters if name not in frozen]
-    trainable_count = sum(parameters[name].numel() for name in trainable)
-    names = sorted({name.rpartition(".")[0] for name in trainable})
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    recipe, data = job.recipe, job.data
     return {
         "backbone": f"{recipe.model.backbone} ({job.weights_text})",
-        "frozen": f"{frozen_count:,} parameters in {len(parameters) - len(trainable)} tensors, held in eval mode",
-        "trainable": f"{trainable_count:,} parameters in {shown}",
         "data": (
             f"{recipe.data.images}: {len(data.train):,} to train on, {len(data.validation):,} to validate, "
             f"{data.class_count} classes, {data.pipeline.image_size} px, augment {recipe.data.augment}"
@@ -347,3 +338,16 @@ def describe(run: RunFolder, job: Job, resumed: dict[str, Any] | None) -> dict[s
         "device": f"{job.device}, {job.numerics.precision}, {torch.get_num_threads()} threads",
         "run folder": str(run.path),
     }
+
+
+def describe_freeze(job: Job, epoch: int) -> list[tuple[str, int, str]]:
+    """(modules, parameters, what becomes of them) in the network's order: frozen ones by their uppermost module."""
+    rules = job.network.rules(job.recipe.trainable.rules)
+    frozen = frozen_tensors(job.network.module, rules, epoch)
+    rows: dict[tuple[str, bool], int] = {}
+    for name, parameter in job.network.module.named_parameters():
+        path = name.partition(".")[0] if name in frozen else name.rpartition(".")[0]
+        rows[path, name in frozen] = rows.get((path, name in frozen), 0) + parameter.numel()
+    if all(not is_frozen for _, is_frozen in rows):
+        return [("all modules", sum(rows.values()), "trains")]
+    return [(path, count, "frozen, in eval mode" if held else "trains") for (path, held), count in rows.items()]

@@ -5,6 +5,7 @@ import sys
 import time
 from typing import Any
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -35,11 +36,12 @@ class Terminal:
         except OSError:
             self.console.quiet = True
 
-    def begin(self, facts: dict[str, str], step: int, total_steps: int) -> None:
-        """Show the facts of the run.
+    def begin(self, facts: dict[str, str], modules: list[tuple[str, int, str]], step: int, total_steps: int) -> None:
+        """Show the facts of the run and what of the network is frozen.
 
         Args:
             facts: label to text, in order.
+            modules: (path, parameters, state) rows.
         """
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="bold", no_wrap=True)
@@ -47,6 +49,7 @@ class Terminal:
         for label, text in facts.items():
             table.add_row(label, Text(text))
         self._print(table)
+        self._print(self._freeze_table(modules))
         if self.console.is_terminal and not self.console.quiet:
             self.bar = Progress(
                 TextColumn("{task.description}"),
@@ -61,6 +64,16 @@ class Terminal:
             self.task = self.bar.add_task("starting", total=total_steps, completed=step, figures="")
             self.bar.start()
         self.started = time.monotonic()
+
+    @staticmethod
+    def _freeze_table(modules: list[tuple[str, int, str]]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("module", overflow="fold")
+        table.add_column("parameters", justify="right")
+        table.add_column("state")
+        for path, count, state in modules:
+            table.add_row(Text(path), f"{count:,}", state)
+        return table
 
     def say(self, text: str) -> None:
         self._print(Text(text))
