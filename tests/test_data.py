@@ -5,7 +5,7 @@ import torch
 from conftest import small_recipe
 from PIL import Image
 
-from finetune import UsageError
+from finetune import Images, UsageError
 from finetune.build import open_data
 from finetune.data.decode import read_image
 from finetune.data.digits import load_digits
@@ -92,6 +92,16 @@ def test_a_broken_image_is_named(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not an image")
     with pytest.raises(RunError, match=r"image .*broken\.jpg cannot be decoded"):
         read_image(tmp_path / "broken.jpg")
+
+
+def test_a_broken_image_met_by_a_worker_is_the_same_one_line(tmp_path):
+    folder = make_folder(tmp_path / "data", {"a": 4, "b": 4})
+    (folder / "b" / "00.png").write_bytes(b"broken")
+    data = open_data(small_recipe(data=Images(str(folder))), find_backbone("bundled/vgg"))
+    loader = Loader(data.pipeline, 1, "auto", pin_memory=False)
+    with pytest.raises(RunError, match=r"image .*00\.png cannot be decoded") as error:
+        list(loader.batches([Request(list(range(8)))]))
+    assert "\n" not in str(error.value)
 
 
 def make_folder(path, classes: dict[str, int]):

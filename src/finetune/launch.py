@@ -120,6 +120,9 @@ def start(
     text = f"{weights.path.name}, sha256 {weights.sha256[:12]}" if weights else "random"
     if init_from:
         text = f"from {init_from}"
+    network.module.to(device, memory_format=torch.channels_last)
+    if not init_from:
+        standardise_head(network.module, data, device)
     job = Job(recipe, numerics, network, data, device, text)
     record = {
         "name": name,
@@ -136,9 +139,6 @@ def start(
         frozen = frozen_tensors(network.module, network.rules(recipe.trainable.rules), 0)
         store_frozen(run.frozen, None if init_from else weights, frozen, copy_frozen)
         seed_generators(key("train", recipe.seed))
-        network.module.to(device, memory_format=torch.channels_last)
-        if not init_from:
-            standardise_head(network.module, data, device)
         progress = Progress(history=[{"event": "start", "step": 0, "epoch": 0}])
         return run, run_job(run, job, progress, None, machine, settings, terminal)
 

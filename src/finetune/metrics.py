@@ -15,7 +15,7 @@ def confusion_matrix(predicted: Tensor, targets: Tensor, class_count: int) -> Te
 
 def accuracy(confusion: Tensor) -> float:
     """Share of samples on the diagonal."""
-    return (confusion.diagonal().sum() / confusion.sum().clamp(min=1)).item()
+    return confusion.diagonal().sum().item() / max(confusion.sum().item(), 1)
 
 
 def per_class_f1(confusion: Tensor) -> Tensor:

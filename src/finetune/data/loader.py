@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.data.images import ImagePipeline, Request
+from finetune.errors import FinetuneError
 
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
 
@@ -20,8 +21,12 @@ class _PipelineDataset(Dataset):
     def __init__(self, pipeline: ImagePipeline):
         self.pipeline = pipeline
 
-    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
-        return self.pipeline.fetch(request)
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor] | FinetuneError:
+        try:
+            return self.pipeline.fetch(request)
+        except FinetuneError as error:
+            # Raised in a worker, it would reach the user as that worker's traceback.
+            return error
 
 
 class _Requests:
@@ -89,4 +94,7 @@ class Loader:
                 yield batch
         else:
             self._requests.requests = requests
-            yield from self._loader
+            for batch in self._loader:
+                if isinstance(batch, FinetuneError):
+                    raise batch
+                yield batch
