@@ -15,6 +15,7 @@ from finetune.data.images import ImagePipeline, Request, open_images, split_sour
 from finetune.data.loader import one_thread
 from finetune.data.order import batches_from
 from finetune.data.source import Source
+from finetune.device import to_device
 from finetune.errors import RunError, UsageError
 from finetune.files import BadFile
 from finetune.models.backbones import Backbone, find_backbone
@@ -24,7 +25,6 @@ from finetune.models.network import Network, build_network, load_frozen
 from finetune.models.weights import WeightsFile, find_weights, read_weights
 from finetune.recipe import Recipe, differences, from_plain, to_plain
 from finetune.run import RunFolder
-from finetune.train import to_device
 
 # Enough samples for a mean and a deviation; more would only cost time.
 STANDARDISE_SAMPLES = 16_384

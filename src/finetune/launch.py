@@ -24,6 +24,7 @@ from finetune.build import (
 from finetune.data.loader import Loader
 from finetune.data.order import key
 from finetune.data.source import class_counts
+from finetune.device import check_precision, pick_device, set_numerics
 from finetune.errors import UsageError
 from finetune.files import hold_lock, remove_leftovers
 from finetune.guard import listen_for_signals
@@ -35,7 +36,7 @@ from finetune.optim import find_optimizer
 from finetune.recipe import Recipe
 from finetune.run import RunFolder, make_folder, next_folder
 from finetune.state import Progress, environment_differences, progress_from_plain, progress_to_plain, seed_generators
-from finetune.train import Settings, count_steps, learning_rate, pick_device, set_numerics, train
+from finetune.train import Settings, count_steps, learning_rate, train
 from finetune.watch.progress import Terminal
 
 
@@ -52,11 +53,6 @@ class Machine:
     device: str = "auto"
     workers: int = 0
     worker_start: str = "auto"
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    if precision == "fp16" and device.type != "cuda":
-        raise UsageError(f"--precision fp16: not on {device.type}; allowed there are fp32 and bf16")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.decode import IMAGE_SUFFIXES, normalise, read_image, resize
+from finetune.device import pick_device
 from finetune.errors import RunError, UsageError
 from finetune.export import load, read_description
-from finetune.train import pick_device
 
 
 def image_files(inputs: Iterable[str]) -> Iterator[Path]:

@@ -1,9 +1,7 @@
 """The training loop, top to bottom. Helpers are leaf functions; what survives a restart is in `state.Progress`."""
 
-import contextlib
 import itertools
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +14,8 @@ from finetune.checkpoint import write_checkpoint
 from finetune.data.images import Request
 from finetune.data.loader import Loader
 from finetune.data.order import batches_from, epoch_order
-from finetune.errors import RunError, StoppedEarly, UsageError
+from finetune.device import autocast, to_device
+from finetune.errors import RunError, StoppedEarly
 from finetune.guard import StopRequest
 from finetune.losses import classification_losses
 from finetune.metrics import accuracy, confusion_matrix, macro_f1
@@ -47,7 +46,6 @@ from finetune.state import (
 )
 from finetune.watch.progress import Terminal
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOWER_IS_BETTER = ("loss",)
 
 
@@ -65,45 +63,6 @@ class Settings:
     save_every_minutes: float = 0.0
     keep: int = 2
     log_every_steps: int = 10
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" = CUDA, else Apple's MPS, else the CPU.
-
-    Raises:
-        UsageError: a device that torch does not know or this machine does not have.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}: cannot be used ({reason}); give auto, cpu, cuda, cuda:N or mps") from None
-    return device
-
-
-def set_numerics(deterministic: bool) -> None:
-    """Deterministic algorithms or fast ones. Must come before CUDA starts."""
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # Filling fresh memory would only help against reading what was never written, and costs time.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic
-
-
-def to_device(images: Tensor, device: torch.device) -> Tensor:
-    return images.to(device, memory_format=torch.channels_last, non_blocking=True)
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=PRECISIONS[precision])
 
 
 def validate(
@@ -166,6 +125,66 @@ def count_steps(recipe: Recipe, train_samples: int, progress: Progress) -> tuple
     return steps_per_epoch, horizon, end
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training between two thaws.
+
+    Attributes:
+        epoch: its first one (or any other of the same phase).
+        number: thaws before it.
+        trainable: names of the parameters that train.
+        frozen_sha256: over everything else.
+        held_in_eval: paths of the modules in eval mode.
+    """
+
+    epoch: int
+    number: int
+    trainable: list[str]
+    optimizer: torch.optim.Optimizer
+    frozen_sha256: str
+    held_in_eval: list[str]
+
+    def to_plain(self, model: nn.Module) -> dict[str, Any]:
+        """The checkpoint key `frozen`."""
+        return {
+            "parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
+            "trainable": self.trainable,
+            "modules_in_eval": self.held_in_eval,
+            "epoch": self.epoch,
+            "phase": self.number,
+            "sha256": self.frozen_sha256,
+        }
+
+
+def start_phase(model: nn.Module, rules: tuple[Rule, ...], recipe: Recipe, epoch: int) -> Phase:
+    """requires_grad, modes and a new optimizer over exactly what trains from `epoch` on."""
+    names = apply_freeze(model, rules, epoch)
+    parameters = dict(model.named_parameters())
+    spec = recipe.optimizer
+    optimizer = build_optimizer(
+        {name: parameters[name] for name in names}, spec.name, spec.lr, spec.weight_decay, spec.momentum
+    )
+    held = set_modes(model, rules, recipe.trainable.batchnorm, epoch)
+    sha256 = hash_tensors(frozen_tensors(model, rules, epoch))
+    return Phase(epoch, phase_of(rules, epoch), names, optimizer, sha256, held)
+
+
+def check_phase(phase: Phase, saved: dict[str, Any]) -> None:
+    """Hold a phase against the one in a checkpoint.
+
+    Raises:
+        RunError: something else trains, or something else is frozen.
+    """
+    if phase.trainable != saved["trainable"]:
+        other = sorted(set(phase.trainable) ^ set(saved["trainable"]))
+        raise RunError(f"what trains now is not what trained when the checkpoint was written: {', '.join(other)}")
+    if phase.frozen_sha256 != saved["sha256"]:
+        raise RunError(
+            f"the frozen tensors have sha256 {phase.frozen_sha256}, "
+            f"the run trained on {saved['sha256']}; restore frozen/"
+        )
+
+
 def train(
     run: RunFolder,
     recipe: Recipe,
@@ -203,33 +222,12 @@ def train(
     parts = recipe.optimizer.accumulate
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     last_saved = time.monotonic()
-    held_in_eval: list[str] = []
-
-    # ---- What trains: phase -> requires_grad -> optimizer groups -> load -> check --------------------------------
-    def start_phase(epoch: int) -> tuple[list[str], torch.optim.Optimizer, str]:
-        names = apply_freeze(model, rules, epoch)
-        parameters = dict(model.named_parameters())
-        optimizer = build_optimizer(
-            {name: parameters[name] for name in names},
-            recipe.optimizer.name,
-            recipe.optimizer.lr,
-            recipe.optimizer.weight_decay,
-            recipe.optimizer.momentum,
-        )
-        return names, optimizer, hash_tensors(frozen_tensors(model, rules, epoch))
 
     # A checkpoint at the very end of an epoch already names the next one, but was written in the phase before it.
-    phase_epoch = resumed["frozen"]["epoch"] if resumed else progress.epoch
-    phase = phase_of(rules, phase_epoch)
-    trainable, optimizer, frozen_hash = start_phase(phase_epoch)
+    phase = start_phase(model, rules, recipe, resumed["frozen"]["epoch"] if resumed else progress.epoch)
     if resumed:
-        if trainable != resumed["frozen"]["trainable"]:
-            raise RunError(
-                f"what trains now is not what trained: {sorted(set(trainable) ^ set(resumed['frozen']['trainable']))}"
-            )
-        if frozen_hash != resumed["frozen"]["sha256"]:
-            raise RunError("the frozen tensors are not those the run trained on: their sha256 differs; restore frozen/")
-        load_optimizer_state(optimizer, resumed["optimizer"])
+        check_phase(phase, resumed["frozen"])
+        load_optimizer_state(phase.optimizer, resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
 
     def finite_epoch_loss() -> float:
@@ -251,17 +249,10 @@ def train(
             | progress_to_plain(progress)
             | {
                 "model": {
-                    k: v.detach().cpu().clone() for k, v in changeable_tensors(model, rules, phase_epoch).items()
+                    k: v.detach().cpu().clone() for k, v in changeable_tensors(model, rules, phase.epoch).items()
                 },
-                "frozen": {
-                    "parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
-                    "trainable": trainable,
-                    "modules_in_eval": held_in_eval,
-                    "epoch": phase_epoch,
-                    "phase": phase,
-                    "sha256": frozen_hash,
-                },
-                "optimizer": optimizer_state(optimizer),
+                "frozen": phase.to_plain(model),
+                "optimizer": optimizer_state(phase.optimizer),
                 "scaler": scaler.state_dict(),
                 "rng": capture_generators(),
                 "retention": {"keep": settings.keep},
@@ -278,7 +269,7 @@ def train(
         epoch_loss = finite_epoch_loss()
         requests = (Request(batch.tolist()) for batch in batches_from(validation_indices, recipe.batch_size * 4))
         values = validate(model, validation_loader.batches(requests), class_count, device, precision)
-        set_modes(model, rules, batchnorm, phase_epoch)
+        set_modes(model, rules, batchnorm, phase.epoch)
         epoch = math.ceil(progress.step / steps_per_epoch)
         metrics_file.write({"step": progress.step, "epoch": epoch, "train/epoch_loss": epoch_loss} | values)
         value = values[f"val/{recipe.stop.metric}"]
@@ -308,15 +299,15 @@ def train(
     try:
         while progress.step < end_step and progress.status == "running":
             # ---- Thaw -------------------------------------------------------------------------------------------
-            if phase_of(rules, progress.epoch) != phase:
-                carried = optimizer_state(optimizer)
-                phase_epoch, phase = progress.epoch, phase_of(rules, progress.epoch)
-                trainable, optimizer, frozen_hash = start_phase(phase_epoch)
-                load_optimizer_state(optimizer, carried)
+            if phase_of(rules, progress.epoch) != phase.number:
+                carried = optimizer_state(phase.optimizer)
+                phase = start_phase(model, rules, recipe, progress.epoch)
+                load_optimizer_state(phase.optimizer, carried)
                 progress.history.append({"event": "thaw", "step": progress.step, "epoch": progress.epoch})
-                terminal.say(f"epoch {progress.epoch + 1}: thawed, {len(trainable)} tensors train now")
+                terminal.say(f"epoch {progress.epoch + 1}: thawed, {len(phase.trainable)} tensors train now")
 
-            held_in_eval = set_modes(model, rules, batchnorm, phase_epoch)
+            optimizer = phase.optimizer
+            set_modes(model, rules, batchnorm, phase.epoch)
             for images, targets in batches_of_epoch():
                 # ---- One optimizer step -------------------------------------------------------------------------
                 images, targets = to_device(images, device), targets.to(device, non_blocking=True)
@@ -380,7 +371,7 @@ def train(
                         f"stopped by {stop.signal_name} at step {progress.step} of {end_step}, saved; "
                         f"go on with: finetune resume {run.path}"
                     )
-        if hash_tensors(frozen_tensors(model, rules, phase_epoch)) != frozen_hash:
+        if hash_tensors(frozen_tensors(model, rules, phase.epoch)) != phase.frozen_sha256:
             raise RunError("frozen tensors changed while training; this is a fault of finetune: please report it")
     finally:
         terminal.end()

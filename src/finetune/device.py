@@ -1,0 +1,55 @@
+"""Where and in which arithmetic a network runs."""
+
+import contextlib
+import os
+
+import torch
+from torch import Tensor
+
+from finetune.errors import UsageError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    if precision == "fp16" and device.type != "cuda":
+        raise UsageError(f"--precision fp16: not on {device.type}; allowed there are fp32 and bf16")
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" = CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        UsageError: a device that torch does not know or this machine does not have.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: cannot be used ({reason}); give auto, cpu, cuda, cuda:N or mps") from None
+    return device
+
+
+def set_numerics(deterministic: bool) -> None:
+    """Deterministic algorithms or fast ones. Must come before CUDA starts."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Filling fresh memory would only help against reading what was never written, and costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def to_device(images: Tensor, device: torch.device) -> Tensor:
+    return images.to(device, memory_format=torch.channels_last, non_blocking=True)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=PRECISIONS[precision])
