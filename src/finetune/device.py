@@ -12,6 +12,11 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that the device cannot train in.
+
+    Raises:
+        UsageError: the device has no such arithmetic.
+    """
     if precision == "fp16" and device.type != "cuda":
         raise UsageError(f"--precision fp16: not on {device.type}; allowed there are fp32 and bf16")
 
