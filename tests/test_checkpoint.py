@@ -1,12 +1,16 @@
+import json
 import os
 
 import pytest
 import torch
-from conftest import DyingTerminal, Killed, read, resume_run, small_recipe, train_run
+from conftest import DyingTerminal, Killed, assert_equal_runs, read, resume_run, small_recipe, train_run
 
-from finetune import RunError, checkpoint, launch
+from finetune import Model, RunError, checkpoint, launch
 from finetune.build import Numerics
+from finetune.files import write_atomically
 from finetune.launch import Machine
+from finetune.models import network as network_module
+from finetune.models.backbones import find_backbone
 from finetune.run import RunFolder
 from finetune.train import Settings
 
@@ -104,8 +108,6 @@ def test_no_good_checkpoint_is_one_line_that_names_the_files(tmp_path):
 def test_a_checkpoint_of_a_newer_schema_is_refused(tmp_path, trained):
     state = read(trained) | {"schema_version": 999}
     path = tmp_path / "newer.pt"
-    from finetune.files import write_atomically
-
     write_atomically(path, lambda stream: torch.save(state, stream), trailer=True)
     with pytest.raises(RunError, match="has schema 999, this finetune knows up to 1; upgrade it"):
         checkpoint.read_checkpoint(path)
@@ -130,3 +132,32 @@ def test_a_death_between_the_numbered_file_and_its_names_loses_nothing(tmp_path,
     assert read(run, "best.pt")["step"] == read(run, "latest.pt")["step"] == 7
     resume_run(run)
     assert read(run, "best.pt")["step"] == read(unbroken, "best.pt")["step"]
+
+
+def test_minutes_decide_when_to_save_too(tmp_path):
+    run, _ = launch.start(
+        tmp_path / "run", "test", small_recipe(epochs=1), Numerics(), Machine("cpu"),
+        Settings(save_every_minutes=1e-9, keep=20), DyingTerminal(),
+    )  # fmt: skip
+    assert [step for step, _ in checkpoint.step_files(run.checkpoints)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("kind", ["link", "copy", "reference", "random"])
+def test_the_frozen_weights_are_kept_so_that_a_resume_finds_them(tmp_path, monkeypatch, kind):
+    """A hard link where the file system can, else by name and hash; a copy when asked, and of what no file holds."""
+    recipe = small_recipe(model=Model("bundled/vgg", weights="none" if kind == "random" else "default"))
+    if kind == "reference":
+        monkeypatch.setattr(network_module, "on_one_file_system", lambda *_: False)
+    with pytest.raises(Killed):
+        train_run(tmp_path / "run", recipe, die_after_steps=3, copy_frozen=kind == "copy")
+    run = RunFolder(tmp_path / "run")
+    record = json.loads((run.frozen / "frozen.json").read_text())
+    file = run.frozen / "weights.safetensors"
+    assert record["kind"] == ("tensors" if kind == "random" else "source")
+    assert record["file"] == ("" if kind == "reference" else file.name)
+    assert file.exists() == (kind != "reference")
+    if kind in ("link", "copy"):
+        assert file.samefile(find_backbone("bundled/vgg").weights_file) == (kind == "link")
+    resume_run(run)
+    unbroken = train_run(tmp_path / "unbroken", recipe)
+    assert_equal_runs(run, unbroken)

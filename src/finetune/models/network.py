@@ -88,6 +88,11 @@ def build_network(
 # frozen ones), else the backbone's own weights by name and hash.
 
 
+def on_one_file_system(path: Path, other: Path) -> bool:
+    """Whether a hard link between the two can be made."""
+    return path.stat().st_dev == other.stat().st_dev
+
+
 def store_frozen(folder: Path, weights: WeightsFile | None, frozen: dict[str, Tensor], copy: bool) -> None:
     """Make sure that the frozen tensors can be had again when the run resumes.
 
@@ -103,8 +108,7 @@ def store_frozen(folder: Path, weights: WeightsFile | None, frozen: dict[str, Te
     record = {"kind": "none", "file": "", "reference": "", "sha256": ""}
     if weights is not None:
         path = folder / f"weights{weights.path.suffix}"
-        linkable = weights.path.stat().st_dev == folder.stat().st_dev
-        if copy or linkable or not weights.reference:
+        if copy or not weights.reference or on_one_file_system(weights.path, folder):
             (copy_file if copy else link_or_copy)(weights.path, path)
             record["file"] = path.name
         record |= {"kind": "source", "reference": weights.reference, "sha256": weights.sha256}
