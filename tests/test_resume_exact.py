@@ -220,10 +220,13 @@ def test_a_rewind_moves_later_files_aside_and_ends_the_same(tmp_path):
         Settings(save_every_steps=1, keep=20, log_every_steps=1),
         DyingTerminal(),
     )
+    (run.checkpoints / "best.pt").unlink()  # a link to a numbered file, which stays good
+    (run.checkpoints / "best.pt").write_bytes(b"damaged")
     lines = resume_run(run, from_file=run.checkpoints / "step-000010.pt")
     assert "rewound to step-000010.pt" in lines[0]
     aside = sorted(path.name for path in (run.checkpoints / "superseded").iterdir())
     assert "step-000014.pt" in aside and "latest-step-000014.pt" in aside and "step-000010.pt" not in aside
+    assert "best-damaged.pt" in aside
     ours, theirs = read(run), read(unbroken)
     assert torch.equal(ours["model"]["classifier.1.weight"], theirs["model"]["classifier.1.weight"])
 

@@ -116,10 +116,14 @@ def rewind(folder: Path, path: Path) -> None:
     best_step = state["best_metric"].get("step")
     kept = folder / ".rewind.pt.tmp"
     link_or_copy(path, kept)
-    for name in (LATEST, BEST):
-        with suppress(FileNotFoundError):
-            file = folder / name
+    for file in (folder / LATEST, folder / BEST):
+        if not file.exists():
+            continue
+        try:
             step = read_checkpoint(file)["step"]
+        except BadFile:
+            file.replace(aside / f"{file.stem}-damaged.pt")
+        else:
             if step > state["step"]:
                 file.replace(aside / f"{file.stem}-step-{step:06d}.pt")
     for step, file in step_files(folder):

@@ -80,6 +80,7 @@ def validate(
             loss_sum += losses.sum()
             samples += len(targets)
             confusion += confusion_matrix(logits.argmax(1), targets, class_count)
+    confusion = confusion.cpu()
     return {
         "val/loss": loss_sum.item() / samples,
         "val/accuracy": accuracy(confusion),

@@ -109,7 +109,7 @@ def standardise(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     def hook_for(path: str):
         def add(_module, inputs):
-            features = inputs[0].double().flatten(0, -2)
+            features = inputs[0].cpu().double().flatten(0, -2)  # MPS has no float64
             count, total, squares = sums.get(path, (0, 0.0, 0.0))
             sums[path] = [count + len(features), total + features.sum(0), squares + features.square().sum(0)]
 
