@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +148,33 @@ def test_the_run_ends_with_what_to_type_next_and_the_folder_last(tmp_path, monke
         assert words in output
     assert main(["resnet_head", "--epochs", "1", "--train-samples", "100", "--device", "cpu", "--quiet"]) == 0
     assert capsys.readouterr().out == "runs/resnet_head-2\n"
+
+
+def test_a_recipe_json_edited_by_hand_is_one_line(trained, tmp_path, capsys):
+    copy = shutil.copytree(trained.path, tmp_path / "copy")
+    text = (copy / "recipe.json").read_text()
+    for edited, said in (
+        (text[:50], "is damaged"),
+        ("[]", "is not the recipe of a run"),
+        (
+            json.dumps(json.loads(text) | {"config": json.loads(text)["config"] | {"model": 3}}),
+            "the saved recipe is not one",
+        ),
+        (text.replace('"seed": 3', '"seed": 4'), "seed: 4 in the run, 3 now"),
+    ):
+        (copy / "recipe.json").write_text(edited)
+        assert main(["resume", str(copy)]) == 1
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+
+def test_an_export_is_named_by_output_or_format_and_other_endings_are_refused(trained, tmp_path, capsys):
+    assert main(["export", str(trained.path), "--output", str(tmp_path / "a.safetensors")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'a.safetensors'}\n"
+    assert main(["export", str(trained.path), "--output", str(tmp_path / "a.bin")]) == 2
+    assert "must end in .pt or .safetensors" in capsys.readouterr().err
+    assert main(["export", str(trained.path), "--no-weights-only", "--output", str(tmp_path / "full.pt")]) == 0
+    assert (tmp_path / "full.pt").read_bytes() == (trained.checkpoints / "best.pt").read_bytes()
 
 
 def test_summary_shows_what_trains_and_how_large_a_checkpoint_is(tmp_path, monkeypatch, capsys):

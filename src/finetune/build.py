@@ -91,9 +91,17 @@ def determining_config(recipe: Recipe, numerics: Numerics) -> dict[str, Any]:
 
 
 def split_config(config: dict[str, Any]) -> tuple[Recipe, Numerics]:
+    """What `determining_config` put together.
+
+    Raises:
+        RunError: values that no recipe has: the file was edited.
+    """
     names = {field.name for field in dataclasses.fields(Numerics)}
-    recipe = from_plain({name: value for name, value in config.items() if name not in names})
-    return recipe, Numerics(**{name: config[name] for name in names if name in config})
+    try:
+        recipe = from_plain({name: value for name, value in config.items() if name not in names})
+        return recipe, Numerics(**{name: config[name] for name in names if name in config})
+    except (TypeError, AttributeError, ValueError) as error:
+        raise RunError(f"the saved recipe is not one ({error}); restore recipe.json from a copy") from None
 
 
 def new_network(recipe: Recipe, class_count: int) -> tuple[Network, WeightsFile | None]:

@@ -113,8 +113,8 @@ class ExportOptions:
     """Which checkpoint."""
     output: str = ""
     """The file to write; default: RUN/model.pt."""
-    format: Literal["pt", "safetensors"] = "pt"
-    """Of the file."""
+    format: Literal["pt", "safetensors"] | None = None
+    """Of the file; default: as --output ends, else pt."""
 
 
 @dataclass(frozen=True)

@@ -127,12 +127,10 @@ def export_run(options: Any) -> int:
     if not options.weights_only:
         print(copy_checkpoint(run, options.from_, Path(options.output) if options.output else None))
         return 0
-    suffix = "." + options.format
-    output = Path(options.output) if options.output else run.path / f"model{suffix}"
-    if output.suffix != suffix:
-        raise UsageError(
-            f"--output {output}: must end in {suffix}, or give --format {output.suffix.lstrip('.') or 'pt'}"
-        )
+    output = Path(options.output) if options.output else run.path / f"model.{options.format or 'pt'}"
+    allowed = [f".{options.format}"] if options.format else [".pt", ".safetensors"]
+    if output.suffix not in allowed:
+        raise UsageError(f"--output {output}: must end in {' or '.join(allowed)}")
     report = export(run, options.from_, output)
     print(report.text(), file=sys.stderr)
     print(output)
