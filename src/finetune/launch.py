@@ -171,19 +171,8 @@ def resume(
     recipe, numerics = split_config(record["config"])
     run_settings = Settings(**record["settings"] | settings)
     with hold_lock(run.path):
-        remove_leftovers(run.checkpoints)
-        remove_leftovers(run.path)
-        if from_file is not None:
-            checkpoints.rewind(run.checkpoints, from_file)
-            aside = run.checkpoints / checkpoints.SUPERSEDED
-            terminal.say(f"rewound to {from_file.name}; later checkpoints are in {aside}")
-        found = checkpoints.newest_good(run.checkpoints)
-        if found is not None:
-            path, state, bad = found
-            for line in bad:
-                terminal.say(f"skipped: {line}")
-            check_same_config(record["config"], state["config"], f"{path} is not of the recipe in {run.recipe_file}")
-            checkpoints.repair_names(run.checkpoints, path, state)
+        state = find_checkpoint(run, record["config"], from_file, terminal)
+        if state is not None:
             progress = progress_from_plain(state)
             if extend(progress, epochs, lr, recipe, state["data"]["train_samples"]):
                 # On disk at once: a run killed before its next save must not forget that it was extended.
@@ -215,6 +204,35 @@ def resume(
         copy_frozen=record["copy_frozen"],
     )
     return progress
+
+
+def find_checkpoint(
+    run: RunFolder, config: dict[str, Any], from_file: Path | None, terminal: Terminal
+) -> dict[str, Any] | None:
+    """The newest good checkpoint of a run whose lock is held, its names put right; None if there never was one.
+
+    Args:
+        config: of the run's recipe.json; the checkpoint's must equal it.
+        from_file: rewind to this one first.
+
+    Raises:
+        RunError: no good one, or one of another recipe.
+    """
+    remove_leftovers(run.checkpoints)
+    remove_leftovers(run.path)
+    if from_file is not None:
+        checkpoints.rewind(run.checkpoints, from_file)
+        aside = run.checkpoints / checkpoints.SUPERSEDED
+        terminal.say(f"rewound to {from_file.name}; later checkpoints are in {aside}")
+    found = checkpoints.newest_good(run.checkpoints)
+    if found is None:
+        return None
+    path, state, bad = found
+    for line in bad:
+        terminal.say(f"skipped: {line}")
+    check_same_config(config, state["config"], f"{path} is not of the recipe in {run.recipe_file}")
+    checkpoints.repair_names(run.checkpoints, path, state)
+    return state
 
 
 def resumed_job(
