@@ -19,10 +19,10 @@ from finetune.data.digits import load_digits
 from finetune.data.images import ImagePipeline, Request, split_source
 from finetune.data.order import batches_from, epoch_order, key, keyed_generator
 from finetune.data.source import ArraySource
-from finetune.models.backbones import BUILDERS, find_backbone
+from finetune.models.bundled import BUNDLED
 from finetune.models.heads import StandardisedLinear, standardise
 from finetune.models.network import build_network
-from finetune.models.weights import find_weights, read_weights
+from finetune.models.weights import choose_weights, read_weights
 from finetune.optim import build_optimizer, schedule_factor, set_learning_rate
 
 EPOCHS_BY_LABELS = {50: 60, 100: 60, 0: 15}
@@ -40,19 +40,18 @@ def load_fashion(folder: Path) -> ArraySource:
 
 def features_of(source: ArraySource, backbone_name: str, weights: str) -> torch.Tensor:
     """(samples, features): what enters the last layer."""
-    backbone = find_backbone(backbone_name)
-    file = find_weights(weights, backbone)
+    backbone, file = choose_weights(backbone_name, weights)
     network = build_network(
         backbone, read_weights(file.path) if file else None, "", head="linear", class_count=10, dropout=0.0,
         head_width=0, seed=0,
     )  # fmt: skip
-    network.module.set_submodule(network.head_path, torch.nn.Identity())
+    network.module.set_submodule(network.head_paths[-1], torch.nn.Identity())
     model = network.module.eval().to(memory_format=torch.channels_last)
-    pipeline = ImagePipeline(source, backbone.image_size, "none", backbone.mean, backbone.std, 0)
+    pipeline = ImagePipeline(source, backbone.preprocessing, "none", 0.0, 0.0, 0)
     rows = []
     with torch.inference_mode():
         for indices in batches_from(torch.arange(len(source.targets)), 256):
-            images, _ = pipeline.fetch(Request(indices.tolist()))
+            images = pipeline.fetch(Request(indices.tolist())).images
             rows.append(model(images.to(memory_format=torch.channels_last)))
     return torch.cat(rows)
 
@@ -91,7 +90,7 @@ def main(fashion: str = "", seeds: int = 5) -> None:
     sources = {"digits": load_digits()}
     if fashion:
         sources["Fashion-MNIST (test part)"] = load_fashion(Path(fashion))
-    for backbone in BUILDERS:
+    for backbone in BUNDLED:
         print(f"\n{backbone}\n\n| data | labels | pretrained | random |\n|---|---|---|---|")
         for name, source in sources.items():
             features = {weights: features_of(source, backbone, weights) for weights in ("default", "none")}

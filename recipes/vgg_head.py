@@ -8,7 +8,7 @@ Expected on the digits that ship with the kit, with the defaults: 98.9 % in 10 s
 
 from typing import Literal
 
-from finetune import Recipe, Training, image_head
+from finetune import ImageTable, Recipe, Training, image_head
 
 
 def recipe(
@@ -16,13 +16,14 @@ def recipe(
     backbone: str = "bundled/vgg",
     weights: str = "default",
     image_size: int = 0,
-    augment: Literal["none", "light"] = "none",
+    augment: Literal["none", "light", "standard"] = "none",
     head: Literal["linear", "mlp", "append"] = "linear",
     dropout: float = 0.0,
     epochs: int = 15,
     batch_size: int = 64,
     lr: float = 3e-3,
     seed: int = 0,
+    table: ImageTable = ImageTable(),
     training: Training = Training(),
 ) -> Recipe:
     """A new head on a frozen VGG; `image_head` documents the options."""

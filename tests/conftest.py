@@ -12,11 +12,17 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from finetune import Classification, Images, Model, Optimizer, Recipe, Schedule, Stop, checkpoint, launch
-from finetune.build import Numerics
+from finetune.build import Numerics, find_pretrained, new_network
 from finetune.launch import Machine
+from finetune.models.network import Network
 from finetune.run import RunFolder
 from finetune.train import Settings
 from finetune.watch.progress import Terminal, make_console
+
+
+def make_network(recipe: Recipe, class_count: int = 10) -> Network:
+    """The recipe's network with its pretrained weights and a fresh head."""
+    return new_network(recipe, *find_pretrained(recipe), class_count)
 
 
 class Killed(Exception):

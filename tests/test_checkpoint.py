@@ -10,7 +10,7 @@ from finetune.build import Numerics
 from finetune.files import write_atomically
 from finetune.launch import Machine
 from finetune.models import network as network_module
-from finetune.models.backbones import find_backbone
+from finetune.models.bundled import bundled_weights
 from finetune.run import RunFolder
 from finetune.train import Settings
 
@@ -157,7 +157,7 @@ def test_the_frozen_weights_are_kept_so_that_a_resume_finds_them(tmp_path, monke
     assert record["file"] == ("" if kind == "reference" else file.name)
     assert file.exists() == (kind != "reference")
     if kind in ("link", "copy"):
-        assert file.samefile(find_backbone("bundled/vgg").weights_file) == (kind == "link")
+        assert file.samefile(bundled_weights("bundled/vgg")) == (kind == "link")
     resume_run(run)
     unbroken = train_run(tmp_path / "unbroken", recipe)
     assert_equal_runs(run, unbroken)

@@ -3,16 +3,14 @@ import hashlib
 import pytest
 import torch
 from conftest import small_recipe
-from PIL import Image
 
-from finetune import Images, UsageError
+from finetune import UsageError
 from finetune.build import open_data
-from finetune.data.decode import read_image
+from finetune.data.contents import Contents
 from finetune.data.digits import load_digits
 from finetune.data.glyphs import CANVAS_PIXELS, CHARACTERS, distort, render_glyphs
-from finetune.data.images import Request, open_folder, open_images, split_source
+from finetune.data.images import Request, split_source
 from finetune.data.loader import Loader, one_thread
-from finetune.errors import RunError
 from finetune.models.backbones import find_backbone
 
 
@@ -29,11 +27,11 @@ def test_the_digits_are_the_1797_of_the_test_part():
 def all_batches(workers: int, start_method: str = "auto") -> str:
     """A hash over three batches of augmented digits, fetched by so many workers."""
     data = open_data(small_recipe(), find_backbone("bundled/vgg"))
-    loader = Loader(data.pipeline, workers, start_method, pin_memory=False)
-    requests = [Request(data.train[start : start + 30].tolist(), augment_epoch=4) for start in (0, 30, 60)]
+    loader = Loader(data.pipeline, workers, start_method, False, Contents(data.source))
+    requests = [Request(data.split.train[start : start + 30].tolist(), augment_epoch=4) for start in (0, 30, 60)]
     sha256 = hashlib.sha256()
-    for images, targets in loader.batches(requests):
-        sha256.update(images.numpy().tobytes() + targets.numpy().tobytes())
+    for batch in loader.batches(requests):
+        sha256.update(batch.images.numpy().tobytes() + batch.targets.numpy().tobytes())
     return sha256.hexdigest()
 
 
@@ -52,11 +50,11 @@ def test_fetching_in_this_process_leaves_the_global_generator_alone():
 
 def test_a_samples_augmentation_depends_on_seed_epoch_and_index_not_on_its_batch():
     pipeline = open_data(small_recipe(), find_backbone("bundled/vgg")).pipeline
-    together, _ = pipeline.fetch(Request([7, 8, 9], augment_epoch=1))
-    alone, _ = pipeline.fetch(Request([8], augment_epoch=1))
+    together = pipeline.fetch(Request([7, 8, 9], augment_epoch=1)).images
+    alone = pipeline.fetch(Request([8], augment_epoch=1)).images
     assert torch.equal(together[1], alone[0])
-    other_epoch, _ = pipeline.fetch(Request([8], augment_epoch=2))
-    plain, _ = pipeline.fetch(Request([8]))
+    other_epoch = pipeline.fetch(Request([8], augment_epoch=2)).images
+    plain = pipeline.fetch(Request([8])).images
     assert not torch.equal(alone, other_epoch) and not torch.equal(alone, plain)
 
 
@@ -65,71 +63,6 @@ def test_one_thread_puts_the_number_of_threads_back():
     with one_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == threads
-
-
-# ---- Image files --------------------------------------------------------------------------------------------------
-
-
-def test_images_of_every_mode_become_upright_rgb(tmp_path):
-    def read(image, name="image.png", **options):
-        image.save(tmp_path / name, **options)
-        return read_image(tmp_path / name)
-
-    red = Image.new("RGB", (4, 2), (255, 0, 0))
-    assert read(red)[:, 0, 0].tolist() == [255, 0, 0]
-    assert read(red.convert("P"))[:, 0, 0].tolist() == [255, 0, 0]
-    assert read(Image.new("L", (4, 2), 77))[:, 0, 0].tolist() == [77] * 3
-    assert read(Image.new("1", (4, 2), 1))[:, 0, 0].tolist() == [255] * 3
-    assert read(Image.new("RGBA", (4, 2), (255, 0, 0, 0)))[:, 0, 0].tolist() == [255] * 3
-    assert read(Image.new("I;16", (4, 2), 0x8080))[:, 0, 0].tolist() == [0x80] * 3
-    assert read(Image.new("CMYK", (4, 2)), "image.jpg")[:, 0, 0].tolist() == [255] * 3
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to see it upright
-    assert read(red, exif=exif).shape == (3, 4, 2)
-
-
-def test_a_broken_image_is_named(tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not an image")
-    with pytest.raises(RunError, match=r"image .*broken\.jpg cannot be decoded"):
-        read_image(tmp_path / "broken.jpg")
-
-
-def test_a_broken_image_met_by_a_worker_is_the_same_one_line(tmp_path):
-    folder = make_folder(tmp_path / "data", {"a": 4, "b": 4})
-    (folder / "b" / "00.png").write_bytes(b"broken")
-    data = open_data(small_recipe(data=Images(str(folder))), find_backbone("bundled/vgg"))
-    loader = Loader(data.pipeline, 1, "auto", pin_memory=False)
-    with pytest.raises(RunError, match=r"image .*00\.png cannot be decoded") as error:
-        list(loader.batches([Request(list(range(8)))]))
-    assert "\n" not in str(error.value)
-
-
-def make_folder(path, classes: dict[str, int]):
-    for label, count in classes.items():
-        (path / label).mkdir(parents=True)
-        for number in range(count):
-            Image.new("RGB", (10 + number, 9), (number, 0, 0)).save(path / label / f"{number:02}.png")
-    return path
-
-
-def test_a_folder_gives_a_class_a_sub_folder_and_notices_changed_files(tmp_path):
-    source = open_folder(make_folder(tmp_path / "data", {"zebra crossing": 3, ".ümlaut": 2}))
-    assert source.classes == [".ümlaut", "zebra crossing"]
-    assert source.targets.tolist() == [0, 0, 1, 1, 1]
-    assert source.read(4).shape == (3, 9, 12) and source.name(4) == "zebra crossing/02.png"
-    (tmp_path / "data" / "zebra crossing" / "02.png").unlink()
-    assert open_folder(tmp_path / "data").fingerprint != source.fingerprint
-
-
-def test_unusable_folders_are_refused_with_what_to_do(tmp_path):
-    with pytest.raises(UsageError, match="no such folder; give 'digits', or a folder with one sub-folder"):
-        open_images(str(tmp_path / "nowhere"))
-    make_folder(tmp_path / "one", {"only": 3})
-    with pytest.raises(UsageError, match="1 class folder"):
-        open_images(str(tmp_path / "one"))
-    (tmp_path / "one" / "empty").mkdir()
-    with pytest.raises(UsageError, match="class folder 'empty' holds no images"):
-        open_images(str(tmp_path / "one"))
 
 
 # ---- Glyphs --------------------------------------------------------------------------------------------------------
@@ -148,14 +81,14 @@ def test_glyphs_render_every_character_of_matplotlibs_fonts_and_no_symbol_font()
 
 def test_no_font_stands_on_both_sides_of_the_split():
     glyphs = render_glyphs("")
-    train, validation = split_source(glyphs, 0.1, seed=0)
+    train, validation = split_source(glyphs, 0.1, seed=0)[:2]
     assert not set(glyphs.groups[train].tolist()) & set(glyphs.groups[validation].tolist())
     assert len(train) + len(validation) == len(glyphs.targets)
 
 
 def test_a_distorted_glyph_depends_on_seed_epoch_and_index_not_on_its_batch():
     glyphs = render_glyphs("")
-    images = torch.stack([glyphs.read(index) for index in (3, 4, 5)])
+    images = torch.stack([glyphs.read(index)[0] for index in (3, 4, 5)])
     together = distort(images, 32, 0, 1, [3, 4, 5])
     assert together.shape == (3, 3, 32, 32) and together.dtype == torch.uint8
     assert torch.equal(together[1:2], distort(images[1:2], 32, 0, 1, [4]))

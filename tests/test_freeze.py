@@ -1,10 +1,10 @@
 import pytest
 import torch
-from conftest import read, small_recipe, train_run, train_with_deaths
+from conftest import make_network, read, small_recipe, train_run, train_with_deaths
 from torch import nn
 
 from finetune import Trainable, UsageError
-from finetune.build import new_network, trained_network
+from finetune.build import trained_network
 from finetune.models.freeze import (
     Rule,
     apply_freeze,
@@ -23,11 +23,11 @@ THAW = (("head", "trainable", 0), ("layer3", "trainable", 1), ("*", "frozen", 0)
 @pytest.mark.parametrize("backbone", ["bundled/vgg", "bundled/resnet"])
 def test_after_a_run_with_kills_frozen_parameters_and_buffers_are_as_loaded_and_the_head_is_not(tmp_path, backbone):
     recipe = small_recipe(backbone)
-    before, _ = new_network(recipe, 10)
+    before = make_network(recipe)
     run = train_with_deaths(tmp_path / "run", recipe, [3, 5, 9])
     after, _ = trained_network(run, "latest")
     old, new = before.module.state_dict(), after.module.state_dict()
-    head = before.head_path + "."
+    head = before.head_paths[-1] + "."
     frozen = [name for name in old if not name.startswith(head)]
     assert any("running_mean" in name for name in frozen) and any("num_batches" in name for name in frozen)
     for name in frozen:
@@ -37,7 +37,7 @@ def test_after_a_run_with_kills_frozen_parameters_and_buffers_are_as_loaded_and_
 
 
 def test_only_the_matched_modules_are_in_train_mode_even_after_model_train():
-    network, _ = new_network(small_recipe("bundled/vgg"), 10)
+    network = make_network(small_recipe("bundled/vgg"))
     rules = network.rules(HEAD_ONLY)
     network.module.train()
     held = set_modes(network.module, rules, batchnorm=False, epoch=0)
@@ -46,7 +46,7 @@ def test_only_the_matched_modules_are_in_train_mode_even_after_model_train():
 
 
 def test_batchnorm_learns_statistics_only_where_the_recipe_says_so():
-    network, _ = new_network(small_recipe("bundled/resnet"), 10)
+    network = make_network(small_recipe("bundled/resnet"))
     rules = (Rule("layer3"), Rule("*", trainable=False))
     set_modes(network.module, rules, batchnorm=False, epoch=0)
     assert network.module.layer3.training and not network.module.layer3[0].bn1.training
@@ -62,7 +62,7 @@ def test_the_first_matching_rule_wins_and_a_pattern_covers_what_lies_below():
 
 
 def test_a_rule_that_matches_nothing_names_the_nearest_paths():
-    network, _ = new_network(small_recipe(), 10)
+    network = make_network(small_recipe())
     with pytest.raises(UsageError, match=r"'clasifier' matches no module; the nearest are classifier"):
         check_rules(network.module, (Rule("clasifier"), Rule("*", trainable=False)))
 
@@ -76,7 +76,7 @@ def test_an_uncovered_module_and_a_map_that_trains_nothing_are_refused():
 
 
 def test_frozen_and_changeable_tensors_share_nothing_and_miss_nothing():
-    network, _ = new_network(small_recipe("bundled/resnet"), 10)
+    network = make_network(small_recipe("bundled/resnet"))
     for rules in (network.rules(HEAD_ONLY), network.rules(THAW)):
         for epoch in (0, 1):
             frozen = frozen_tensors(network.module, rules, epoch)
@@ -98,7 +98,7 @@ def test_the_hash_sees_one_flipped_bit_a_name_and_a_shape():
 
 def test_a_thaw_trains_the_layers_from_its_epoch_on_and_keeps_the_heads_optimizer_state(tmp_path):
     recipe = small_recipe("bundled/resnet", trainable=Trainable(rules=THAW), epochs=2)
-    before, _ = new_network(recipe, 10)
+    before = make_network(recipe)
     run = train_run(tmp_path / "run", recipe, save_every_steps=0)
     state = read(run)
     assert [phase_of(before.rules(THAW), epoch) for epoch in (0, 1, 2)] == [0, 1, 1]
@@ -112,7 +112,7 @@ def test_a_thaw_trains_the_layers_from_its_epoch_on_and_keeps_the_heads_optimize
 
 
 def test_gradients_of_frozen_tensors_are_never_computed():
-    network, _ = new_network(small_recipe(), 10)
+    network = make_network(small_recipe())
     names = apply_freeze(network.module, network.rules(HEAD_ONLY), 0)
     network.module(torch.zeros(2, 3, 32, 32)).sum().backward()
     assert [name for name, value in network.module.named_parameters() if value.grad is not None] == names

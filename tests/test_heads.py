@@ -1,19 +1,28 @@
 import pytest
 import torch
-from conftest import small_recipe
+from conftest import make_network, small_recipe
 from torch import nn
 
 from finetune import UsageError
-from finetune.build import new_network, open_data, standardise_head
+from finetune.build import open_data
 from finetune.data.images import Request
-from finetune.models.backbones import BUILDERS, find_backbone
-from finetune.models.heads import StandardisedLinear, find_head, folded_state, plain_head, standardise
+from finetune.models.backbones import find_backbone
+from finetune.models.bundled import BUNDLED, bundled_weights
+from finetune.models.heads import (
+    StandardisedConv2d,
+    StandardisedLinear,
+    find_head,
+    folded,
+    folded_state,
+    plain_head,
+    standardise,
+)
 
 
 @pytest.mark.parametrize(("backbone", "path"), [("bundled/vgg", "classifier.1"), ("bundled/resnet", "fc")])
 def test_the_head_is_found_where_shapes_change_with_the_classes(backbone, path):
     assert find_head(find_backbone(backbone).build) == [path]
-    assert len(BUILDERS) == 2
+    assert len(BUNDLED) == 2
 
 
 def test_a_stock_network_of_torchvision_has_its_head_found_too():
@@ -36,17 +45,41 @@ def test_standardised_features_have_mean_zero_and_deviation_one_and_constant_one
     torch.testing.assert_close(features.std(0, correction=0), torch.tensor([1.0, 1, 1, 0]), atol=1e-5, rtol=0)
 
 
+def test_a_convolution_as_head_is_standardised_by_channel_and_folds_into_a_plain_one():
+    torch.manual_seed(0)
+    layer = StandardisedConv2d(4, 3, dropout=0.0)
+    maps = torch.randn(20, 4, 5, 5) * torch.tensor([1.0, 10.0, 0.1, 2.0]).view(-1, 1, 1) + 3
+    standardise(layer, maps.split(7))
+    rows = layer.by_feature(maps)
+    torch.testing.assert_close(layer.mean, rows.mean(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(layer.deviation, rows.std(0, correction=0), rtol=1e-5, atol=0)
+    plain = layer.plain()
+    plain.load_state_dict(folded(layer), strict=True)
+    torch.testing.assert_close(plain(maps), layer(maps), rtol=0, atol=1e-5)
+
+
+def test_a_head_without_bias_is_scaled_but_not_centred_for_there_is_nothing_to_fold_a_mean_into():
+    torch.manual_seed(0)
+    layer = StandardisedLinear(4, 3, dropout=0.0, bias=False)
+    features = torch.randn(100, 4) * 5 + 2
+    standardise(layer, [features])
+    assert layer.mean.tolist() == [0] * 4 and (layer.deviation > 3).all()
+    plain = layer.plain()
+    plain.load_state_dict(folded(layer), strict=True)
+    torch.testing.assert_close(plain(features), layer(features), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp", "append"])
 @pytest.mark.parametrize("backbone", ["bundled/vgg", "bundled/resnet"])
 def test_a_folded_head_gives_the_same_logits(backbone, kind):
     recipe = small_recipe(backbone, head=kind, augment="none")
     data = open_data(recipe, find_backbone(backbone))
-    network, _ = new_network(recipe, data.class_count)
-    standardise_head(network.module, data, torch.device("cpu"))
+    network = make_network(recipe)
+    standardise(network.module, [data.pipeline.fetch(Request(data.split.train.tolist())).images])
     plain = find_backbone(backbone).build(network.old_class_count)
-    plain_head(plain, network.head_path, kind, data.class_count, recipe.model.head_width)
+    plain_head(plain, network.head_paths[-1], kind, data.class_count, recipe.model.head_width)
     plain.load_state_dict(folded_state(network.module), strict=True)
-    images, _ = data.pipeline.fetch(Request(data.validation[:32].tolist()))
+    images = data.pipeline.fetch(Request(data.split.validation[:32].tolist())).images
     with torch.inference_mode():
         ours, theirs = network.module.eval()(images), plain.eval()(images)
     assert ours.std() > 0.01
@@ -54,16 +87,15 @@ def test_a_folded_head_gives_the_same_logits(backbone, kind):
 
 
 def test_a_linear_head_keeps_the_stock_names():
-    network, _ = new_network(small_recipe("bundled/resnet"), 10)
+    network = make_network(small_recipe("bundled/resnet"))
     assert set(folded_state(network.module)) == set(find_backbone("bundled/resnet").build(10).state_dict())
 
 
 def test_an_appended_head_leaves_the_old_layer_as_it_was_pretrained():
-    backbone = find_backbone("bundled/vgg")
     from finetune.models.weights import read_weights
 
-    pretrained = read_weights(backbone.weights_file)
-    network, _ = new_network(small_recipe(head="append"), 10)
+    pretrained = read_weights(bundled_weights("bundled/vgg"))
+    network = make_network(small_recipe(head="append"))
     state = network.module.state_dict()
     assert torch.equal(state["classifier.1.0.weight"], pretrained["classifier.1.weight"])
     assert network.rules((("head", "trainable", 0),))[0].pattern == "classifier.1.1"
@@ -83,14 +115,14 @@ def test_append_without_pretrained_weights_is_refused():
 
     recipe = small_recipe(model=Model("bundled/vgg", weights="none", head="append"))
     with pytest.raises(UsageError, match="--head append needs pretrained weights"):
-        new_network(recipe, 10)
+        make_network(recipe)
 
 
 def test_weights_of_another_architecture_are_refused_with_what_differs():
     from finetune import Model
 
-    other = str(find_backbone("bundled/resnet").weights_file)
+    other = str(bundled_weights("bundled/resnet"))
     with pytest.raises(
         UsageError, match=r"(?s)does not fit the architecture.*- features\.0\.weight.*\+ conv1\.weight|more"
     ):
-        new_network(small_recipe(model=Model("bundled/vgg", weights=other)), 10)
+        make_network(small_recipe(model=Model("bundled/vgg", weights=other)))

@@ -59,7 +59,7 @@ def test_predictions_are_those_of_the_validation_pipeline(model, trained, tmp_pa
     main(["predict", str(model), str(tmp_path / "digits"), "--top-k", "10"])
     lines = lines_of(capsys)
     pipeline = open_data(small_recipe(data=Images("digits")), find_backbone("bundled/vgg")).pipeline
-    images, _ = pipeline.fetch(Request([0, 1, 2, 3, 4]))
+    images = pipeline.fetch(Request([0, 1, 2, 3, 4])).images
     with torch.inference_mode():
         probabilities = finetune.load(model)(images).softmax(1)
     for line, row in zip(lines, probabilities, strict=True):
@@ -85,7 +85,7 @@ def test_missing_inputs_are_one_line_and_exit_2(model, tmp_path, capsys):
     with pytest.raises(UsageError, match="must be 1 or more"):
         from finetune.predict import predict
 
-        predict(model, ["x"], 0, 1, "cpu")
+        predict(model, ["x"], top_k=0, batch_size=1, device_name="cpu", image_column="", as_csv=False)
 
 
 class Gadget:

@@ -4,7 +4,9 @@ from finetune.errors import FinetuneError, RunError, StoppedEarly, UsageError
 from finetune.recipe import (
     Classification,
     Images,
+    ImageTable,
     Model,
+    MultiLabel,
     Optimizer,
     Recipe,
     Schedule,
@@ -18,8 +20,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Classification",
     "FinetuneError",
+    "ImageTable",
     "Images",
     "Model",
+    "MultiLabel",
     "Optimizer",
     "Recipe",
     "RunError",

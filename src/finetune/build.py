@@ -2,33 +2,23 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from finetune.checkpoint import read_checkpoint
-from finetune.data.images import ImagePipeline, Request, open_images, split_source
-from finetune.data.loader import one_thread
-from finetune.data.order import batches_from
-from finetune.data.source import Source
-from finetune.device import to_device
+from finetune.data.images import ImagePipeline, Split, names_to_indices, open_images, split_source, without
+from finetune.data.source import Source, class_counts
+from finetune.data.table import Columns
 from finetune.errors import RunError, UsageError
 from finetune.files import BadFile
-from finetune.models.backbones import Backbone, find_backbone
+from finetune.models.backbones import Backbone, backbone_from_plain, check_image_size
 from finetune.models.freeze import check_rules, frozen_tensors
-from finetune.models.heads import standardise, standardised_layers
 from finetune.models.network import Network, build_network, load_frozen
-from finetune.models.weights import WeightsFile, find_weights, read_weights
-from finetune.recipe import Recipe, differences, from_plain, to_plain
+from finetune.models.weights import Weights, choose_weights, read_weights, with_image_size
+from finetune.recipe import Images, Recipe, differences, from_plain, to_plain
 from finetune.run import RunFolder
-
-# Enough samples for a mean and a deviation; more would only cost time.
-STANDARDISE_SAMPLES = 16_384
-STANDARDISE_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -41,48 +31,80 @@ class Numerics:
 
 @dataclass(frozen=True)
 class Data:
-    """The opened data set, split, and its pipeline."""
+    """The opened data set, split, and its pipeline.
+
+    Attributes:
+        skipped: names of images that were left out because they are broken.
+    """
 
     source: Source
-    train: Tensor
-    validation: Tensor
+    split: Split
     pipeline: ImagePipeline
+    skipped: tuple[str, ...] = ()
 
     @property
     def class_count(self) -> int:
         return len(self.source.classes)
 
     def facts(self) -> dict[str, Any]:
+        """What a run was trained on, as plain values; a resume must find the same."""
         return {
             "fingerprint": self.source.fingerprint,
             "classes": list(self.source.classes),
-            "train_samples": len(self.train),
-            "validation_samples": len(self.validation),
+            "train_samples": len(self.split.train),
+            "validation_samples": len(self.split.validation),
+            "skipped": list(self.skipped),
         }
 
+    def leave_out(self, names: Sequence[str]) -> "Data":
+        """The same without some images.
 
-def open_data(recipe: Recipe, backbone: Backbone) -> Data:
-    """Open and split what the recipe names.
+        Raises:
+            UsageError: nothing is left to train on, or to validate with.
+        """
+        if not names:
+            return self
+        dropped = names_to_indices(self.source, names)
+        split = Split(*(without(part, dropped) for part in self.split))
+        data = dataclasses.replace(self, split=split, skipped=tuple(sorted({*self.skipped, *names})))
+        data.check()
+        return data
+
+    def check(self) -> None:
+        """Every class must have something to train on, and something must validate."""
+        targets = self.source.targets[self.split.train]
+        for name, count in zip(self.source.classes, class_counts(targets, self.class_count).tolist(), strict=True):
+            if not count:
+                raise UsageError(f"class {name!r} has no image to train on; add some, or remove the class")
+        if not len(self.split.validation):
+            raise UsageError("no class has two images, so nothing is left to validate with; add images")
+
+
+def open_source(spec: Images, classes: Sequence[str] | None = None) -> Source:
+    """The data that the recipe names, not split yet."""
+    columns = Columns(spec.image_column, spec.label_column, spec.split_column, spec.separator)
+    return open_images(spec.images, spec.fonts, columns, classes)
+
+
+def make_pipeline(source: Source, spec: Images, backbone: Backbone, seed: int) -> ImagePipeline:
+    return ImagePipeline(source, backbone.preprocessing, spec.augment, spec.mixup, spec.cutmix, seed)
+
+
+def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -> Data:
+    """Open and split what the recipe names. Files are listed, not read.
+
+    Args:
+        skipped: names of images to leave out.
 
     Raises:
         UsageError: no such data, or too little of it.
     """
     spec = recipe.data
-    source = open_images(spec.images, spec.fonts)
-    train_indices, validation_indices = split_source(source, spec.validation_fraction, recipe.seed, spec.train_samples)
-    if not len(validation_indices):
-        raise UsageError(
-            f"--images {spec.images}: no class has two images, so nothing is left to validate with; add images"
-        )
-    pipeline = ImagePipeline(
-        source,
-        spec.image_size or backbone.image_size,
-        spec.augment,
-        backbone.mean,
-        backbone.std,
-        recipe.seed,
-    )
-    return Data(source, train_indices, validation_indices, pipeline)
+    source = open_source(spec)
+    split = split_source(source, spec.validation_fraction, recipe.seed, spec.train_samples)
+    data = Data(source, split, make_pipeline(source, spec, backbone, recipe.seed)).leave_out(skipped)
+    data.check()
+    return data
 
 
 def determining_config(recipe: Recipe, numerics: Numerics) -> dict[str, Any]:
@@ -104,10 +126,16 @@ def split_config(config: dict[str, Any]) -> tuple[Recipe, Numerics]:
         raise RunError(f"the saved recipe is not one ({error}); restore recipe.json from a copy") from None
 
 
-def new_network(recipe: Recipe, class_count: int) -> tuple[Network, WeightsFile | None]:
+def find_pretrained(recipe: Recipe) -> tuple[Backbone, Weights | None]:
+    """The recipe's backbone, prepared for its image size, and its weights: None for random ones."""
+    backbone, weights = choose_weights(recipe.model.backbone, recipe.model.weights)
+    if recipe.data.image_size:
+        check_image_size(backbone, recipe.data.image_size)
+    return with_image_size(backbone, recipe.data.image_size), weights
+
+
+def new_network(recipe: Recipe, backbone: Backbone, weights: Weights | None, class_count: int) -> Network:
     """The recipe's network with its pretrained weights and a fresh head, on the CPU."""
-    backbone = find_backbone(recipe.model.backbone)
-    weights = find_weights(recipe.model.weights, backbone)
     try:
         tensors = read_weights(weights.path) if weights else None
     except BadFile as error:
@@ -123,22 +151,7 @@ def new_network(recipe: Recipe, class_count: int) -> tuple[Network, WeightsFile 
         seed=recipe.seed,
     )
     check_rules(network.module, network.rules(recipe.trainable.rules))
-    return network, weights
-
-
-def standardise_head(module: nn.Module, data: Data, device: torch.device) -> None:
-    """Measure the features of the training set, without augmentation, for the head that trains on them."""
-    if not any(True for _ in standardised_layers(module)):
-        return
-
-    def inputs() -> Iterator[Tensor]:
-        for indices in batches_from(data.train[:STANDARDISE_SAMPLES], STANDARDISE_BATCH):
-            with one_thread():
-                images, _ = data.pipeline.fetch(Request(indices.tolist()))
-            yield to_device(images, device)
-
-    module.eval()
-    standardise(module, inputs())
+    return network
 
 
 def load_from_run(network: Network, init_from: str, classes: list[str]) -> None:
@@ -181,8 +194,8 @@ def saved_network(run: RunFolder, recipe: Recipe, state: dict[str, Any]) -> Netw
     Raises:
         RunError: the two do not make up the whole network.
     """
-    backbone = find_backbone(recipe.model.backbone)
-    kind, tensors = load_frozen(run.frozen, backbone)
+    backbone = backbone_from_plain(state["network"]["backbone"])
+    kind, tensors = load_frozen(run.frozen)
     class_count = len(state["data"]["classes"])
     network = build_network(
         backbone,

@@ -14,7 +14,7 @@ import docstring_parser
 import tyro
 
 from finetune.errors import FinetuneError, StoppedEarly, UsageError
-from finetune.recipe import Recipe, image_head
+from finetune.recipe import ImageTable, Recipe, image_head
 from finetune.recipe_files import call_recipe, find_recipe_file, load_recipe_function, shipped_recipes
 
 HELP = """\
@@ -24,7 +24,8 @@ finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit fo
   finetune RECIPE --help                 the recipe's own options, with their documentation
   finetune resume [RUN] [--epochs N]     go on; without RUN: the newest unfinished below runs/
   finetune export RUN                    weights that stock torchvision loads, and a JSON beside them
-  finetune predict FILE INPUT...         classify images with an export: JSON lines
+  finetune predict FILE INPUT...         classify images, folders or a csv with an export: JSON lines, or --csv
+  finetune evaluate RUN [--images DATA]  loss, accuracy, F1 by class, confusion matrix, calibration
   finetune summary RECIPE [options]      layers, what trains, the size of a checkpoint
   finetune new NAME FILE                 copy a shipped recipe to a file of your own
   finetune COMMAND --help                a command's options
@@ -83,6 +84,8 @@ class RunOptions(SavingOptions, MachineOptions):
     """Steps between two lines in metrics.jsonl."""
     frozen: Literal["auto", "copy"] = "auto"
     """copy = keep the frozen weights in the run folder, so that it stands alone."""
+    skip_broken: bool = False
+    """Look at every image first, and leave broken ones out."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class ExportOptions:
     """Which checkpoint."""
     output: str = ""
     """The file to write; default: RUN/model.pt."""
-    format: Literal["pt", "safetensors"] | None = None
+    format: Literal["pt", "safetensors", "onnx"] | None = None
     """Of the file; default: as --output ends, else pt."""
 
 
@@ -124,13 +127,36 @@ class PredictOptions:
     file: Annotated[str, tyro.conf.Positional]
     """The export: its .json must lie beside it."""
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Images, and folders of them."""
+    """Images, folders of them, and csv, tsv or jsonl files that name them."""
     top_k: int = 3
     """Classes to list for each image."""
+    csv: bool = False
+    """Print csv instead of JSON lines."""
+    image_column: str = ""
+    """Column of a csv that holds the image's path; default: image, path, file, ..."""
     batch_size: int = 64
     """Images computed at once."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of `finetune evaluate`."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run's folder."""
+    images: str = ""
+    """Other data with the same classes; default: the run's own test part, else its validation part."""
+    table: Annotated[ImageTable, tyro.conf.OmitArgPrefixes] = ImageTable()
+    from_: Annotated[Literal["best", "latest"], tyro.conf.arg(name="from")] = "best"
+    """Which checkpoint."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), or a device of torch."""
+    workers: int = 0
+    """Processes that read images ahead; 0 = none."""
 
 
 # ---- A recipe's signature as options ------------------------------------------------------------------------------
@@ -216,6 +242,15 @@ def command_predict(arguments: Sequence[str]) -> int:
     return commands.predict_files(options)
 
 
+def command_evaluate(arguments: Sequence[str]) -> int:
+    options = tyro.cli(
+        EvaluateOptions, prog="finetune evaluate", description="How good a run is.", args=list(arguments)
+    )
+    from finetune import commands
+
+    return commands.evaluate_run(options)
+
+
 def command_summary(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("finetune summary: needs a recipe, as in: finetune summary vgg_head")
@@ -245,6 +280,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "resume": command_resume,
     "export": command_export,
     "predict": command_predict,
+    "evaluate": command_evaluate,
     "summary": command_summary,
     "new": command_new,
 }

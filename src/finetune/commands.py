@@ -1,5 +1,6 @@
 """What each command does, once its options are parsed. Imported late: this is where torch comes in."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,14 @@ def check_saving(saving: dict[str, Any]) -> dict[str, Any]:
     return saving
 
 
+def check_workers(workers: int) -> int:
+    if workers < 0:
+        raise UsageError(f"--workers {workers}: not allowed; give 0 (none) or more")
+    return workers
+
+
 def make_machine(options: Any) -> Machine:
-    if options.workers < 0:
-        raise UsageError(f"--workers {options.workers}: not allowed; give 0 (none) or more")
-    return Machine(options.device, options.workers, options.worker_start)
+    return Machine(options.device, check_workers(options.workers), options.worker_start)
 
 
 def train_recipe(path: Path, recipe: Recipe, options: Any) -> int:
@@ -76,6 +81,7 @@ def train_recipe(path: Path, recipe: Recipe, options: Any) -> int:
         code=tuple(local_modules(path)),
         init_from=options.init_from,
         copy_frozen=options.frozen == "copy",
+        skip_broken=options.skip_broken,
     )
     return finish(run, progress, terminal)
 
@@ -121,14 +127,14 @@ def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> int:
 
 def export_run(options: Any) -> int:
     """`finetune export`."""
-    from finetune.export import copy_checkpoint, export
+    from finetune.export import FORMATS, copy_checkpoint, export
 
     run = RunFolder(Path(options.run))
     if not options.weights_only:
         print(copy_checkpoint(run, options.from_, Path(options.output) if options.output else None))
         return 0
     output = Path(options.output) if options.output else run.path / f"model.{options.format or 'pt'}"
-    allowed = [f".{options.format}"] if options.format else [".pt", ".safetensors"]
+    allowed = [f".{options.format}"] if options.format else FORMATS
     if output.suffix not in allowed:
         raise UsageError(f"--output {output}: must end in {' or '.join(allowed)}")
     report = export(run, options.from_, output)
@@ -142,8 +148,32 @@ def predict_files(options: Any) -> int:
     from finetune.predict import predict
 
     if not options.inputs:
-        raise UsageError("finetune predict: nothing to predict; give images or folders")
-    return predict(Path(options.file), options.inputs, options.top_k, options.batch_size, options.device)
+        raise UsageError("finetune predict: nothing to predict; give images, folders or a csv")
+    return predict(
+        Path(options.file),
+        options.inputs,
+        top_k=options.top_k,
+        batch_size=options.batch_size,
+        device_name=options.device,
+        image_column=options.image_column,
+        as_csv=options.csv,
+    )
+
+
+def evaluate_run(options: Any) -> int:
+    """`finetune evaluate`."""
+    from finetune.data.table import Columns
+    from finetune.evaluate import evaluate, show
+
+    table = options.table
+    columns = Columns(table.image_column, table.label_column, table.split_column, table.separator)
+    run = RunFolder(Path(options.run))
+    figures = evaluate(run, options.from_, options.images, columns, options.device, check_workers(options.workers))
+    if options.json:
+        print(json.dumps(figures, ensure_ascii=False))
+    else:
+        show(figures, make_console())
+    return 0
 
 
 def summarise(recipe: Recipe) -> int:

@@ -1,7 +1,7 @@
 """From a run to a file that stock libraries load, and back.
 
 A `.pt` (or `.safetensors`) holds a plain state dict; the JSON beside it says how to build the network for it, what to
-do to an image first and what the classes are called. Neither is ever executed.
+do to an image first and what the classes are called. Neither is ever executed. An `.onnx` holds the network as well.
 """
 
 import shutil
@@ -16,19 +16,24 @@ from torch import Tensor, nn
 from finetune.build import open_data, split_config, trained_network
 from finetune.checkpoint import read_checkpoint
 from finetune.data.images import Request
+from finetune.data.preprocess import Preprocessing
 from finetune.errors import FinetuneError, RunError, UsageError
 from finetune.files import BadFile, read_json, sha256_of_file, write_atomically, write_json
-from finetune.models.backbones import find_backbone
+from finetune.models.backbones import backbone_from_plain, backbone_of_export
 from finetune.models.heads import find_head, folded_state, plain_head, standardised_layers
-from finetune.models.weights import read_weights
+from finetune.models.weights import load_state, read_weights
+from finetune.onnx import write_onnx
 from finetune.recipe import Recipe
 from finetune.run import RunFolder
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+FORMATS = (".pt", ".safetensors", ".onnx")
 # Logits of an export may differ from the run's by this share of the largest logit (or by this much, if that is under
 # 1), because folding the standardisation into the weights rounds differently. Without folding they must be equal.
 FOLDED_TOLERANCE = 1e-5
-COMPARED_IMAGES = 64
+# Another runtime has other kernels.
+ONNX_TOLERANCE = 1e-4
+COMPARED_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -38,107 +43,123 @@ class ExportReport:
     file: Path
     description: dict[str, Any]
     largest_difference: float
-    stock_lines: str
+
+    @property
+    def stock_lines(self) -> str:
+        """Lines of Python that load the file without this kit."""
+        return loading_lines(self.file, self.description)
 
     def text(self) -> str:
         same = "bit for bit" if self.largest_difference == 0 else f"within {self.largest_difference:.1g}"
+        where = "run in onnxruntime" if self.file.suffix == ".onnx" else "loaded into a fresh model"
         lines = [
             f"{self.file}: {self.file.stat().st_size:,} bytes, sha256 {self.description['sha256']}",
             f"{self.file.with_suffix('.json')}: classes, preprocessing, architecture",
-            f"checked: loaded into a fresh model, its logits equal the run's {same}",
+            f"checked: {where}, its logits equal the run's {same}",
             "",
         ]
         return "\n".join(lines) + self.stock_lines
 
 
 def export(run: RunFolder, which: str, output: Path) -> ExportReport:
-    """Write the weights of a checkpoint for stock loading, load them again and compare.
+    """Write the weights of a checkpoint for other programs, load them again and compare.
 
     Args:
         which: "best" or "latest".
-        output: ends in .pt or .safetensors; a .json of the same name is written beside it.
+        output: ends in .pt, .safetensors or .onnx; a .json of the same name is written beside it.
 
     Raises:
         RunError: the run cannot be read, or the file's outputs are not the run's.
+        UsageError: a package that ONNX needs is missing.
     """
     network, state = trained_network(run, which)
     recipe, numerics = split_config(state["config"])
-    backbone = find_backbone(recipe.model.backbone)
+    backbone = backbone_from_plain(state["network"]["backbone"])
+    preprocessing = backbone.preprocessing
     tensors = folded_state(network.module)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    sha256 = write_tensors(output, tensors)
     description = {
         "schema_version": SCHEMA_VERSION,
-        "task": "classification",
+        "task": recipe.task.kind,
         "classes": state["data"]["classes"],
         "architecture": {
             "backbone": backbone.name,
+            "options": backbone.options,
             "head": recipe.model.head,
-            "head_path": network.head_path,
+            "head_paths": network.head_paths,
             "head_width": recipe.model.head_width,
             "old_classes": network.old_class_count,
             "stock": recipe.model.head in ("linear", "keep"),
         },
-        "preprocessing": {
-            "image_size": recipe.data.image_size or backbone.image_size,
-            "resize": "bilinear, antialiased, proportions not kept",
-            "channels": "RGB",
-            "mean": backbone.mean,
-            "std": backbone.std,
-        },
+        "preprocessing": preprocessing.to_plain(),
+        "preprocessing_text": f"RGB; antialiased resize: {preprocessing.text}; / 255; (value - mean) / std by channel",
         "metrics": state["metrics"]["last_validation"],
         "checkpoint": {"which": which, "step": state["step"]},
-        "sha256": sha256,
         "source_run": run.path.resolve().name,
         "precision_trained": numerics.precision,
     }
-    write_json(output.with_suffix(".json"), description)
-    try:
-        difference = compare_with_run(network.module, output, recipe)
-    except RunError:
-        output.unlink()
-        output.with_suffix(".json").unlink()
-        raise
-    return ExportReport(output, description, difference, stock_lines(output, description))
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a state dict atomically; returns the file's sha256."""
-    if path.suffix == ".safetensors":
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, temporary)
-        content = temporary.read_bytes()
-        temporary.unlink()
-        return write_atomically(path, lambda stream: stream.write(content))
-    return write_atomically(path, lambda stream: torch.save(tensors, stream))
-
-
-def compare_with_run(module: nn.Module, file: Path, recipe: Recipe) -> float:
-    """The largest difference between the logits of the run's model and of the exported file's.
-
-    On images of the validation set; where the data is not at hand any more, on random ones.
-
-    Raises:
-        RunError: it is larger than it may be.
-    """
-    backbone = find_backbone(recipe.model.backbone)
-    try:
-        data = open_data(recipe, backbone)
-        images, _ = data.pipeline.fetch(Request(data.validation[:COMPARED_IMAGES].tolist()))
-    except FinetuneError:
-        size = recipe.data.image_size or backbone.image_size
-        images = torch.randn(COMPARED_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
-    loaded = load(file)
+    images = comparison_images(recipe, state, preprocessing)
     with torch.inference_mode():
-        ours, theirs = module.eval()(images), loaded(images)
-    difference = (ours - theirs).abs().max().item()
-    folded = any(True for _ in standardised_layers(module))
-    allowed = FOLDED_TOLERANCE * max(ours.abs().max().item(), 1.0) if folded else 0.0
-    if not difference <= allowed:
-        raise RunError(
-            f"export {file}: logits differ from the run's by {difference:.3g}, allowed is {allowed:.3g}; not written"
-        )
-    return difference
+        wanted = network.module.eval()(images)
+    folded = any(True for _ in standardised_layers(network.module))
+    largest = max(wanted.abs().max().item(), 1.0)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".exporting-{output.name}")
+    try:
+        if output.suffix == ".onnx":
+            difference = write_onnx(rebuild(description, tensors, str(run.path)), images, wanted, temporary)
+            allowed = ONNX_TOLERANCE
+        else:
+            write_tensors(temporary, tensors)
+            with torch.inference_mode():
+                found = rebuild(description, read_weights(temporary), str(temporary))(images)
+            difference = (found - wanted).abs().max().item()
+            allowed = FOLDED_TOLERANCE * largest if folded else 0.0
+        if not difference <= allowed:
+            raise RunError(
+                f"export {output}: logits differ from the run's by {difference:.3g}, allowed is {allowed:.3g}; "
+                "nothing is written"
+            )
+        sha256 = write_atomically(output, lambda stream: _copy_into(stream, temporary))
+    finally:
+        temporary.unlink(missing_ok=True)
+    description |= {"sha256": sha256, "files": {output.name: sha256} | other_formats(output, description)}
+    write_json(output.with_suffix(".json"), description)
+    return ExportReport(output, description, difference)
+
+
+def other_formats(output: Path, description: dict[str, Any]) -> dict[str, str]:
+    """Files of the same weights in other formats that the JSON already describes: they stay good."""
+    try:
+        found = read_description(output)
+    except RunError:
+        return {}
+    files = {name: value for name, value in found["files"].items() if name != output.name}
+    same = {name: value for name, value in found.items() if name not in ("sha256", "files")}
+    return files if same == description else {}
+
+
+def _copy_into(stream: Any, path: Path) -> None:
+    with open(path, "rb") as source:
+        shutil.copyfileobj(source, stream, 1 << 20)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a state dict."""
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+
+
+def comparison_images(recipe: Recipe, state: dict[str, Any], preprocessing: Preprocessing) -> Tensor:
+    """Network inputs to compare on: of the validation set; where the data is not at hand any more, random ones."""
+    try:
+        backbone = backbone_from_plain(state["network"]["backbone"])
+        data = open_data(recipe, backbone, state["data"]["skipped"])
+        return data.pipeline.fetch(Request(data.split.validation[:COMPARED_IMAGES].tolist())).images
+    except FinetuneError:
+        size = preprocessing.image_size
+        return torch.randn(COMPARED_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def copy_checkpoint(run: RunFolder, which: str, output: Path | None) -> Path:
@@ -151,15 +172,22 @@ def copy_checkpoint(run: RunFolder, which: str, output: Path | None) -> Path:
     return target
 
 
-def stock_lines(file: Path, description: dict[str, Any]) -> str:
+def loading_lines(file: Path, description: dict[str, Any]) -> str:
     """Lines of Python that load the file without this kit, where that is possible."""
     architecture = description["architecture"]
+    if file.suffix == ".onnx":
+        return (
+            f"import onnxruntime\nsession = onnxruntime.InferenceSession({str(file)!r})\n"
+            '(logits,) = session.run(None, {"images": images})  # float32 (batch, 3, height, width)'
+        )
     if not architecture["stock"]:
         return (
             f"A head of kind {architecture['head']!r} has no stock counterpart; load it with:\n\n"
             f"import finetune\nmodel = finetune.load({str(file)!r})"
         )
-    build = find_backbone(architecture["backbone"]).stock_lines.format(classes=len(description["classes"]))
+    build = backbone_of_export(description).stock_lines.format(
+        classes=len(description["classes"]), json=str(file.with_suffix(".json"))
+    )
     if file.suffix == ".safetensors":
         read = f"from safetensors.torch import load_file\nmodel.load_state_dict(load_file({str(file)!r}), strict=True)"
     else:
@@ -176,16 +204,42 @@ def read_description(file: Path) -> dict[str, Any]:
     Raises:
         RunError: missing, damaged, or of a newer schema.
     """
-    description = read_json(file.with_suffix(".json"), "description of the export")
-    if not isinstance(description, dict) or not {"classes", "architecture", "preprocessing", "sha256"} <= set(
-        description
-    ):
-        raise BadFile(
-            f"{file.with_suffix('.json')} does not describe an export; keep the .json that was written with it"
-        )
+    path = file.with_suffix(".json")
+    description = read_json(path, "description of the export")
+    needed = {"schema_version", "classes", "architecture", "preprocessing", "files"}
+    if not isinstance(description, dict) or not needed <= set(description):
+        raise BadFile(f"{path} does not describe an export; keep the .json that was written with it")
     if description["schema_version"] > SCHEMA_VERSION:
-        raise RunError(f"{file.with_suffix('.json')} was written by a newer finetune; upgrade it")
+        raise RunError(f"{path} was written by a newer finetune; upgrade it")
     return description
+
+
+def rebuild(description: dict[str, Any], tensors: dict[str, Tensor], source: str) -> nn.Module:
+    """The network that a description names, with these tensors; in eval mode, on the CPU.
+
+    Raises:
+        RunError: the two do not belong together; calls them `source`.
+    """
+    architecture = description["architecture"]
+    try:
+        backbone = backbone_of_export(description)
+        head_paths = find_head(backbone.build)
+        if architecture["head"] != "keep" and architecture["head_paths"] != head_paths:
+            raise BadFile(f"{source}: {architecture['head_paths']} is not the head of {backbone.name}")
+        model = backbone.build(architecture["old_classes"])
+        if architecture["head"] != "keep":
+            for path in head_paths[-1:] if architecture["head"] == "append" else head_paths:
+                classes, width = len(description["classes"]), architecture["head_width"]
+                plain_head(model, path, architecture["head"], classes, width)
+        missing, extra = load_state(model, tensors, getattr(tensors, "_metadata", None), source)
+    except UsageError as error:
+        raise BadFile(str(error)) from None
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise BadFile(f"{source}: its .json describes no network ({error}); export it again") from None
+    if missing or extra:
+        names = ", ".join([*missing, *extra][:5])
+        raise BadFile(f"{source} does not fit the architecture in its .json: {names}, ...; export it again")
+    return model.eval()
 
 
 def load(path: str | Path) -> nn.Module:
@@ -203,30 +257,10 @@ def load(path: str | Path) -> nn.Module:
     file = Path(path)
     if not file.is_file():
         raise RunError(f"export {file} does not exist; make it with: finetune export RUN")
+    if file.suffix == ".onnx":
+        raise RunError(f"export {file}: an .onnx is for onnxruntime; give the .pt or .safetensors of the same run")
     description = read_description(file)
     found = sha256_of_file(file)
-    if found != description["sha256"]:
+    if found not in {description.get("sha256"), *description["files"].values()}:
         raise BadFile(f"{file} does not match its .json (sha256 {found}); export it again")
-    architecture = description["architecture"]
-    try:
-        backbone = find_backbone(architecture["backbone"])
-    except UsageError as error:
-        raise RunError(f"{file.with_suffix('.json')}: {error}") from None
-    model = backbone.build(architecture["old_classes"])
-    if architecture["head"] != "keep":
-        if architecture["head_path"] not in find_head(backbone.build):
-            raise BadFile(
-                f"{file.with_suffix('.json')}: {architecture['head_path']!r} is not the head of {backbone.name}"
-            )
-        plain_head(
-            model,
-            architecture["head_path"],
-            architecture["head"],
-            len(description["classes"]),
-            architecture["head_width"],
-        )
-    try:
-        model.load_state_dict(read_weights(file), strict=True)
-    except RuntimeError as error:
-        raise BadFile(f"{file} does not fit the architecture in its .json: {' '.join(str(error).split())}") from None
-    return model.eval()
+    return rebuild(description, read_weights(file), str(file))

@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,28 +14,31 @@ from finetune.build import (
     Numerics,
     check_same_config,
     determining_config,
+    find_pretrained,
     load_from_run,
     new_network,
     open_data,
     saved_network,
     split_config,
-    standardise_head,
 )
+from finetune.data.contents import Contents
 from finetune.data.loader import Loader
 from finetune.data.order import key
-from finetune.data.source import class_counts
+from finetune.data.source import FileSource, class_counts
 from finetune.device import check_precision, pick_device, set_numerics
 from finetune.errors import UsageError
 from finetune.files import hold_lock, remove_leftovers
 from finetune.guard import listen_for_signals
-from finetune.losses import balanced_class_weights
-from finetune.models.backbones import find_backbone
+from finetune.look import CHECKED_FILES, leave_out_broken, look
+from finetune.models.backbones import Backbone, backbone_from_plain
 from finetune.models.freeze import frozen_tensors
 from finetune.models.network import Network, store_frozen
 from finetune.optim import find_optimizer
 from finetune.recipe import Recipe
 from finetune.run import RunFolder, make_folder, next_folder
 from finetune.state import Progress, environment_differences, progress_from_plain, progress_to_plain, seed_generators
+from finetune.tasks import make_task
+from finetune.tasks import to_device as task_to_device
 from finetune.train import Settings, count_steps, learning_rate, train
 from finetune.watch.progress import Terminal
 
@@ -55,14 +58,30 @@ class Machine:
     worker_start: str = "auto"
 
 
+class Loaders(NamedTuple):
+    """Two, because worker processes belong to one; both know the files' contents."""
+
+    train: Loader
+    validation: Loader
+
+
+def make_loaders(data: Data, machine: Machine, device: torch.device, contents: Contents) -> Loaders:
+    pin_memory = device.type == "cuda"
+    return Loaders(
+        *(Loader(data.pipeline, machine.workers, machine.worker_start, pin_memory, contents) for _ in range(2))
+    )
+
+
 @dataclass(frozen=True)
 class Job:
     """A training, ready to go."""
 
     recipe: Recipe
     numerics: Numerics
+    backbone: Backbone
     network: Network
     data: Data
+    loaders: Loaders
     device: torch.device
     weights_text: str
 
@@ -72,7 +91,10 @@ class Job:
         return {
             "config": determining_config(self.recipe, self.numerics),
             "data": self.data.facts(),
-            "network": {"old_class_count": self.network.old_class_count},
+            "network": {
+                "old_class_count": self.network.old_class_count,
+                "backbone": self.backbone.to_plain(),
+            },
         }
 
 
@@ -91,6 +113,7 @@ def start(
     code: tuple[Path, ...] = (),
     init_from: str = "",
     copy_frozen: bool = False,
+    skip_broken: bool = False,
 ) -> tuple[RunFolder, Progress]:
     """Begin a run in a folder that holds none, or one that died before its first checkpoint.
 
@@ -100,6 +123,7 @@ def start(
         code: files to keep with the run: the recipe and what it imported from its own folder.
         init_from: "RUN", "RUN:best" or "RUN:latest": start from that run's weights.
         copy_frozen: copy the frozen weights into the run folder, so that it stands alone.
+        skip_broken: look at every image first, and leave broken ones out.
 
     Raises:
         FinetuneError: see `train`.
@@ -109,23 +133,30 @@ def start(
     check_precision(numerics.precision, device)
     find_optimizer(recipe.optimizer.name)
     set_numerics(numerics.deterministic)
-    data = open_data(recipe, find_backbone(recipe.model.backbone))
-    network, weights = new_network(recipe, data.class_count)
+    backbone, weights = find_pretrained(recipe)
+    data = open_data(recipe, backbone)
+    network = new_network(recipe, backbone, weights, data.class_count)
     if init_from:
         load_from_run(network, init_from, data.source.classes)
-    text = f"{weights.path.name}, sha256 {weights.sha256[:12]}" if weights else "random"
+    text = f"{weights.text}, sha256 {weights.sha256[:12]}" if weights else "random: nothing is pretrained"
     if init_from:
         text = f"from {init_from}"
     network.module.to(device, memory_format=torch.channels_last)
-    if not init_from:
-        standardise_head(network.module, data, device)
-    job = Job(recipe, numerics, network, data, device, text)
+    contents = Contents(data.source)
+    loaders = make_loaders(data, machine, device, contents)
+    # Another run's weights come with that run's measured features: looked at, they stay.
+    broken = look(
+        data, loaders.train, network.module, device, measure=not init_from, all_files=skip_broken, terminal=terminal
+    )
+    data = leave_out_broken(data, broken, skip_broken, terminal)
+    job = Job(recipe, numerics, backbone, network, data, loaders, device, text)
     record = {
         "name": name,
         "config": job.identity["config"],
         "settings": dataclasses.asdict(settings),
         "init_from": init_from,
         "copy_frozen": copy_frozen,
+        "skip_broken": skip_broken,
     }
     run = RunFolder(path or next_folder(name))
     run.make()
@@ -134,9 +165,10 @@ def start(
         make_folder(run, record, list(code))
         frozen = frozen_tensors(network.module, network.rules(recipe.trainable.rules), 0)
         store_frozen(run.frozen, None if init_from else weights, frozen, copy_frozen)
+        contents.save(run.contents_file)
         seed_generators(key("train", recipe.seed))
         progress = Progress(history=[{"event": "start", "step": 0, "epoch": 0}])
-        return run, run_job(run, job, progress, None, machine, settings, terminal)
+        return run, run_job(run, job, progress, None, settings, terminal)
 
 
 # ---- An old run --------------------------------------------------------------------------------------------------
@@ -190,7 +222,7 @@ def resume(
             where = f"step {progress.step} (epoch {progress.epoch + 1}, sample {progress.position_samples})"
             terminal.say(f"resuming {run.path} at {where}")
             progress.history.append({"event": "resume", "step": progress.step, "epoch": progress.epoch})
-            return run_job(run, job, progress, state, machine, run_settings, terminal)
+            return run_job(run, job, progress, state, run_settings, terminal)
     terminal.say(f"{run.path} has no checkpoint yet: starting over")
     _, progress = start(
         run.path,
@@ -202,6 +234,7 @@ def resume(
         terminal,
         init_from=record["init_from"],
         copy_frozen=record["copy_frozen"],
+        skip_broken=record["skip_broken"],
     )
     return progress
 
@@ -253,13 +286,15 @@ def resumed_job(
     check_precision(numerics.precision, device)
     set_numerics(numerics.deterministic)
     located = dataclasses.replace(recipe.data, images=images or recipe.data.images)
-    data = open_data(dataclasses.replace(recipe, data=located), find_backbone(recipe.model.backbone))
+    backbone = backbone_from_plain(state["network"]["backbone"])
+    data = open_data(dataclasses.replace(recipe, data=located), backbone, state["data"]["skipped"])
     check_same_config(state["data"], data.facts(), f"the data is not what run {run.path} was trained on")
     for line in environment_differences(state["versions"], device):
         terminal.say(f"not bit for bit from here on: {line}")
     network = saved_network(run, recipe, state)
     network.module.to(device, memory_format=torch.channels_last)
-    return Job(recipe, numerics, network, data, device, f"as kept in {run.frozen}")
+    loaders = make_loaders(data, machine, device, Contents(data.source, run.contents_file))
+    return Job(recipe, numerics, backbone, network, data, loaders, device, f"as kept in {run.frozen}")
 
 
 def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_samples: int) -> bool:
@@ -297,22 +332,15 @@ def run_job(
     job: Job,
     progress: Progress,
     resumed: dict[str, Any] | None,
-    machine: Machine,
     settings: Settings,
     terminal: Terminal,
 ) -> Progress:
     """Show what is about to happen, then train."""
     data, recipe = job.data, job.recipe
-    class_weights = None
-    if recipe.task.class_weights == "balanced":
-        counts = class_counts(data.source.targets[data.train], data.class_count)
-        class_weights = balanced_class_weights(counts).to(job.device)
-    loaders = [
-        Loader(data.pipeline, machine.workers, machine.worker_start, pin_memory=job.device.type == "cuda")
-        for _ in ("train", "validation")
-    ]
+    counts = class_counts(data.source.targets[data.split.train], data.class_count)
+    task = task_to_device(make_task(recipe.task, counts, len(data.split.train)), job.device)
     rules = job.network.rules(recipe.trainable.rules)
-    _, _, end_step = count_steps(recipe, len(data.train), progress)
+    _, _, end_step = count_steps(recipe, len(data.split.train), progress)
     epoch = resumed["frozen"]["epoch"] if resumed else 0
     terminal.begin(describe(run, job), describe_freeze(job, epoch), progress.step, end_step)
     with listen_for_signals() as stop:
@@ -322,11 +350,10 @@ def run_job(
             job.identity,
             job.network.module,
             rules,
-            *loaders,
-            data.train,
-            data.validation,
-            class_weights,
-            data.class_count,
+            *job.loaders,
+            data.split.train,
+            data.split.validation,
+            task,
             progress,
             resumed,
             job.device,
@@ -340,12 +367,21 @@ def run_job(
 def describe(run: RunFolder, job: Job) -> dict[str, str]:
     """The facts of a run for the table at its start."""
     recipe, data = job.recipe, job.data
+    train, validation, test = map(len, data.split)
+    parts = [f"{train:,} to train on", f"{validation:,} to validate", *([f"{test:,} to test"] if test else [])]
+    unread = isinstance(data.source, FileSource) and not data.skipped and train + validation + test > CHECKED_FILES
+    if data.skipped:
+        parts.append(f"{len(data.skipped):,} left out as broken")
+    parts.append(f"{data.class_count} classes" + (", several an image" if recipe.data.separator else ""))
+    changes = [f"augment {recipe.data.augment}"]
+    changes += [
+        f"{name} {alpha:g}" for name, alpha in (("mixup", recipe.data.mixup), ("cutmix", recipe.data.cutmix)) if alpha
+    ]
     return {
         "backbone": f"{recipe.model.backbone} ({job.weights_text})",
-        "data": (
-            f"{recipe.data.images}: {len(data.train):,} to train on, {len(data.validation):,} to validate, "
-            f"{data.class_count} classes, {data.pipeline.image_size} px, augment {recipe.data.augment}"
-        ),
+        "data": f"{recipe.data.images}: {', '.join(parts)}"
+        + (f"; {CHECKED_FILES:,} files were looked at, the others are in the first epoch" if unread else ""),
+        "images": f"{job.backbone.preprocessing.text}, {', '.join(changes)}",
         "training": (
             f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
         ),

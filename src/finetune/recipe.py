@@ -5,7 +5,7 @@ No import of torch here: help, summaries and search workers make recipes freely.
 
 import dataclasses
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finetune.errors import UsageError
@@ -16,8 +16,9 @@ class Model:
     """The network.
 
     Attributes:
-        backbone: architecture by name.
-        weights: "default" (the backbone's own), "none" (random), or a file.
+        backbone: architecture: "bundled/vgg", a classification model of torchvision by name, "hf:ID" or a folder with
+            an image encoder of transformers.
+        weights: "default" (the backbone's own), "none" (random), a member of torchvision's weights enum, or a file.
         head: "linear", "mlp", "append", or "keep" (the architecture's own last layer, newly initialised).
         dropout: probability that a feature is zeroed before each new linear layer.
         head_width: hidden features of an "mlp" head.
@@ -35,17 +36,27 @@ class Images:
     """Image data: which, how split, how prepared.
 
     Attributes:
-        images: "digits", "glyphs" or a folder with one sub-folder a class.
+        images: "digits", "glyphs", a folder, or a csv, tsv or jsonl file.
+        image_column, label_column: of such a file; "" = found by their names.
+        split_column: of such a file: says train, val or test; "" = none.
+        separator: between the several labels of a row; "" = one label a row.
         image_size: edge in pixels; 0 = the size that the backbone was trained at.
-        augment: "none", "light" or "glyphs".
-        validation_fraction: share of each class that validates.
+        augment: "none", "light", "standard" or "glyphs".
+        mixup, cutmix: alpha of the blending of two images; 0 = off.
+        validation_fraction: share of each class that validates, where the data has no validation part of its own.
         train_samples: train on so many only, each class in its share; 0 = all.
         fonts: folder of fonts for "glyphs"; "" = those that matplotlib ships.
     """
 
     images: str
+    image_column: str = ""
+    label_column: str = ""
+    split_column: str = ""
+    separator: str = ""
     image_size: int = 0
     augment: str = "none"
+    mixup: float = 0.0
+    cutmix: float = 0.0
     validation_fraction: float = 0.2
     train_samples: int = 0
     fonts: str = ""
@@ -60,8 +71,27 @@ class Classification:
         class_weights: "none", or "balanced" = each class weighs the same, however many samples it has.
     """
 
+    kind: str = field(default="classification", init=False)
     label_smoothing: float = 0.0
     class_weights: str = "none"
+
+
+@dataclass(frozen=True)
+class MultiLabel:
+    """Any number of classes a sample, binary cross-entropy for each.
+
+    Attributes:
+        label_smoothing: a yes becomes 1 - half of it, a no the other half.
+        class_weights: "none", or "balanced" = within each class, yes and no weigh the same.
+    """
+
+    kind: str = field(default="multi-label", init=False)
+    label_smoothing: float = 0.0
+    class_weights: str = "none"
+
+
+Task = Classification | MultiLabel
+TASKS: dict[str, type[Task]] = {kind.kind: kind for kind in (Classification, MultiLabel)}
 
 
 @dataclass(frozen=True)
@@ -144,7 +174,7 @@ class Recipe:
 
     model: Model
     data: Images
-    task: Classification = Classification()
+    task: Task = Classification()
     trainable: Trainable = Trainable()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -179,6 +209,8 @@ def check_ranges(recipe: Recipe) -> None:
             "0 (the backbone's) or 8 or more",
         ),
         ("train-samples", data.train_samples, data.train_samples >= 0, "0 (all) or more"),
+        ("mixup", data.mixup, data.mixup >= 0, "0 (off) or more"),
+        ("cutmix", data.cutmix, data.cutmix >= 0, "0 (off) or more"),
         ("validation-fraction", data.validation_fraction, 0 < data.validation_fraction < 1, "between 0 and 1"),
         ("dropout", recipe.model.dropout, 0 <= recipe.model.dropout < 1, "0 up to, not including, 1"),
         ("head-width", recipe.model.head_width, recipe.model.head_width >= 1, "1 or more"),
@@ -201,6 +233,23 @@ def check_ranges(recipe: Recipe) -> None:
 
 
 @dataclass(frozen=True)
+class ImageTable:
+    """The options of images that a csv, tsv or jsonl file lists.
+
+    Attributes:
+        image_column: holds the image's path; default: image, path, file, ...
+        label_column: holds the label; default: label, class, category, ...
+        split_column: says train, val or test of each row; default: the split is drawn.
+        separator: between the several labels of a row: then each class is a yes or no of its own.
+    """
+
+    image_column: str = ""
+    label_column: str = ""
+    split_column: str = ""
+    separator: str = ""
+
+
+@dataclass(frozen=True)
 class Training:
     """The options that every recipe for a new head shares.
 
@@ -216,6 +265,9 @@ class Training:
         stop_metric: of the validation set; decides which checkpoint is best.
         validate_every_steps: validate also every so many steps; 0 = each epoch only.
         train_samples: train on so many samples only, each class in its share; 0 = all.
+        validation_fraction: share of each class that validates, where the images come without a validation part.
+        mixup: blend each image with another, by a share drawn from Beta(alpha, alpha); 0 = off.
+        cutmix: paste a piece of another image into each; 0 = off; with mixup, each batch gets one of the two.
     """
 
     optimizer: str = "adamw"
@@ -229,6 +281,9 @@ class Training:
     stop_metric: Literal["accuracy", "f1", "loss"] = "accuracy"
     validate_every_steps: int = 0
     train_samples: int = 0
+    validation_fraction: float = 0.2
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
 
 def image_head(
@@ -244,28 +299,47 @@ def image_head(
     batch_size: int,
     lr: float,
     seed: int,
+    table: ImageTable,
     training: Training,
 ) -> Recipe:
     """A new head on a frozen, pretrained image backbone.
 
     Args:
-        images: "digits", or a folder with one sub-folder of images a class.
-        backbone: the pretrained network: bundled/vgg or bundled/resnet.
-        weights: "default" (the backbone's own), "none" (random), or a .safetensors or .pt file.
+        images: "digits"; a folder with one sub-folder of images a class, or with train/, val/ and test/, each so; or a
+            csv, tsv or jsonl file with a path and a label in each row.
+        backbone: the pretrained network: bundled/vgg, bundled/resnet; any classification model of torchvision
+            (mobilenet_v2, resnet50, vit_b_16, ...); hf:ID or a folder: an image encoder of transformers.
+        weights: "default" (the backbone's own), "none" (random), a name of torchvision's (IMAGENET1K_V1), or a
+            .safetensors, .pt or .pth file.
         image_size: edge in pixels of what the backbone sees; 0 = what it was trained at.
-        augment: random changes of each training image: "light" = affine, crop, colour.
+        augment: random changes of each training image: "light" = affine, crop, colour; "standard", for photos = crop,
+            flip, RandAugment.
         head: one linear layer; a small mlp; or a linear layer behind the old head.
         dropout: probability that a feature is zeroed while training.
         epochs: passes over the training data.
         batch_size: samples an optimizer step.
         lr: learning rate at its peak.
         seed: of the split, the order, the head's first weights, dropout and augmentation.
+        table: the options of images that a file lists.
         training: the options that every recipe for a new head shares.
     """
+    task = MultiLabel if table.separator else Classification
     return Recipe(
         model=Model(backbone=backbone, weights=weights, head=head, dropout=dropout),
-        data=Images(images=images, image_size=image_size, augment=augment, train_samples=training.train_samples),
-        task=Classification(label_smoothing=training.label_smoothing, class_weights=training.class_weights),
+        data=Images(
+            images=images,
+            image_column=table.image_column,
+            label_column=table.label_column,
+            split_column=table.split_column,
+            separator=table.separator,
+            image_size=image_size,
+            augment=augment,
+            mixup=training.mixup,
+            cutmix=training.cutmix,
+            validation_fraction=training.validation_fraction,
+            train_samples=training.train_samples,
+        ),
+        task=task(label_smoothing=training.label_smoothing, class_weights=training.class_weights),
         optimizer=Optimizer(
             name=training.optimizer,
             lr=lr,
@@ -317,7 +391,11 @@ def _from_plain(kind: type, plain: dict[str, Any]) -> Any:
     values = {}
     for name, value in plain.items():
         field_type = fields[name].type
-        if dataclasses.is_dataclass(field_type):
+        if not fields[name].init:
+            continue
+        if field_type == Task:
+            value = _from_plain(TASKS[value["kind"]], value)
+        elif dataclasses.is_dataclass(field_type):
             value = _from_plain(typing.cast(type, field_type), value)
         elif isinstance(value, list):
             value = tuple(tuple(item) if isinstance(item, list) else item for item in value)

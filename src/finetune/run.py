@@ -45,6 +45,11 @@ class RunFolder:
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def contents_file(self) -> Path:
+        """Digests of the image files, as they were when they were first read."""
+        return self.path / "contents.bin"
+
     def exists(self) -> bool:
         """Whether a run was begun here: its recipe is written last when a folder is made."""
         return self.recipe_file.is_file()

@@ -5,8 +5,7 @@ import io
 import torch
 from torchinfo import summary
 
-from finetune.build import new_network, open_data
-from finetune.models.backbones import find_backbone
+from finetune.build import find_pretrained, new_network, open_data
 from finetune.models.freeze import apply_freeze, changeable_tensors, frozen_tensors, set_modes
 from finetune.optim import build_optimizer, optimizer_state
 from finetune.recipe import Recipe
@@ -37,14 +36,14 @@ def checkpoint_bytes(recipe: Recipe, module: torch.nn.Module, rules) -> int:
 
 def summary_text(recipe: Recipe) -> str:
     """torchinfo's table with the trainable column, then the counts and sizes that decide."""
-    backbone = find_backbone(recipe.model.backbone)
+    backbone, weights = find_pretrained(recipe)
     data = open_data(recipe, backbone)
-    network, weights = new_network(recipe, data.class_count)
+    network = new_network(recipe, backbone, weights, data.class_count)
     rules = network.rules(recipe.trainable.rules)
     module = network.module
     apply_freeze(module, rules, 0)
     held = set_modes(module, rules, recipe.trainable.batchnorm, 0)
-    size = data.pipeline.image_size
+    size = backbone.preprocessing.image_size
     table = summary(
         module,
         input_size=(1, 3, size, size),
@@ -57,7 +56,7 @@ def summary_text(recipe: Recipe) -> str:
     counts = {True: 0, False: 0}
     for parameter in module.parameters():
         counts[parameter.requires_grad] += parameter.numel()
-    source = f"{weights.path.name} (sha256 {weights.sha256[:12]})" if weights else "random"
+    source = f"{weights.text} (sha256 {weights.sha256[:12]})" if weights else "random"
     return "\n".join(
         [
             str(table),

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from finetune.checkpoint import write_checkpoint
-from finetune.data.images import Request
+from finetune.data.images import Batch, Request
 from finetune.data.loader import Loader
 from finetune.data.order import batches_from, epoch_order
 from finetune.device import autocast, to_device
 from finetune.errors import RunError, StoppedEarly
 from finetune.guard import StopRequest
-from finetune.losses import classification_losses
-from finetune.metrics import accuracy, confusion_matrix, macro_f1
 from finetune.models.freeze import (
     Rule,
     apply_freeze,
@@ -44,6 +42,7 @@ from finetune.state import (
     progress_to_plain,
     restore_generators,
 )
+from finetune.tasks import Task, training_losses
 from finetune.watch.progress import Terminal
 
 LOWER_IS_BETTER = ("loss",)
@@ -66,26 +65,15 @@ class Settings:
 
 
 def validate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], class_count: int, device: torch.device, precision: str
+    model: nn.Module, batches: Iterable[Batch], task: Task, device: torch.device, precision: str
 ) -> dict[str, float]:
-    """Loss (plain cross-entropy, natural logarithm), accuracy and macro F1 over `batches`, everything in eval mode."""
+    """The task's figures over `batches`, everything in eval mode."""
     model.eval()
-    confusion = torch.zeros(class_count, class_count, dtype=torch.int64, device=device)
-    loss_sum, samples = torch.zeros((), device=device), 0
+    tally = task.tally(device)
     with torch.inference_mode(), autocast(device, precision):
-        for images, targets in batches:
-            targets = targets.to(device)
-            logits = model(to_device(images, device))
-            losses = classification_losses(logits, targets, None, 0.0)
-            loss_sum += losses.sum()
-            samples += len(targets)
-            confusion += confusion_matrix(logits.argmax(1), targets, class_count)
-    confusion = confusion.cpu()
-    return {
-        "val/loss": loss_sum.item() / samples,
-        "val/accuracy": accuracy(confusion),
-        "val/f1": macro_f1(confusion),
-    }
+        for batch in batches:
+            tally.add(model(to_device(batch.images, device)), batch.targets.to(device))
+    return {f"val/{name}": value for name, value in tally.figures().items()}
 
 
 def is_better(metric: str, value: float, best: dict[str, Any]) -> bool:
@@ -196,8 +184,7 @@ def train(
     validation_loader: Loader,
     train_indices: Tensor,
     validation_indices: Tensor,
-    class_weights: Tensor | None,
-    class_count: int,
+    task: Task,
     progress: Progress,
     resumed: dict[str, Any] | None,
     device: torch.device,
@@ -245,6 +232,7 @@ def train(
         nonlocal last_saved
         finite_epoch_loss()
         metrics_file.sync()
+        loader.contents.save(run.contents_file)
         state = (
             identity
             | progress_to_plain(progress)
@@ -269,7 +257,7 @@ def train(
         """Validate, record, and say whether it is the best so far."""
         epoch_loss = finite_epoch_loss()
         requests = (Request(batch.tolist()) for batch in batches_from(validation_indices, recipe.batch_size * 4))
-        values = validate(model, validation_loader.batches(requests), class_count, device, precision)
+        values = validate(model, validation_loader.batches(requests), task, device, precision)
         set_modes(model, rules, batchnorm, phase.epoch)
         epoch = math.ceil(progress.step / steps_per_epoch)
         metrics_file.write({"step": progress.step, "epoch": epoch, "train/epoch_loss": epoch_loss} | values)
@@ -286,7 +274,7 @@ def train(
         terminal.validated(epoch, epochs, {"train loss": epoch_loss} | values, best)
         return best
 
-    def batches_of_epoch() -> Iterator[tuple[Tensor, Tensor]]:
+    def batches_of_epoch() -> Iterator[Batch]:
         order = train_indices[epoch_order(recipe.seed, progress.epoch, samples)]
         batches = batches_from(order, recipe.batch_size, progress.position_samples)
         batches = itertools.islice(batches, end_step - progress.step)
@@ -309,19 +297,18 @@ def train(
 
             optimizer = phase.optimizer
             set_modes(model, rules, batchnorm, phase.epoch)
-            for images, targets in batches_of_epoch():
+            for batch in batches_of_epoch():
                 # ---- One optimizer step -------------------------------------------------------------------------
-                images, targets = to_device(images, device), targets.to(device, non_blocking=True)
+                images, targets = to_device(batch.images, device), batch.targets.to(device, non_blocking=True)
                 lr = learning_rate(recipe, progress, steps_per_epoch, horizon_steps)
                 set_learning_rate(optimizer, lr)
-                batch_weight = len(targets) if class_weights is None else class_weights[targets].sum()
+                batch_weight = task.weight(targets)
                 batch_loss = torch.zeros((), device=device)
                 # The parts of a batch are weighed by the whole batch, so any number of parts gives the same mean.
                 for part_images, part_targets in zip(images.chunk(parts), targets.chunk(parts), strict=True):
                     with autocast(device, precision):
-                        logits = model(part_images)
-                    losses = classification_losses(logits, part_targets, class_weights, recipe.task.label_smoothing)
-                    loss = losses.sum() / batch_weight
+                        outputs = model(part_images)
+                    loss = training_losses(task, outputs, part_targets).sum() / batch_weight
                     scaler.scale(loss).backward()
                     batch_loss += loss.detach()
                 if recipe.optimizer.clip_norm:

@@ -1,11 +1,14 @@
-"""Random changes of one training image. Who draws from which generator is `order.keyed_generator`'s business."""
+"""Random changes of training images. Who draws from which generator is `order.keyed_generator`'s business."""
 
 import functools
+import math
 
+import torch
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
-PRESETS = ("none", "light", "glyphs")
+PRESETS = ("none", "light", "standard", "glyphs")
 
 
 @functools.cache
@@ -19,10 +22,32 @@ def _light(size: int) -> v2.Compose:
     )
 
 
-def augment_light(image: Tensor, size: int) -> Tensor:
-    """A small rotation, shift, scale and shear, a random crop, a change of colour.
+@functools.cache
+def _standard(size: int) -> v2.Compose:
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandAugment(num_ops=2, magnitude=9),
+        ]
+    )
 
-    No flip: a mirrored digit, letter or road sign is another one.
+
+def _shrink(image: Tensor, size: int) -> Tensor:
+    """Bring a photo's shorter edge down to twice `size`: more pixels cost time and nobody sees them."""
+    shorter = min(image.shape[-2:])
+    if shorter <= 2 * size:
+        return image
+    edges = [math.ceil(edge * 2 * size / shorter) for edge in image.shape[-2:]]
+    return functional.resize(image, edges, antialias=True)
+
+
+def augment(image: Tensor, size: int, preset: str) -> Tensor:
+    """One image, changed at random.
+
+    "light": a small rotation, shift, scale and shear, a random crop, a change of colour; no flip, for a mirrored digit,
+    letter or road sign is another one. "standard", for photos: a random crop, a horizontal flip, and RandAugment (Cubuk
+    et al., "RandAugment: practical automated data augmentation with a reduced search space", NeurIPS 2020).
 
     Args:
         image: (3, height, width) uint8.
@@ -31,4 +56,30 @@ def augment_light(image: Tensor, size: int) -> Tensor:
     Returns:
         (3, size, size) uint8.
     """
-    return _light(size)(image)
+    transform = {"light": _light, "standard": _standard}[preset]
+    return transform(size)(_shrink(image, size))
+
+
+def mix(images: Tensor, targets: Tensor, class_count: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+    """Blend each image of a batch with another one, and their targets alike.
+
+    mixup: Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018. cutmix: Yun et al., "CutMix:
+    regularization strategy to train strong classifiers with localizable features", ICCV 2019. Where both are on, each
+    batch gets one of them.
+
+    Args:
+        images: (batch, 3, height, width) float32.
+        targets: (batch,) int64, or (batch, classes) of several labels.
+        mixup, cutmix: alpha of the Beta distribution that the share is drawn from; 0 = off.
+
+    Returns:
+        The images, and targets (batch, classes) float32.
+    """
+    if targets.dim() == 1:
+        targets = torch.nn.functional.one_hot(targets, class_count)
+    targets = targets.float()
+    kinds = [
+        kind(alpha=alpha, num_classes=class_count) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha
+    ]
+    kind = kinds[int(torch.randint(len(kinds), ()))]
+    return kind(images, targets)

@@ -1,8 +1,8 @@
 """Image files to tensors."""
 
+import io
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
@@ -12,23 +12,50 @@ from finetune.errors import RunError
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 
 
-def read_image(path: Path) -> Tensor:
-    """Decode an image file as a person sees it: upright (EXIF), red-green-blue, transparency on white.
+class BrokenImage(RunError):
+    """One file that is missing or cannot be decoded."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        BrokenImage: it is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise BrokenImage(f"image {path} does not exist; check the path") from None
+    except OSError as error:
+        raise BrokenImage(f"image {path} cannot be read ({error.strerror}); repair or remove it") from None
+
+
+def decode(content: bytes, path: Path) -> Tensor:
+    """An image file as a person sees it: upright (EXIF), red-green-blue, transparency on white, a film's first frame.
+
+    Args:
+        content: of the file.
+        path: named in the error.
 
     Returns:
         (3, height, width) uint8.
 
     Raises:
-        RunError: the file is missing or not an image that can be decoded.
+        BrokenImage: not an image that can be decoded.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(content)) as image:
             return to_rgb_tensor(image)
-    except FileNotFoundError:
-        raise RunError(f"image {path} does not exist; check the path") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), path.name)
-        raise RunError(f"image {path} cannot be decoded ({reason}); repair or remove it") from None
+    except UnidentifiedImageError:
+        kind = "empty" if not content else "of no known image format"
+        raise BrokenImage(f"image {path} cannot be decoded ({kind}); repair or remove it") from None
+    except (OSError, SyntaxError, ValueError, IndexError, OverflowError, Image.DecompressionBombError) as error:
+        raise BrokenImage(f"image {path} cannot be decoded ({error}); repair or remove it") from None
+
+
+def read_image(path: Path) -> Tensor:
+    """`decode` of the file at `path`."""
+    return decode(read_bytes(path), path)
 
 
 def to_rgb_tensor(image: Image.Image) -> Tensor:
@@ -42,15 +69,3 @@ def to_rgb_tensor(image: Image.Image) -> Tensor:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return functional.pil_to_tensor(image.convert("RGB"))
-
-
-def resize(image: Tensor, size: int) -> Tensor:
-    """Resize (..., height, width) uint8 to (..., size, size): bilinear with antialiasing, proportions not kept."""
-    return functional.resize(image, [size, size], antialias=True)
-
-
-def normalise(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """uint8 (batch, 3, height, width) to float32, scaled to 0..1, then (value - mean) / std per channel."""
-    scale = torch.tensor(std).view(3, 1, 1) * 255
-    shift = torch.tensor(mean).view(3, 1, 1) * 255
-    return images.float().sub_(shift).div_(scale)

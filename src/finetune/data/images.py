@@ -1,26 +1,34 @@
 """From `--images` to batches: which samples there are, how they are split, and what is done to each on its way."""
 
-import hashlib
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from finetune.data.augment import augment_light
-from finetune.data.decode import IMAGE_SUFFIXES, normalise, resize
+from finetune.data.augment import augment, mix
+from finetune.data.decode import BrokenImage
 from finetune.data.digits import load_digits
+from finetune.data.folder import open_folder
 from finetune.data.order import key, keyed_generator, stratified_split
+from finetune.data.preprocess import Preprocessing
 from finetune.data.source import FileSource, Source
+from finetune.data.table import TABLE_SUFFIXES, Columns, open_table
 from finetune.errors import UsageError
 
 
-def open_images(images: str, fonts: str = "") -> Source:
-    """The data set that `--images` names: `digits`, `glyphs`, or a folder with one sub-folder a class.
+def open_images(
+    images: str, fonts: str = "", columns: Columns = Columns(), classes: Sequence[str] | None = None
+) -> Source:
+    """The data set that `--images` names: `digits`, `glyphs`, a folder, or a csv, tsv or jsonl file.
+
+    Args:
+        classes: the only classes allowed, in order; None = those found.
 
     Raises:
-        UsageError: there is no such folder, or it holds fewer than two classes.
+        UsageError: there is no such data, or it holds fewer than two classes.
     """
     if images == "digits":
         return load_digits()
@@ -28,60 +36,75 @@ def open_images(images: str, fonts: str = "") -> Source:
         from finetune.data.glyphs import render_glyphs
 
         return render_glyphs(fonts)
-    return open_folder(Path(images))
-
-
-def open_folder(folder: Path) -> FileSource:
-    """Image files, one sub-folder a class; classes in the order of their names."""
-    if not folder.is_dir():
+    path = Path(images).expanduser()
+    if path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir():
+        return open_table(path, columns, classes)
+    if columns != Columns():
         raise UsageError(
-            f"--images {folder}: no such folder; give 'digits', or a folder with one sub-folder of images a class"
+            f"--images {images}: columns and --separator belong to a {', '.join(TABLE_SUFFIXES)} file; leave them out"
         )
-    classes, paths, targets = [], [], []
-    listing = hashlib.sha256()
-    for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-        files = sorted(
-            (entry for entry in os.scandir(class_folder) if entry.name.lower().endswith(IMAGE_SUFFIXES)),
-            key=lambda entry: entry.name,
-        )
-        if not files:
-            raise UsageError(
-                f"--images {folder}: class folder {class_folder.name!r} holds no images "
-                f"({', '.join(IMAGE_SUFFIXES)}); fill or remove it"
-            )
-        for entry in files:
-            paths.append(f"{class_folder.name}/{entry.name}")
-            targets.append(len(classes))
-            listing.update(f"{paths[-1]}\0{entry.stat().st_size}\0".encode("utf-8", "surrogateescape"))
-        classes.append(class_folder.name)
-    if len(classes) < 2:
-        raise UsageError(
-            f"--images {folder}: {len(classes)} class folder(s) found, at least 2 are needed; "
-            "put the images of each class into a sub-folder of its own"
-        )
-    return FileSource(folder, paths, torch.tensor(targets), classes, f"folder {listing.hexdigest()}")
+    return open_folder(path, classes)
 
 
-def split_source(
-    source: Source, validation_fraction: float, seed: int, train_samples: int = 0
-) -> tuple[Tensor, Tensor]:
-    """(train, validation) sample indices: stratified by class, or by whole groups where the source has groups."""
-    if source.groups is None:
-        return stratified_split(source.targets, validation_fraction, seed, train_samples)
-    group_count = int(source.groups.max()) + 1
-    order = torch.randperm(group_count, generator=torch.Generator().manual_seed(key("split", seed)))
-    held_out = torch.zeros(group_count, dtype=torch.bool)
-    held_out[order[: max(round(group_count * validation_fraction), 1)]] = True
-    in_validation = held_out[source.groups]
-    return (~in_validation).nonzero().squeeze(1), in_validation.nonzero().squeeze(1)
+class Split(NamedTuple):
+    """Sorted int64 sample indices; `test` is empty unless the data brings a test part along."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+def split_source(source: Source, validation_fraction: float, seed: int, train_samples: int = 0) -> Split:
+    """The data's own parts; else stratified by class, or by whole groups where the source has groups.
+
+    Without a validation part, some of the training part validates.
+    """
+    none = torch.zeros(0, dtype=torch.int64)
+    if source.groups is not None:
+        group_count = int(source.groups.max()) + 1
+        order = torch.randperm(group_count, generator=torch.Generator().manual_seed(key("split", seed)))
+        held_out = torch.zeros(group_count, dtype=torch.bool)
+        held_out[order[: max(round(group_count * validation_fraction), 1)]] = True
+        in_validation = held_out[source.groups]
+        return Split((~in_validation).nonzero().squeeze(1), in_validation.nonzero().squeeze(1), none)
+    if source.parts is None:
+        return Split(*stratified_split(source.targets, validation_fraction, seed, train_samples), none)
+    train, validation, test = ((source.parts == part).nonzero().squeeze(1) for part in range(3))
+    fraction = 0.0 if len(validation) else validation_fraction
+    chosen, held_out = stratified_split(source.targets[train], fraction, seed, train_samples)
+    return Split(train[chosen], validation if len(validation) else train[held_out], test)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One batch to fetch. `augment_epoch` is the epoch whose random draws apply, or None for no augmentation."""
+    """One batch to fetch.
+
+    Attributes:
+        augment_epoch: the epoch whose random draws apply, or None for no augmentation.
+        tolerant: report broken images instead of raising.
+    """
 
     indices: list[int]
     augment_epoch: int | None = None
+    tolerant: bool = False
+
+
+class Batch(NamedTuple):
+    """What comes of a request.
+
+    Attributes:
+        images: (batch, 3, image_size, image_size) float32.
+        targets: (batch,) int64; (batch, classes) uint8 of several labels, float32 of mixed images.
+        indices: (batch,) int64: the samples, without broken ones.
+        digests: (batch,) int64 of the files' contents; 0 = no file.
+        broken: (index, what is wrong with it).
+    """
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+    digests: Tensor
+    broken: list[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -89,34 +112,69 @@ class ImagePipeline:
     """Reads, augments, resizes and normalises. Stateless, so that any process can fetch any batch in any order.
 
     Attributes:
-        image_size: edge in pixels of what the backbone sees.
+        preprocessing: what the backbone wants to see.
         augment: one of `augment.PRESETS`.
-        mean, std: per channel, for values in 0..1.
+        mixup, cutmix: see `augment.mix`.
         seed: with epoch and sample index, the key of every random draw.
     """
 
     source: Source
-    image_size: int
+    preprocessing: Preprocessing
     augment: str
-    mean: list[float]
-    std: list[float]
+    mixup: float
+    cutmix: float
     seed: int
 
-    def fetch(self, request: Request) -> tuple[Tensor, Tensor]:
-        """A batch: images (batch, 3, image_size, image_size) float32 and targets (batch,) int64."""
-        epoch, augment = request.augment_epoch, self.augment
-        if epoch is None or augment == "none":
-            images = torch.stack([resize(self.source.read(index), self.image_size) for index in request.indices])
-        elif augment == "glyphs":
+    def fetch(self, request: Request) -> Batch:
+        """Read a batch.
+
+        Raises:
+            BrokenImage: one of them, unless the request is tolerant.
+        """
+        images, indices, digests, broken = [], [], [], []
+        for index in request.indices:
+            try:
+                image, digest = self.source.read(index)
+            except BrokenImage as error:
+                if not request.tolerant:
+                    raise
+                broken.append((index, str(error)))
+                continue
+            images.append(self._prepare(image, index, request.augment_epoch))
+            indices.append(index)
+            digests.append(digest)
+        chosen = torch.tensor(indices, dtype=torch.int64)
+        size, epoch = self.preprocessing.image_size, request.augment_epoch
+        pixels = torch.stack(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+        if self.augment == "glyphs" and epoch is not None:
             from finetune.data.glyphs import distort
 
-            images = torch.stack([self.source.read(index) for index in request.indices])
-            images = distort(images, self.image_size, self.seed, epoch, request.indices)
-        else:
-            images = torch.stack([self._augmented(index, epoch) for index in request.indices])
-        return normalise(images, self.mean, self.std), self.source.targets[torch.tensor(request.indices)]
+            pixels = distort(pixels, size, self.seed, epoch, indices)
+        normalised, targets = self.preprocessing.normalise(pixels), self.source.targets[chosen]
+        if epoch is not None and (self.mixup or self.cutmix):
+            # A batch is known by its first sample: no other batch of the epoch begins with it.
+            with keyed_generator("mix", self.seed, epoch, indices[0]):
+                normalised, targets = mix(normalised, targets, len(self.source.classes), self.mixup, self.cutmix)
+        return Batch(normalised, targets, chosen, torch.tensor(digests, dtype=torch.int64), broken)
 
-    def _augmented(self, index: int, epoch: int) -> Tensor:
-        image = self.source.read(index)
+    def _prepare(self, image: Tensor, index: int, epoch: int | None) -> Tensor:
+        """(3, image_size, image_size) uint8; "glyphs" distorts whole batches later."""
+        if epoch is None or self.augment == "none":
+            return self.preprocessing.resize(image)
+        if self.augment == "glyphs":
+            return image
         with keyed_generator("augment", self.seed, epoch, index):
-            return augment_light(image, self.image_size)
+            return augment(image, self.preprocessing.image_size, self.augment)
+
+
+def without(indices: Tensor, dropped: Sequence[int]) -> Tensor:
+    """`indices` less those in `dropped`."""
+    return indices[~torch.isin(indices, torch.tensor(list(dropped), dtype=torch.int64))]
+
+
+def names_to_indices(source: Source, names: Sequence[str]) -> list[int]:
+    """The samples of those names."""
+    if not names or not isinstance(source, FileSource):
+        return []
+    wanted = set(names)
+    return [index for index, path in enumerate(source.paths) if path in wanted]

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.data.images import ImagePipeline, Request
+from finetune.data.contents import Contents
+from finetune.data.images import Batch, ImagePipeline, Request
 from finetune.errors import FinetuneError
 
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
@@ -21,7 +21,7 @@ class _PipelineDataset(Dataset):
     def __init__(self, pipeline: ImagePipeline):
         self.pipeline = pipeline
 
-    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor] | FinetuneError:
+    def __getitem__(self, request: Request) -> Batch | FinetuneError:
         try:
             return self.pipeline.fetch(request)
         except FinetuneError as error:
@@ -64,10 +64,12 @@ class Loader:
         workers: processes that fetch ahead; 0 = this process, when the batch is needed.
         start_method: how worker processes start; "auto" is the platform's own way.
         pin_memory: keep batches in page-locked memory, for faster copies to a CUDA device.
+        contents: what the files held when they were first read.
     """
 
-    def __init__(self, pipeline: ImagePipeline, workers: int, start_method: str, pin_memory: bool):
+    def __init__(self, pipeline: ImagePipeline, workers: int, start_method: str, pin_memory: bool, contents: Contents):
         self._pipeline = pipeline
+        self.contents = contents
         self._requests = _Requests()
         self._loader = None
         if workers:
@@ -85,8 +87,19 @@ class Loader:
                 generator=torch.Generator().manual_seed(0),
             )
 
-    def batches(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of `requests`, in their order."""
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """The batches of `requests`, in their order.
+
+        Raises:
+            FinetuneError: an image is broken, or not what it was.
+        """
+        for batch in self._fetched(requests):
+            if isinstance(batch, FinetuneError):
+                raise batch
+            self.contents.note(batch.indices, batch.digests)
+            yield batch
+
+    def _fetched(self, requests: Iterable[Request]) -> Iterator[Batch | FinetuneError]:
         if self._loader is None:
             for request in requests:
                 with one_thread():
@@ -94,7 +107,4 @@ class Loader:
                 yield batch
         else:
             self._requests.requests = requests
-            for batch in self._loader:
-                if isinstance(batch, FinetuneError):
-                    raise batch
-                yield batch
+            yield from self._loader

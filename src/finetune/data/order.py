@@ -49,9 +49,9 @@ def stratified_split(
     """Split indices so that each class keeps its share.
 
     Args:
-        targets: (samples,) int64 class numbers.
+        targets: (samples,) int64 class numbers; or (samples, classes), not 0 where a class applies.
         validation_fraction: share of each class that validates; each class keeps at least one sample to train on,
-            and gives one to validate with as soon as it has two.
+            and gives one to validate with as soon as it has two. 0 = nothing validates.
         seed: the same seed gives the same split.
         train_samples: keep only so many training samples, each class in its share (0 = all).
 
@@ -59,11 +59,10 @@ def stratified_split(
         (train, validation) sorted int64 indices.
     """
     train, validation = [], []
-    for label in targets.unique().tolist():
-        members = (targets == label).nonzero().squeeze(1)
+    for label, members in _strata(targets):
         generator = torch.Generator().manual_seed(key("split", seed, label))
         members = members[torch.randperm(len(members), generator=generator)]
-        count = min(max(round(len(members) * validation_fraction), 1), len(members) - 1)
+        count = min(max(round(len(members) * validation_fraction), 1), len(members) - 1) if validation_fraction else 0
         validation.append(members[:count])
         train.append(members[count:])
     if train_samples:
@@ -72,3 +71,20 @@ def stratified_split(
         chosen = [index for _, _, index in sorted(rounds)[:train_samples]]
         train = [torch.tensor(chosen, dtype=torch.int64)]
     return torch.cat(train).sort().values, torch.cat(validation).sort().values
+
+
+def _strata(targets: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(number, members) of groups that are split one by one; every sample is in exactly one.
+
+    Of several labels a sample belongs to its rarest, so that rare ones are shared out before common ones take all (the
+    idea of Sechidis, Tsoumakas and Vlahavas, "On the stratification of multi-label data", ECML PKDD 2011); samples
+    without any label are a group of their own.
+    """
+    if targets.dim() == 2:
+        applies = targets != 0
+        rarity = applies.sum(0).argsort(stable=True)  # the rarest class first
+        first = applies[:, rarity].to(torch.uint8).argmax(1)
+        targets = torch.where(applies.any(1), rarity[first], targets.shape[1])
+    order = targets.argsort(stable=True)
+    labels, sizes = targets[order].unique_consecutive(return_counts=True)
+    yield from zip(labels.tolist(), order.split(sizes.tolist()), strict=True)

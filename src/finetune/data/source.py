@@ -1,12 +1,29 @@
-"""What a data set is to the rest of the kit: classes, a class number for each sample, a way to read one."""
+"""What a data set is to the rest of the kit: classes, a target for each sample, a way to read one."""
 
+import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from finetune.data.decode import read_image
+from finetune.data.decode import decode, read_bytes
+from finetune.errors import UsageError
+
+# The fixed parts that a data set may bring along, by what people call their folders.
+PARTS = ("train", "validation", "test")
+PART_NAMES = {
+    "train": 0,
+    "training": 0,
+    "val": 1,
+    "valid": 1,
+    "validation": 1,
+    "dev": 1,
+    "test": 2,
+    "testing": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -19,6 +36,7 @@ class ArraySource:
         classes: names, by class number.
         fingerprint: changes when the data does.
         groups: (samples,) int64 or None; samples of one group never stand on both sides of a split.
+        parts: (samples,) int64 places in `PARTS`, or None where the data brings no split along.
     """
 
     images: Tensor
@@ -26,10 +44,11 @@ class ArraySource:
     classes: list[str]
     fingerprint: str
     groups: Tensor | None = None
+    parts: Tensor | None = None
 
-    def read(self, index: int) -> Tensor:
-        """One image: (3, height, width) uint8."""
-        return self.images[index].expand(3, -1, -1)
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """One image, (3, height, width) uint8; and 0, for its content is in the fingerprint."""
+        return self.images[index].expand(3, -1, -1), 0
 
     def name(self, index: int) -> str:
         return f"sample {index}"
@@ -37,7 +56,10 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class FileSource:
-    """Image files, decoded when asked for. Attributes as in `ArraySource`; `paths` are relative to `folder`."""
+    """Image files, decoded when asked for. Attributes as in `ArraySource`; `paths` are relative to `folder`.
+
+    `targets` of a multi-label data set are (samples, classes) uint8: 1 where the class applies.
+    """
 
     folder: Path
     paths: list[str]
@@ -45,14 +67,18 @@ class FileSource:
     classes: list[str]
     fingerprint: str
     groups: Tensor | None = None
+    parts: Tensor | None = None
 
-    def read(self, index: int) -> Tensor:
-        """One image: (3, height, width) uint8.
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """One image, (3, height, width) uint8; and a digest of the file's content, a positive int64.
 
         Raises:
-            RunError: the file cannot be decoded.
+            BrokenImage: the file is missing or cannot be decoded.
         """
-        return read_image(self.folder / self.paths[index])
+        path = self.folder / self.paths[index]
+        content = read_bytes(path)
+        digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+        return decode(content, path), digest or 1
 
     def name(self, index: int) -> str:
         return self.paths[index]
@@ -61,6 +87,71 @@ class FileSource:
 Source = ArraySource | FileSource
 
 
+def make_file_source(
+    folder: Path,
+    paths: Sequence[str],
+    labels: Sequence[str] | Sequence[tuple[str, ...]],
+    parts: Sequence[int] | None,
+    classes: Sequence[str] | None,
+    what: str,
+) -> FileSource:
+    """A source of the listed files. No file is opened: the fingerprint takes path, size and label.
+
+    Args:
+        labels: of each file: its class, or, multi-label, all of its classes.
+        parts: of each file: its place in `PARTS`; or None.
+        classes: the only classes allowed, in order; None = those of the training part, sorted.
+        what: names the data in an error.
+
+    Raises:
+        UsageError: fewer than two classes, or a label that is no class.
+    """
+    multi_label = bool(labels) and isinstance(labels[0], tuple)
+    sets = [label if isinstance(label, tuple) else (label,) for label in labels]
+    if classes is None:
+        training = sets if parts is None else [one for one, part in zip(sets, parts, strict=True) if part == 0]
+        classes = sorted({name for one in training for name in one})
+        if len(classes) < 2:
+            raise UsageError(
+                f"{what}: {len(classes)} class(es) found ({', '.join(classes)}), at least 2 are needed; "
+                "put the images of each class into a sub-folder of its own, or name the classes in a csv"
+            )
+    numbers = {name: number for number, name in enumerate(classes)}
+    strange = sorted({name for one in sets for name in one if name not in numbers})
+    if strange:
+        raise UsageError(
+            f"{what}: class {', '.join(map(repr, strange[:5]))} is not among those trained on "
+            f"({', '.join(map(repr, list(numbers)[:10]))}{', ...' if len(numbers) > 10 else ''}); rename or remove it"
+        )
+    if multi_label:
+        targets = torch.zeros(len(paths), len(classes), dtype=torch.uint8)
+        for row, one in enumerate(sets):
+            for name in one:
+                targets[row, numbers[name]] = 1
+    else:
+        targets = torch.tensor([numbers[one[0]] for one in sets], dtype=torch.int64)
+    listing = hashlib.sha256()
+    root = os.fspath(folder)
+    for row, path in enumerate(paths):
+        try:
+            size_bytes = os.stat(os.path.join(root, path)).st_size
+        except OSError:
+            size_bytes = -1  # missing: found to be broken like any other, and named
+        part = "" if parts is None else PARTS[parts[row]]
+        line = f"{path}\0{size_bytes}\0{part}\0" + "\0".join(sets[row]) + "\n"
+        listing.update(line.encode("utf-8", "surrogateescape"))
+    return FileSource(
+        folder,
+        list(paths),
+        targets,
+        list(classes),
+        f"files {listing.hexdigest()}",
+        parts=None if parts is None else torch.tensor(parts, dtype=torch.int64),
+    )
+
+
 def class_counts(targets: Tensor, class_count: int) -> Tensor:
     """(classes,) int64: how many samples each class has."""
+    if targets.dim() == 2:
+        return targets.sum(0, dtype=torch.int64)
     return torch.bincount(targets, minlength=class_count)

@@ -1,23 +1,29 @@
-"""Architectures by name. `bundled/vgg` and `bundled/resnet` are small networks made of torchvision's own classes."""
+"""Architectures by name: those that ship with the kit, torchvision's, and image encoders of transformers."""
 
 import difflib
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torchvision
 from torch import nn
-from torchvision.models.resnet import BasicBlock, ResNet
-from torchvision.models.vgg import VGG, make_layers
+from torch.overrides import TorchFunctionMode
+from torchvision.models import WeightsEnum
 
+from finetune.data.preprocess import Preprocessing
 from finetune.errors import UsageError
+from finetune.models import huggingface
+from finetune.models.bundled import BUNDLED, GLYPHS
 
-# Layers of bundled/vgg: channels of each 3x3 convolution, "M" = halve the resolution.
-VGG_LAYERS: list[str | int] = [32, 32, "M", 64, 64, "M", 128, 128, "M"]
-# Channels of the three stages of bundled/resnet, one BasicBlock each.
-RESNET_CHANNELS = (48, 96, 192)
-POOLED_PIXELS = (2, 2)
+# Their own initialisation takes long and warns; pretrained or not, torch's own will do.
+NO_OWN_INITIALISATION = ("googlenet", "inception_v3")
+# Both normalise their input anew when they load pretrained weights, to (value - 0.5) / 0.5. We give them that at once,
+# so that an export behaves the same in a network built without that switch.
+OWN_NORMALISATION = ("googlenet", "inception_v3")
+# Tried when an image size does not fit, to say which would.
+CANDIDATE_SIZES = (32, 64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 480, 512, 518)
 
 
 @dataclass(frozen=True)
@@ -26,104 +32,170 @@ class Backbone:
 
     Attributes:
         name: what `--backbone` takes.
-        build: class count -> the network, randomly initialised, its head included.
-        weights_file: the pretrained weights (safetensors), or None.
-        image_size: edge in pixels that the weights were trained at.
-        mean, std: of the training images, per channel, values in 0..1.
-        stock_lines: Python lines that build the same network from torchvision alone, into `model`; `{classes}`
-            stands for the number of classes.
+        build: class count -> the network, randomly initialised, its head included. Called with a batch of images it
+            returns logits.
+        preprocessing: what its weights were trained with.
+        stock_lines: Python lines that build the same network without this kit, into `model`; `{classes}` stands for
+            the number of classes, `{json}` for the export's description.
+        options: plain values that, with the name, make the same architecture again: arguments of torchvision's
+            builder, or the config of a transformers model. No file and no network is needed then.
     """
 
     name: str
     build: Callable[[int], nn.Module]
-    weights_file: Path | None
-    image_size: int
-    mean: list[float]
-    std: list[float]
+    preprocessing: Preprocessing
     stock_lines: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to_plain(self) -> dict[str, Any]:
+        """What `backbone_from_plain` makes it from again."""
+        return {"name": self.name, "options": self.options, "preprocessing": self.preprocessing.to_plain()}
 
 
-def build_vgg(class_count: int) -> VGG:
-    """torchvision's VGG with batch normalisation, six convolutions and one linear layer: 290,000 parameters."""
-    # torchvision's classifier of 4096 x 4096 is replaced at once; on "meta" it costs neither time nor memory.
-    with torch.device("meta"):
-        model = VGG(nn.Sequential(), init_weights=False)
-    model.features = make_layers(VGG_LAYERS, batch_norm=True)
-    model.avgpool = nn.AdaptiveAvgPool2d(POOLED_PIXELS)
-    model.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(128 * 4, class_count))
-    _initialise_convolutions(model)
-    return model
+def backbone_from_plain(plain: dict[str, Any]) -> Backbone:
+    """The backbone that a run or an export describes; nothing is looked up."""
+    name, options = plain["name"], plain["options"]
+    preprocessing = Preprocessing(**plain["preprocessing"])
+    if name in BUNDLED:
+        build, _, stock_lines = BUNDLED[name]
+        return Backbone(name, build, preprocessing, stock_lines)
+    if huggingface.is_name(name):
+        build = functools.partial(huggingface.build, options["config"])
+        return Backbone(name, build, preprocessing, huggingface.STOCK_LINES, options)
+    if name not in torchvision_names():
+        raise UsageError(
+            f"--backbone {name}: this torchvision ({torchvision.__version__}) has no such model; upgrade it"
+        )
+    build = functools.partial(_build_torchvision, name, options)
+    arguments = "".join(f", {option}={value!r}" for option, value in _arguments(name, options).items())
+    stock_lines = f"import torchvision\nmodel = torchvision.models.{name}(num_classes={{classes}}{arguments})"
+    return Backbone(name, build, preprocessing, stock_lines, options)
 
 
-def build_resnet(class_count: int) -> ResNet:
-    """torchvision's ResNet with a 3x3 stem and three BasicBlocks of 48, 96 and 192 channels: 700,000 parameters."""
-    with torch.device("meta"):
-        model = ResNet(BasicBlock, [1, 1, 1, 1])
-    stem, *_ = RESNET_CHANNELS
-    model.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
-    model.bn1 = nn.BatchNorm2d(stem)
-    channels = stem
-    for stage, width in enumerate(RESNET_CHANNELS, start=1):
-        stride = 1 if stage == 1 else 2
-        shortcut = None
-        if stride > 1:
-            shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-        setattr(model, f"layer{stage}", nn.Sequential(BasicBlock(channels, width, stride, shortcut)))
-        channels = width
-    model.layer4 = nn.Identity()
-    model.avgpool = nn.AdaptiveAvgPool2d(POOLED_PIXELS)
-    model.fc = nn.Linear(channels * 4, class_count)
-    _initialise_convolutions(model)
-    return model
-
-
-def _initialise_convolutions(model: nn.Module) -> None:
-    """He initialisation for convolutions, as torchvision does for both families."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-VGG_STOCK_LINES = f"""\
-from torch import nn
-from torchvision.models.vgg import VGG, make_layers
-model = VGG(make_layers({VGG_LAYERS}, batch_norm=True), init_weights=False)
-model.avgpool = nn.AdaptiveAvgPool2d({POOLED_PIXELS})
-model.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(512, {{classes}}))"""
-
-RESNET_STOCK_LINES = f"""\
-from torch import nn
-from torchvision.models.resnet import BasicBlock, ResNet
-def stage(i, o, stride):
-    shortcut = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o)) if stride > 1 else None
-    return nn.Sequential(BasicBlock(i, o, stride, shortcut))
-model = ResNet(BasicBlock, [1, 1, 1, 1])
-model.conv1, model.bn1 = nn.Conv2d(3, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48)
-model.layer1, model.layer2 = stage(48, 48, 1), stage(48, 96, 2)
-model.layer3, model.layer4 = stage(96, 192, 2), nn.Identity()
-model.avgpool, model.fc = nn.AdaptiveAvgPool2d({POOLED_PIXELS}), nn.Linear(768, {{classes}})"""
-
-# Mean and standard deviation of the distorted glyphs that both were trained on.
-GLYPHS_MEAN = [0.38, 0.38, 0.38]
-GLYPHS_STD = [0.32, 0.32, 0.32]
-BUILDERS = {
-    "bundled/vgg": (build_vgg, "vgg.safetensors", VGG_STOCK_LINES),
-    "bundled/resnet": (build_resnet, "resnet.safetensors", RESNET_STOCK_LINES),
-}
+def backbone_of_export(description: dict[str, Any]) -> Backbone:
+    """The backbone that an export's JSON describes."""
+    architecture = description["architecture"]
+    plain = {"name": architecture["backbone"], "options": architecture["options"]}
+    return backbone_from_plain(plain | {"preprocessing": description["preprocessing"]})
 
 
 def find_backbone(name: str) -> Backbone:
-    """The backbone of that name.
+    """The backbone of that name, prepared for its default weights.
 
     Raises:
         UsageError: there is none; names the nearest.
     """
-    if name not in BUILDERS:
-        nearest = difflib.get_close_matches(name, BUILDERS, n=1, cutoff=0.3)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise UsageError(f"--backbone {name}: unknown; allowed are {', '.join(BUILDERS)}{hint}")
-    build, file_name, stock_lines = BUILDERS[name]
-    weights_file = Path(str(resources.files("finetune"))) / "bundled" / file_name
-    return Backbone(name, build, weights_file, 32, GLYPHS_MEAN, GLYPHS_STD, stock_lines)
+    if name in BUNDLED:
+        return backbone_from_plain({"name": name, "options": {}, "preprocessing": GLYPHS.to_plain()})
+    if name in torchvision_names():
+        return torchvision_backbone(name, default_member(name))
+    if huggingface.is_name(name):
+        config, preprocessing = huggingface.describe(huggingface.folder_of(name))
+        plain = {"name": name, "options": {"config": config}, "preprocessing": preprocessing.to_plain()}
+        return backbone_from_plain(plain)
+    names = [*BUNDLED, *torchvision_names()]
+    nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+    hint = f"; did you mean {', '.join(nearest)}?" if nearest else ""
+    raise UsageError(
+        f"--backbone {name}: unknown; allowed are {', '.join(BUNDLED)}, a classification model of torchvision "
+        f"(resnet50, mobilenet_v2, ...), hf:ID, or a folder with a config.json{hint}"
+    )
+
+
+# ---- torchvision -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def torchvision_names() -> tuple[str, ...]:
+    """Every classification model of torchvision."""
+    return tuple(torchvision.models.list_models(module=torchvision.models))
+
+
+def members(name: str) -> list[WeightsEnum]:
+    """The pretrained weights that torchvision offers for a model."""
+    return list(torchvision.models.get_model_weights(name))
+
+
+def default_member(name: str) -> WeightsEnum:
+    """torchvision's DEFAULT; for an architecture whose DEFAULT is built with another image size, the plain one."""
+    default = torchvision.models.get_model_weights(name).DEFAULT
+    return next((member for member in (default, *members(name)) if not member_options(name, member)), default)
+
+
+def member_options(name: str, member: WeightsEnum) -> dict[str, Any]:
+    """What the builder must be told for these weights: a vision transformer is built for one image size."""
+    smallest = member.meta["min_size"][0]
+    return {"image_size": smallest} if name.startswith("vit_") and smallest != 224 else {}
+
+
+def torchvision_backbone(name: str, member: WeightsEnum) -> Backbone:
+    """A model of torchvision, prepared for these weights."""
+    transform = member.transforms()
+    mean, std = ([0.5] * 3, [0.5] * 3) if name in OWN_NORMALISATION else (transform.mean, transform.std)
+    preprocessing = Preprocessing(
+        image_size=transform.crop_size[0],
+        resize_size=transform.resize_size[0],
+        keep_proportions=True,
+        interpolation=transform.interpolation.value,
+        mean=list(mean),
+        std=list(std),
+    )
+    return backbone_from_plain(
+        {"name": name, "options": member_options(name, member), "preprocessing": preprocessing.to_plain()}
+    )
+
+
+def _arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    return ({"init_weights": False} if name in NO_OWN_INITIALISATION else {}) | options
+
+
+def _build_torchvision(name: str, options: dict[str, Any], class_count: int) -> nn.Module:
+    return torchvision.models.get_model(name, weights=None, num_classes=class_count, **_arguments(name, options))
+
+
+# ---- Looking at an architecture without its weights ------------------------------------------------------------------
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Parameters are made without memory. Not everything as `torch.device("meta")` does: some builders compute."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_shapes(build: Callable[[int], nn.Module], class_count: int) -> nn.Module:
+    """The network without values: for looking at names and shapes only."""
+    state = torch.get_rng_state()
+    try:
+        with _EmptyOnMeta():
+            return build(class_count).to("meta")
+    finally:
+        torch.set_rng_state(state)
+
+
+def check_image_size(backbone: Backbone, image_size: int) -> None:
+    """Refuse a size that the architecture cannot take.
+
+    Raises:
+        UsageError: says which it can.
+    """
+    if image_size == backbone.preprocessing.image_size:
+        return
+    model = build_shapes(backbone.build, 2).eval()
+    model.training = True  # the root's own switch: auxiliary heads want to be fed as well
+
+    def fits(size: int) -> bool:
+        try:
+            with torch.inference_mode():
+                model(torch.empty(1, 3, size, size, device="meta"))
+        except (RuntimeError, ValueError, AssertionError, IndexError):
+            return False
+        return True
+
+    if not fits(image_size):
+        sizes = sorted({*CANDIDATE_SIZES, backbone.preprocessing.image_size})
+        allowed = [str(size) for size in sizes if fits(size)]
+        raise UsageError(f"--image-size {image_size}: {backbone.name} cannot take it; it can take {', '.join(allowed)}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.errors import UsageError
+from finetune.models.heads import has_auxiliary_heads
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,10 @@ def set_modes(model: nn.Module, rules: Sequence[Rule], batchnorm: bool, epoch: i
         module.training = _is_trainable(rules, path, epoch) and (batchnorm or not isinstance(module, _BatchNorm))
         if path and not module.training:
             held.append(path)
+    # torchvision computes auxiliary heads only while the root is in train mode; its other modules have their own flag.
+    if has_auxiliary_heads(model):
+        auxiliary = (value for name, value in model.named_parameters() if name.lower().startswith("aux"))
+        model.training |= any(value.requires_grad for value in auxiliary)
     return held
 
 

@@ -1,7 +1,7 @@
 """The new layers: where they go, the three kinds, standardised features, and folding for stock names.
 
-While training, a head's first linear layer sees dropped-out, standardised features. At export mean and deviation go
-into weight and bias, so that what is shipped is a plain `nn.Linear`.
+While training, a head's first layer sees dropped-out, standardised features. At export mean and deviation go into
+weight and bias, so that what is shipped is a plain `nn.Linear` (or, for SqueezeNet, a plain 1 x 1 `nn.Conv2d`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.models import GoogLeNet, Inception3
 
 from finetune.errors import UsageError
+from finetune.models.backbones import build_shapes
 
 HEADS = ("linear", "mlp", "append")
 # Deviation below which a feature counts as constant: it is centred, not blown up.
@@ -21,14 +23,14 @@ class StandardisedLinear(nn.Linear):
     """`nn.Linear` on standardised features with dropout. Its weight and bias keep the stock names.
 
     Buffers `mean` and `deviation`: (in_features,), of the features over the training set; 0 and 1 until
-    `standardise` measures them.
+    `standardise` measures them. Without a bias there is nothing to fold a mean into: the mean stays 0.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, in_features: int, out_features: int, dropout: float):
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features: int, out_features: int, dropout: float, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
         self.dropout = dropout
         self.register_buffer("mean", torch.zeros(in_features))
         self.register_buffer("deviation", torch.ones(in_features))
@@ -37,24 +39,71 @@ class StandardisedLinear(nn.Linear):
         features = (features - self.mean) / self.deviation
         return super().forward(functional.dropout(features, self.dropout, self.training))
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the plain `nn.Linear` that gives the same logits. Computed in float64."""
-        weight = self.weight.detach().double() / self.deviation.double()
-        bias = self.bias.detach().double() - weight @ self.mean.double()
-        return weight.to(self.weight.dtype), bias.to(self.bias.dtype)
+    def by_feature(self, inputs: Tensor) -> Tensor:
+        """(..., in_features) to (rows, in_features)."""
+        return inputs.flatten(0, -2)
+
+    def plain(self) -> nn.Linear:
+        """A plain layer of the same shape."""
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None)
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """The same for a 1 x 1 convolution over a feature map."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, in_features: int, out_features: int, dropout: float, bias: bool = True):
+        super().__init__(in_features, out_features, kernel_size=1, bias=bias)
+        self.dropout = dropout
+        self.register_buffer("mean", torch.zeros(in_features))
+        self.register_buffer("deviation", torch.ones(in_features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = (features - self.mean.view(-1, 1, 1)) / self.deviation.view(-1, 1, 1)
+        return super().forward(functional.dropout(features, self.dropout, self.training))
+
+    def by_feature(self, inputs: Tensor) -> Tensor:
+        """(batch, in_features, height, width) to (rows, in_features)."""
+        return inputs.movedim(1, -1).flatten(0, -2)
+
+    def plain(self) -> nn.Conv2d:
+        """A plain layer of the same shape."""
+        return nn.Conv2d(self.in_channels, self.out_channels, kernel_size=1, bias=self.bias is not None)
+
+
+Standardised = StandardisedLinear | StandardisedConv2d
+
+
+def folded(layer: Standardised) -> dict[str, Tensor]:
+    """Weight and bias of the plain layer that gives the same logits. Computed in float64."""
+    weight = layer.weight.detach().double().flatten(1) / layer.deviation.double()
+    state = {"weight": weight.view_as(layer.weight).to(layer.weight.dtype)}
+    if layer.bias is not None:
+        state["bias"] = (layer.bias.detach().double() - weight @ layer.mean.double()).to(layer.bias.dtype)
+    return state
 
 
 def find_head(build: Callable[[int], nn.Module]) -> list[str]:
-    """Paths of the modules whose parameters change shape with the number of classes."""
-    with torch.device("meta"):
-        few, many = build(2), build(3)
+    """Paths of the modules whose parameters change shape with the number of classes; auxiliary ones come first."""
+    few, many = build_shapes(build, 2), build_shapes(build, 3)
     sizes = {name: parameter.shape for name, parameter in many.named_parameters()}
     paths = [name.rpartition(".")[0] for name, parameter in few.named_parameters() if sizes[name] != parameter.shape]
     return list(dict.fromkeys(paths))
 
 
+def _like(old: nn.Module, path: str, out_features: int, dropout: float) -> Standardised:
+    """A new layer in place of `old`."""
+    if isinstance(old, nn.Linear):
+        return StandardisedLinear(old.in_features, out_features, dropout, old.bias is not None)
+    if isinstance(old, nn.Conv2d) and old.kernel_size == (1, 1):
+        return StandardisedConv2d(old.in_channels, out_features, dropout, old.bias is not None)
+    raise UsageError(f"the head {path} is a {type(old).__name__}; only a linear layer or a 1 x 1 convolution will do")
+
+
 def attach_head(model: nn.Module, path: str, kind: str, class_count: int, dropout: float, width: int) -> None:
-    """Replace the last linear layer of `model` by a new, randomly initialised head.
+    """Replace one layer of `model` by a new, randomly initialised head.
 
     Args:
         path: of the layer to replace.
@@ -63,86 +112,93 @@ def attach_head(model: nn.Module, path: str, kind: str, class_count: int, dropou
         width: hidden features of "mlp".
 
     Raises:
-        UsageError: unknown kind, or a head that is no linear layer.
+        UsageError: unknown kind, or a head that is neither a linear layer nor a 1 x 1 convolution.
     """
     old = model.get_submodule(path)
-    if not isinstance(old, nn.Linear):
-        raise UsageError(f"the head {path} is a {type(old).__name__}; only a linear head can be replaced")
+    head: nn.Module
     if kind == "linear":
-        head: nn.Module = StandardisedLinear(old.in_features, class_count, dropout)
+        head = _like(old, path, class_count, dropout)
     elif kind == "mlp":
-        head = nn.Sequential(
-            StandardisedLinear(old.in_features, width, dropout),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(width, class_count),
-        )
+        first = _like(old, path, width, dropout)
+        plain = nn.Conv2d(width, class_count, 1) if isinstance(first, nn.Conv2d) else nn.Linear(width, class_count)
+        head = nn.Sequential(first, nn.ReLU(), nn.Dropout(dropout), plain)
     elif kind == "append":
-        head = nn.Sequential(old, StandardisedLinear(old.out_features, class_count, dropout))
+        old_classes = old.out_channels if isinstance(old, nn.Conv2d) else old.out_features
+        last = StandardisedConv2d if isinstance(old, nn.Conv2d) else StandardisedLinear
+        head = nn.Sequential(old, last(old_classes, class_count, dropout))
     else:
         raise UsageError(f"--head {kind}: unknown; allowed are {', '.join(HEADS)}")
     model.set_submodule(path, head)
 
 
-def trainable_head_path(path: str, kind: str) -> str:
-    """What trains of a head at `path`: all of it, but for the old layer under an appended one."""
-    return f"{path}.1" if kind == "append" else path
+def has_auxiliary_heads(model: nn.Module) -> bool:
+    """Whether heads in the middle of the network help to train it. They are computed in train mode only."""
+    return isinstance(model, GoogLeNet | Inception3) and model.aux_logits
 
 
-def standardised_layers(model: nn.Module) -> Iterator[tuple[str, StandardisedLinear]]:
+def standardised_layers(model: nn.Module) -> Iterator[tuple[str, Standardised]]:
     for path, module in model.named_modules():
-        if isinstance(module, StandardisedLinear):
+        if isinstance(module, Standardised):
             yield path, module
 
 
 @torch.no_grad()
 def standardise(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Measure mean and deviation of what enters each `StandardisedLinear`, and store them in its buffers.
+    """Measure mean and deviation of what enters each standardised layer, and store them in its buffers.
 
-    One pass; sums in float64.
+    One pass in eval mode; sums in float64.
 
     Args:
         batches: model inputs, on the model's device.
     """
     sums: dict[str, list] = {}
     hooks = []
+    layers = dict(standardised_layers(model))
 
     def hook_for(path: str):
         def add(_module, inputs):
-            features = inputs[0].cpu().double().flatten(0, -2)  # MPS has no float64
+            features = layers[path].by_feature(inputs[0].cpu().double())  # MPS has no float64
             count, total, squares = sums.get(path, (0, 0.0, 0.0))
             sums[path] = [count + len(features), total + features.sum(0), squares + features.square().sum(0)]
 
         return add
 
-    layers = dict(standardised_layers(model))
     for path, layer in layers.items():
         hooks.append(layer.register_forward_pre_hook(hook_for(path)))
+    model.eval()
+    model.training = has_auxiliary_heads(model)  # the root's own switch: else they would not be computed
     try:
         for images in batches:
             model(images)
     finally:
+        model.training = False
         for hook in hooks:
             hook.remove()
     for path, (count, total, squares) in sums.items():
-        mean = total / count
+        layer = layers[path]
+        mean = total / count if layer.bias is not None else torch.zeros_like(total)
         deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
-        layers[path].mean.copy_(mean)
-        layers[path].deviation.copy_(torch.where(deviation > SMALLEST_DEVIATION, deviation, 1.0))
+        layer.mean.copy_(mean)
+        layer.deviation.copy_(torch.where(deviation > SMALLEST_DEVIATION, deviation, 1.0))
 
 
 def folded_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of `model` with every standardisation folded away: stock names, stock shapes, on the CPU."""
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    """The state dict of `model` with every standardisation folded away: stock names, stock shapes, on the CPU.
+
+    It keeps the versions of torchvision's modules, without which some refuse to load.
+    """
+    state = model.state_dict()
+    for name in state:
+        state[name] = state[name].detach().cpu().contiguous().clone()
     for path, layer in standardised_layers(model):
-        weight, bias = layer.folded()
-        state[f"{path}.weight"], state[f"{path}.bias"] = weight.cpu(), bias.cpu()
+        for name, value in folded(layer).items():
+            state[f"{path}.{name}"] = value.cpu().contiguous()
         del state[f"{path}.mean"], state[f"{path}.deviation"]
-    return {name: value.contiguous().clone() for name, value in state.items()}
+    return state
 
 
 def plain_head(model: nn.Module, path: str, kind: str, class_count: int, width: int) -> None:
-    """Give a stock `model` a head of the shape that `folded_state` has: plain linear layers, no dropout needed."""
+    """Give a stock `model` a head of the shape that `folded_state` has: plain layers, no dropout needed."""
     attach_head(model, path, kind, class_count, dropout=0.0, width=width)
     for layer_path, layer in list(standardised_layers(model)):
-        model.set_submodule(layer_path, nn.Linear(layer.in_features, layer.out_features))
+        model.set_submodule(layer_path, layer.plain())

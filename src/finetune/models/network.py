@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from finetune.data.order import keyed_generator
 from finetune.errors import RunError, UsageError
 from finetune.files import copy_file, link_or_copy, read_json, sha256_of_file, write_json
+from finetune.models import huggingface
 from finetune.models.backbones import Backbone
 from finetune.models.freeze import Rule
-from finetune.models.heads import attach_head, find_head, trainable_head_path
-from finetune.models.weights import WeightsFile, load_backbone_weights, read_weights
+from finetune.models.heads import attach_head, find_head
+from finetune.models.weights import Weights, load_backbone_weights, locate, read_weights
 
 
 @dataclass(frozen=True)
@@ -20,26 +21,31 @@ class Network:
     """A module and where its head is.
 
     Attributes:
-        head_path: the stock place of the head.
+        head_paths: the stock places of its heads; the last one is the main one, others are auxiliary.
         old_class_count: classes of the layer that an appended head stands behind; else those of the data.
     """
 
     module: nn.Module
-    head_path: str
+    head_paths: list[str]
     head_kind: str
     old_class_count: int
 
     def rules(self, rules: tuple[tuple[str, str, int], ...]) -> tuple[Rule, ...]:
-        """The recipe's freeze rules with "head" replaced by the path of what trains of it.
+        """The recipe's freeze rules with "head" replaced by the paths of what trains of it.
 
         Raises:
             UsageError: a state that is neither "trainable" nor "frozen".
         """
-        head = trainable_head_path(self.head_path, self.head_kind)
+        # The old layer under an appended head stays as it is.
+        heads = [f"{self.head_paths[-1]}.1"] if self.head_kind == "append" else self.head_paths
         for pattern, state, _ in rules:
             if state not in ("trainable", "frozen"):
                 raise UsageError(f"freeze rule {pattern!r}: {state!r} is not allowed; give 'trainable' or 'frozen'")
-        return tuple(Rule(head if p == "head" else p, state == "trainable", epoch) for p, state, epoch in rules)
+        return tuple(
+            Rule(path, state == "trainable", epoch)
+            for pattern, state, epoch in rules
+            for path in (heads if pattern == "head" else [pattern])
+        )
 
 
 def build_network(
@@ -65,27 +71,29 @@ def build_network(
     Raises:
         UsageError: the weights do not fit, or "append" without weights.
     """
-    head_path = find_head(backbone.build)[-1]
+    head_paths = find_head(backbone.build)
     if head != "append":
         old_class_count = class_count
     elif not old_class_count:
-        if state is None or f"{head_path}.weight" not in state:
+        old_weight = f"{head_paths[-1]}.weight"
+        if state is None or not any(name.endswith(old_weight) for name in state):
             raise UsageError(
                 "--head append needs pretrained weights with their old head; give --weights, or --head linear"
             )
-        old_class_count = len(state[f"{head_path}.weight"])
+        old_class_count = next(len(value) for name, value in state.items() if name.endswith(old_weight))
     with keyed_generator("model", seed):
         module = backbone.build(old_class_count)
         if state is not None:
-            load_backbone_weights(module, state, [head_path], source)
+            load_backbone_weights(module, state, head_paths, source)
         if head != "keep":
-            attach_head(module, head_path, head, class_count, dropout, head_width)
-    return Network(module, head_path, head, old_class_count)
+            for path in head_paths[-1:] if head == "append" else head_paths:
+                attach_head(module, path, head, class_count, dropout, head_width)
+    return Network(module, head_paths, head, old_class_count)
 
 
 # ---- The frozen tensors of a run --------------------------------------------------------------------------------
-# frozen/frozen.json says where they are: "file" in this folder ("source" = a stock weights file, "tensors" = just the
-# frozen ones), else the backbone's own weights by name and hash.
+# frozen/frozen.json says where they are: in files in this folder ("source" = the stock weights, "tensors" = just the
+# frozen ones), else in the file that a reference names, with its hash.
 
 
 def on_one_file_system(path: Path, other: Path) -> bool:
@@ -93,25 +101,31 @@ def on_one_file_system(path: Path, other: Path) -> bool:
     return path.stat().st_dev == other.stat().st_dev
 
 
-def store_frozen(folder: Path, weights: WeightsFile | None, frozen: dict[str, Tensor], copy: bool) -> None:
+def store_frozen(folder: Path, weights: Weights | None, frozen: dict[str, Tensor], copy: bool) -> None:
     """Make sure that the frozen tensors can be had again when the run resumes.
 
-    A hard link to the weights file where the file system can; a reference where the same bytes can be found again
-    by name and hash; else a copy.
+    Of weights in a cache: hard links where the file system can, else, where the same bytes can be found again by name
+    and hash, a reference. Of others: copies.
 
     Args:
         folder: the run's `frozen` folder.
-        weights: the file whose tensors `frozen` are, or None when no file has them (random, or taken from a run).
+        weights: those that `frozen` are of, or None when no file has them (random, or taken from a run).
         copy: always copy, so that the run folder stands alone.
     """
     folder.mkdir(exist_ok=True)
     record = {"kind": "none", "file": "", "reference": "", "sha256": ""}
     if weights is not None:
-        path = folder / f"weights{weights.path.suffix}"
-        if copy or not weights.reference or on_one_file_system(weights.path, folder):
-            (copy_file if copy else link_or_copy)(weights.path, path)
-            record["file"] = path.name
+        # A cache is never overwritten; a file of the user's may be, and a hard link with it.
+        place = copy_file if copy or not weights.reference else link_or_copy
         record |= {"kind": "source", "reference": weights.reference, "sha256": weights.sha256}
+        if weights.path.is_dir():
+            record["file"] = "model"
+            (folder / "model").mkdir(exist_ok=True)
+            for path in huggingface.source_files(weights.path):
+                place(path.resolve(), folder / "model" / path.name)
+        elif copy or not weights.reference or on_one_file_system(weights.path, folder):
+            record["file"] = f"weights{weights.path.suffix}"
+            place(weights.path.resolve(), folder / record["file"])
     elif frozen:
         path = folder / "weights.safetensors"
         temporary = folder / ".weights.safetensors.tmp"
@@ -122,7 +136,7 @@ def store_frozen(folder: Path, weights: WeightsFile | None, frozen: dict[str, Te
     write_json(folder / "frozen.json", record)
 
 
-def load_frozen(folder: Path, backbone: Backbone) -> tuple[str, dict[str, Tensor] | None]:
+def load_frozen(folder: Path) -> tuple[str, dict[str, Tensor] | None]:
     """The tensors that `store_frozen` kept: (kind, tensors); kind is "source", "tensors" or "none".
 
     Raises:
@@ -131,10 +145,10 @@ def load_frozen(folder: Path, backbone: Backbone) -> tuple[str, dict[str, Tensor
     record = read_json(folder / "frozen.json", "record of the frozen weights")
     if record["kind"] == "none":
         return "none", None
-    path = folder / record["file"] if record["file"] else backbone.weights_file
-    if path is None or not path.is_file():
+    path = folder / record["file"] if record["file"] else locate(record["reference"])
+    if not path.exists():
         raise RunError(f"frozen weights {path} are gone; put the file with sha256 {record['sha256']} there")
-    found = sha256_of_file(path)
+    found = huggingface.hash_of_folder(path) if path.is_dir() else sha256_of_file(path)
     if found != record["sha256"]:
         raise RunError(
             f"frozen weights {path} are not those of this run: sha256 {found}, expected {record['sha256']}; "

@@ -1,57 +1,197 @@
 """Pretrained weights: find the file, read it safely, load it so that nothing is missing but what may be."""
 
+import dataclasses
+import difflib
+import json
 import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.error import URLError
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 
-from finetune.errors import UsageError
+from finetune.errors import RunError, UsageError
 from finetune.files import BadFile, sha256_of_file
-from finetune.models.backbones import Backbone
+from finetune.models import huggingface
+from finetune.models.backbones import (
+    Backbone,
+    backbone_of_export,
+    default_member,
+    find_backbone,
+    members,
+    torchvision_backbone,
+    torchvision_names,
+)
+from finetune.models.bundled import BUNDLED, bundled_weights
 
 # What a damaged file makes of torch's and safetensors' readers.
 UNREADABLE = (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+# Where training scripts put the network among other things, and what wrappers put before the names of its tensors.
+NESTS = ("state_dict", "model_state_dict", "model")
+PREFIXES = ("module", "_orig_mod", "backbone", "model")
+# torchvision's own files end in the first digits of their sha256.
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.")
+# DenseNet's files are older than its module names.
+OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.")
 
 
 @dataclass(frozen=True)
-class WeightsFile:
-    """Where pretrained tensors come from. `reference` is a name by which the same bytes can be had again, or ""."""
+class Weights:
+    """Where pretrained tensors come from.
+
+    Attributes:
+        path: the file; of a transformers model its folder.
+        sha256: of the file.
+        reference: a name by which the same bytes can be had again, or "".
+        text: what a person is told: which they are, and whose preprocessing is used.
+    """
 
     path: Path
     sha256: str
     reference: str
+    text: str
 
 
-def find_weights(weights: str, backbone: Backbone) -> WeightsFile | None:
-    """The file that `--weights` means: "default" = the backbone's own, "none" = random, else a path.
+# ---- Which weights, and what they want their images prepared like -----------------------------------------------
+
+
+def choose_weights(backbone_name: str, weights: str) -> tuple[Backbone, Weights | None]:
+    """The backbone as `--weights` wants it, and the weights: None for random ones.
+
+    Args:
+        weights: "default", "none", a member of torchvision's enum, or a file.
 
     Raises:
-        UsageError: no such file.
+        UsageError: no such backbone, weights or file.
+        RunError: they cannot be downloaded.
     """
+    backbone = find_backbone(backbone_name)
     if weights == "none":
-        return None
-    path = backbone.weights_file if weights == "default" else Path(weights)
-    if path is None or not path.is_file():
-        raise UsageError(
-            f"--weights {weights}: no file {path}; "
-            "allowed are 'default', 'none' (random), or a .safetensors or .pt file"
+        return backbone, None
+    if backbone_name in torchvision_names():
+        member = _find_member(backbone_name, weights)
+        if member is not None:
+            reference = f"torchvision:{backbone_name}:{member.name}"
+            path = locate(reference)
+            text = f"{path.name}, preprocessing of {member.name}"
+            backbone = torchvision_backbone(backbone_name, member)
+            return backbone, Weights(path, sha256_of_file(path), reference, text)
+    elif weights == "default":
+        if backbone_name in BUNDLED:
+            path = bundled_weights(backbone_name)
+            return backbone, Weights(path, sha256_of_file(path), f"bundled:{backbone_name}", path.name)
+        path = huggingface.folder_of(backbone_name)
+        has_own = (path / huggingface.PREPROCESSOR_FILE).is_file()
+        origin = f"its {huggingface.PREPROCESSOR_FILE}" if has_own else "mean and deviation 0.5"
+        reference = backbone_name if backbone_name.startswith(huggingface.PREFIX) else ""
+        return backbone, Weights(
+            path, huggingface.hash_of_folder(path), reference, f"{path.name}, preprocessing: {origin}"
         )
-    reference = backbone.name if weights == "default" else ""
-    return WeightsFile(path, sha256_of_file(path), reference)
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise UsageError(f"--weights {weights}: no such file; allowed are {_allowed(backbone_name, weights)}")
+    sha256 = sha256_of_file(path)
+    backbone, origin = _prepared_for_file(backbone, path, sha256)
+    return backbone, Weights(path, sha256, "", f"{path.name}, preprocessing of {origin}")
+
+
+def _find_member(name: str, weights: str) -> WeightsEnum | None:
+    if weights.lower() == "default":
+        # Not the enum's DEFAULT where that needs the architecture built otherwise: then it has to be asked for by name.
+        return default_member(name)
+    return next((member for member in members(name) if member.name.lower() == weights.lower()), None)
+
+
+def _allowed(name: str, weights: str) -> str:
+    names = ["default", *(member.name for member in members(name))] if name in torchvision_names() else ["default"]
+    nearest = difflib.get_close_matches(weights.upper(), names, n=1)
+    hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+    return f"{', '.join(names)}{hint}, none (random), or a .safetensors, .pt or .pth file"
+
+
+def _prepared_for_file(backbone: Backbone, path: Path, sha256: str) -> tuple[Backbone, str]:
+    """The backbone with the preprocessing of a weights file, and whose that is.
+
+    In this order: 1. an export's own, from the JSON beside it; 2. that of torchvision's weights whose hash it has;
+    3. that of the backbone's default weights.
+    """
+    description = path.with_suffix(".json")
+    if description.is_file():
+        try:
+            found = json.loads(description.read_text(encoding="utf-8"))
+            if sha256 in found["files"].values() and found["architecture"]["backbone"] == backbone.name:
+                return backbone_of_export(found), description.name
+        except (ValueError, LookupError, TypeError, AttributeError):
+            pass  # some other JSON
+    if backbone.name in torchvision_names():
+        for member in members(backbone.name):
+            digits = HASH_IN_NAME.search(member.url)
+            if digits and sha256.startswith(digits[1]):
+                return torchvision_backbone(backbone.name, member), f"{member.name} (it is that file)"
+        return backbone, f"{default_member(backbone.name).name} (the file is none of torchvision's own)"
+    return backbone, f"{backbone.name}'s own weights"
+
+
+def with_image_size(backbone: Backbone, image_size: int) -> Backbone:
+    """The backbone for images of another size; 0 = its own."""
+    return dataclasses.replace(backbone, preprocessing=backbone.preprocessing.at(image_size))
+
+
+def locate(reference: str) -> Path:
+    """The file that a `Weights.reference` names; torchvision's are downloaded where they are not cached.
+
+    Raises:
+        RunError: it cannot be had, or is damaged.
+    """
+    kind, name, *rest = reference.split(":")
+    if kind == "bundled":
+        return bundled_weights(name)
+    member = next(member for member in members(name) if member.name == rest[0])
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / member.url.rsplit("/", 1)[-1]
+    digits = HASH_IN_NAME.search(path.name)
+    expected = digits[1] if digits else ""
+    if not path.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(member.url, str(path), expected or None, progress=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise RunError(
+                f"--weights {member.name}: not cached and cannot be fetched ({_line(error)}); put {member.url} into "
+                f"{folder}, or take --backbone bundled/vgg, whose weights ship with the kit"
+            ) from None
+    if not (found := sha256_of_file(path)).startswith(expected):
+        raise RunError(f"{path} is damaged: sha256 {found}, expected {expected}...; delete it, it is then fetched anew")
+    return path
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+
+# ---- Reading ----------------------------------------------------------------------------------------------------
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors or .pt file. Runs no code from it.
+    """A state dict from a file, or from the folder of a transformers model. Runs no code from it.
+
+    A .pt or .pth may hold it under "model", "state_dict" or "model_state_dict".
 
     Raises:
         BadFile: not such a file, or one that would run code.
     """
+    if path.is_dir():
+        return huggingface.read_tensors(path)
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise BadFile(
             f"{path} is refused: it holds more than plain tensors, which could run code; "
@@ -59,9 +199,34 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from None
     except UNREADABLE as error:
         raise BadFile(f"{path} cannot be read ({str(error).strip().splitlines()[0][:200]}); restore it") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise BadFile(f"{path} does not hold a state dict (names to tensors)")
-    return state
+    if isinstance(content, Mapping) and {"schema_version", "frozen", "optimizer"} <= set(content):
+        raise BadFile(f"{path} is a checkpoint of a run; give what `finetune export RUN` writes")
+    if isinstance(content, Mapping) and not _is_state_dict(content):
+        content = next((content[nest] for nest in NESTS if _is_state_dict(content.get(nest))), content)
+    if not _is_state_dict(content):
+        raise BadFile(f"{path} does not hold a state dict (names to tensors), plain or under {', '.join(NESTS)}")
+    return content
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+
+
+# ---- Loading ----------------------------------------------------------------------------------------------------
+
+
+def _stock_names(state: dict[str, Tensor], own: dict[str, Tensor]) -> "OrderedDict[str, Tensor]":
+    """`state` under the names of the architecture: without the prefixes of wrappers, and in today's spelling."""
+    top = {name.partition(".")[0] for name in own}
+    renamed = OrderedDict()
+    for name, value in state.items():
+        first, _, rest = name.partition(".")
+        while first in PREFIXES and first not in top and rest:
+            name = rest
+            first, _, rest = name.partition(".")
+        today = OLD_DENSENET_NAME.sub(r"\1\2.", name)
+        renamed[today if today in own else name] = value
+    return renamed
 
 
 def load_backbone_weights(model: nn.Module, state: dict[str, Tensor], head: list[str], source: str) -> None:
@@ -72,23 +237,54 @@ def load_backbone_weights(model: nn.Module, state: dict[str, Tensor], head: list
         source: named in the error.
 
     Raises:
-        UsageError: anything else is missing ("-"), too much ("+") or of another shape.
+        UsageError: anything else is missing ("-"), too much ("+") or of another shape ("~"); or holds no numbers.
     """
     own = model.state_dict()
 
     def in_head(name: str) -> bool:
         return any(name.startswith(path + ".") for path in head)
 
-    missing = [name for name in own if name not in state and not in_head(name)]
-    extra = [name for name in state if name not in own and not in_head(name)]
+    named = _stock_names(state, own)
     shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in state and not in_head(name) and state[name].shape != own[name].shape
+        f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+        for name, value in named.items()
+        if name in own and not in_head(name) and own[name].shape != value.shape
     ]
+    fitting = OrderedDict(
+        (name, value)
+        for name, value in named.items()
+        if name not in own or own[name].shape == value.shape
+        if name in own or not in_head(name)
+    )
+    missing, extra = load_state(model, fitting, getattr(state, "_metadata", None), source)
+    named_in_shapes = {line.partition(" ")[0] for line in shapes}
+    missing = [name for name in missing if not in_head(name) and name not in named_in_shapes]
     if missing or extra or shapes:
         lines = [f"  - {name}" for name in missing] + [f"  + {name}" for name in extra] + [f"  ~ {s}" for s in shapes]
         shown = "\n".join(lines[:20] + ([f"  ... {len(lines) - 20} more"] if len(lines) > 20 else []))
         raise UsageError(f"{source} does not fit the architecture (- missing, + unknown, ~ other shape):\n{shown}")
-    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    model.load_state_dict(fitting, strict=False)
+    for name, value in model.state_dict().items():
+        if not in_head(name) and value.is_floating_point() and not value.isfinite().all():
+            raise UsageError(f"{source}: {name} holds values that are no numbers; give weights that are whole")
+
+
+def load_state(
+    model: nn.Module, state: Mapping[str, Tensor], metadata: Any, source: str
+) -> tuple[list[str], list[str]]:
+    """`load_state_dict` that tells torchvision's modules which version a state dict is of.
+
+    Some rename or refuse tensors of other versions; a file that does not say (safetensors) is taken for today's.
+
+    Returns:
+        (missing, unexpected) names.
+
+    Raises:
+        UsageError: a tensor has another shape.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = metadata or model.state_dict()._metadata  # type: ignore[attr-defined]
+    try:
+        result = model.load_state_dict(versioned, strict=False)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"{source} does not fit the architecture: {_line(error)}") from None
+    return result.missing_keys, result.unexpected_keys

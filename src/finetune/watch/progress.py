@@ -3,6 +3,8 @@
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich import box
@@ -92,6 +94,17 @@ class Terminal:
         parts = [f"epoch {epoch:>{len(str(epochs))}}/{epochs}"]
         parts += [f"{name} {value:.4f}" for name, value in values.items()]
         self._print(Text("  ".join(parts) + ("  best" if is_best else "")))
+
+    @contextmanager
+    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar for something that comes before the training; yields what is called with each advance."""
+        if not self.console.is_terminal or self.console.quiet:
+            yield lambda count: None
+            return
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
+        with Progress(*columns, TimeRemainingColumn(compact=True), console=self.console, transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda count: bar.advance(task, count)
 
     def saved(self) -> None:
         self.last_saved = time.monotonic()

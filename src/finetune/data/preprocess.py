@@ -1,0 +1,74 @@
+"""What is done to every image before the network sees it: resize, crop, normalise. As plain values, so that a run, an
+export and a prediction do the same."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+# Beyond this a picture is a strip; keeping its proportions would cost memory without end.
+MAX_ASPECT = 20
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become the network's input.
+
+    Attributes:
+        image_size: edge in pixels of what the network sees: the centre of the resized image.
+        resize_size: what the image is resized to first: its shorter edge, or both.
+        keep_proportions: resize the shorter edge; else both edges, whatever the proportions.
+        interpolation: "bilinear", "bicubic", ...: torchvision's names. Always antialiased.
+        mean, std: per channel, for values in 0..1.
+    """
+
+    image_size: int
+    resize_size: int
+    keep_proportions: bool
+    interpolation: str
+    mean: list[float]
+    std: list[float]
+
+    def at(self, image_size: int) -> "Preprocessing":
+        """The same for another edge, in the same proportion of crop and resized image; 0 = as it is."""
+        if not image_size:
+            return self
+        resize_size = max(round(self.resize_size * image_size / self.image_size), image_size)
+        return dataclasses.replace(self, image_size=image_size, resize_size=resize_size)
+
+    def resize(self, image: Tensor) -> Tensor:
+        """(3, height, width) uint8 to (3, image_size, image_size) uint8."""
+        mode = InterpolationMode(self.interpolation)
+        height, width = image.shape[-2:]
+        if self.keep_proportions and max(height, width) <= MAX_ASPECT * min(height, width):
+            size = [self.resize_size]
+        else:
+            size = [self.resize_size, self.resize_size]
+        image = functional.resize(image, size, interpolation=mode, antialias=True)
+        if image.shape[-1] == image.shape[-2] == self.image_size:
+            return image
+        return functional.center_crop(image, [self.image_size, self.image_size])
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (batch, 3, height, width) to float32, scaled to 0..1, then (value - mean) / std per channel."""
+        scale = torch.tensor(self.std).view(3, 1, 1) * 255
+        shift = torch.tensor(self.mean).view(3, 1, 1) * 255
+        return images.float().sub_(shift).div_(scale)
+
+    def to_plain(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def text(self) -> str:
+        how = "shorter edge" if self.keep_proportions else "both edges"
+        resized = f"{how} to {self.resize_size}, " if self.resize_size != self.image_size else ""
+        return f"{resized}{self.image_size} x {self.image_size} px, {self.interpolation}"
+
+
+def squash(image_size: int, mean: list[float], std: list[float]) -> Preprocessing:
+    """Resize both edges at once, bilinear: nothing is cropped away."""
+    return Preprocessing(image_size, image_size, False, "bilinear", mean, std)

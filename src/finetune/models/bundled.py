@@ -1,0 +1,93 @@
+"""The two small backbones that ship with the kit, made of torchvision's own classes."""
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.vgg import VGG, make_layers
+
+from finetune.data.preprocess import squash
+
+# Layers of bundled/vgg: channels of each 3x3 convolution, "M" = halve the resolution.
+VGG_LAYERS: list[str | int] = [32, 32, "M", 64, 64, "M", 128, 128, "M"]
+# Channels of the three stages of bundled/resnet, one BasicBlock each.
+RESNET_CHANNELS = (48, 96, 192)
+POOLED_PIXELS = (2, 2)
+
+
+def build_vgg(class_count: int) -> VGG:
+    """torchvision's VGG with batch normalisation, six convolutions and one linear layer: 290,000 parameters."""
+    # torchvision's classifier of 4096 x 4096 is replaced at once; on "meta" it costs neither time nor memory.
+    with torch.device("meta"):
+        model = VGG(nn.Sequential(), init_weights=False)
+    model.features = make_layers(VGG_LAYERS, batch_norm=True)
+    model.avgpool = nn.AdaptiveAvgPool2d(POOLED_PIXELS)
+    model.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(128 * 4, class_count))
+    _initialise_convolutions(model)
+    return model
+
+
+def build_resnet(class_count: int) -> ResNet:
+    """torchvision's ResNet with a 3x3 stem and three BasicBlocks of 48, 96 and 192 channels: 700,000 parameters."""
+    with torch.device("meta"):
+        model = ResNet(BasicBlock, [1, 1, 1, 1])
+    stem, *_ = RESNET_CHANNELS
+    model.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+    model.bn1 = nn.BatchNorm2d(stem)
+    channels = stem
+    for stage, width in enumerate(RESNET_CHANNELS, start=1):
+        stride = 1 if stage == 1 else 2
+        shortcut = None
+        if stride > 1:
+            shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        setattr(model, f"layer{stage}", nn.Sequential(BasicBlock(channels, width, stride, shortcut)))
+        channels = width
+    model.layer4 = nn.Identity()
+    model.avgpool = nn.AdaptiveAvgPool2d(POOLED_PIXELS)
+    model.fc = nn.Linear(channels * 4, class_count)
+    _initialise_convolutions(model)
+    return model
+
+
+def _initialise_convolutions(model: nn.Module) -> None:
+    """He initialisation for convolutions, as torchvision does for both families."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+VGG_STOCK_LINES = f"""\
+from torch import nn
+from torchvision.models.vgg import VGG, make_layers
+model = VGG(make_layers({VGG_LAYERS}, batch_norm=True), init_weights=False)
+model.avgpool = nn.AdaptiveAvgPool2d({POOLED_PIXELS})
+model.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(512, {{classes}}))"""
+
+RESNET_STOCK_LINES = f"""\
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+def stage(i, o, stride):
+    shortcut = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o)) if stride > 1 else None
+    return nn.Sequential(BasicBlock(i, o, stride, shortcut))
+model = ResNet(BasicBlock, [1, 1, 1, 1])
+model.conv1, model.bn1 = nn.Conv2d(3, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48)
+model.layer1, model.layer2 = stage(48, 48, 1), stage(48, 96, 2)
+model.layer3, model.layer4 = stage(96, 192, 2), nn.Identity()
+model.avgpool, model.fc = nn.AdaptiveAvgPool2d({POOLED_PIXELS}), nn.Linear(768, {{classes}})"""
+
+# Mean and standard deviation of the distorted glyphs that both were trained on, at 32 pixels.
+GLYPHS = squash(32, mean=[0.38, 0.38, 0.38], std=[0.32, 0.32, 0.32])
+# By name: how to build it, its weights, the lines that build it from torchvision alone.
+BUNDLED = {
+    "bundled/vgg": (build_vgg, "vgg.safetensors", VGG_STOCK_LINES),
+    "bundled/resnet": (build_resnet, "resnet.safetensors", RESNET_STOCK_LINES),
+}
+
+
+def bundled_weights(name: str) -> Path:
+    """The weights file of a bundled backbone."""
+    return Path(str(resources.files("finetune"))) / "bundled" / BUNDLED[name][1]

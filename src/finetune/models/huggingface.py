@@ -1,0 +1,209 @@
+"""Image encoders of transformers: ViT, DeiT, ConvNeXt, DINOv2 and whatever else has an image classification class.
+
+transformers is imported when such a backbone is asked for. No code from a model's repository is ever run.
+"""
+
+import copy
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.data.preprocess import Preprocessing, squash
+from finetune.errors import RunError, UsageError
+from finetune.files import sha256_of_file
+
+PREFIX = "hf:"
+CONFIG_FILE = "config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+# PIL's numbers for interpolation, which a preprocessor's file holds.
+INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+STOCK_LINES = """\
+import json
+from transformers import AutoConfig, AutoModelForImageClassification
+config = json.load(open({json!r}))["architecture"]["options"]["config"]
+model = AutoModelForImageClassification.from_config(AutoConfig.for_model(**config, num_labels={classes}))"""
+
+
+def is_name(name: str) -> bool:
+    """Whether `--backbone` means a model of transformers: hf:ID, or a folder with a config.json."""
+    return name.startswith(PREFIX) or (Path(name).expanduser() / CONFIG_FILE).is_file()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold its tensors: safetensors where there are any."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def source_files(folder: Path) -> list[Path]:
+    """Everything that is needed to load it again."""
+    described = [folder / name for name in (CONFIG_FILE, PREPROCESSOR_FILE)]
+    return [path for path in described if path.is_file()] + sorted(folder.glob("*.index.json")) + weight_files(folder)
+
+
+def folder_of(name: str) -> Path:
+    """The local folder of hf:ID or hf:ID@REVISION, downloaded into huggingface_hub's cache where it is not yet there;
+    or the folder that was named itself.
+
+    Raises:
+        RunError: it cannot be had; says where to put what.
+    """
+    if not name.startswith(PREFIX):
+        return Path(name).expanduser()
+    identifier, _, revision = name.removeprefix(PREFIX).partition("@")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [CONFIG_FILE, PREPROCESSOR_FILE, "*.safetensors", "*.safetensors.index.json"]
+    try:
+        folder = Path(snapshot_download(identifier, revision=revision or None, allow_patterns=patterns))
+        if not weight_files(folder):  # an old repository without safetensors
+            patterns += ["pytorch_model*.bin", "pytorch_model*.index.json"]
+            folder = Path(snapshot_download(identifier, revision=revision or None, allow_patterns=patterns))
+    except HFValidationError:
+        raise UsageError(f"--backbone {name}: is no model's name; give hf:OWNER/NAME") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
+        raise RunError(
+            f"--backbone {name}: not cached and cannot be fetched ({reason}); fetch it where there is a network "
+            f"(hf download {identifier} --local-dir FOLDER) and give --backbone FOLDER, or bundled/vgg"
+        ) from None
+    return folder
+
+
+def describe(folder: Path) -> tuple[dict[str, Any], Preprocessing]:
+    """Config (plain values) and preprocessing of a model in a folder.
+
+    Raises:
+        UsageError: not a model for images.
+    """
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"--backbone {folder}: its {CONFIG_FILE} cannot be used ({_line(error)})") from None
+        if type(config) not in AutoModelForImageClassification._model_mapping:
+            raise UsageError(
+                f"--backbone {folder}: a {config.model_type} has no image classification class in transformers; give "
+                "an image encoder, such as ViT, DeiT, ConvNeXt or DINOv2"
+            )
+        plain = json.loads(config.to_json_string(use_diff=False))
+        return plain, _preprocessing(folder, config)
+
+
+def _preprocessing(folder: Path, config: Any) -> Preprocessing:
+    """As the model's own image processor does it.
+
+    Raises:
+        UsageError: it does something that we cannot.
+    """
+    if not (folder / PREPROCESSOR_FILE).is_file():
+        size = getattr(config, "image_size", 224)
+        return squash(size if isinstance(size, int) else size[0], [0.5] * 3, [0.5] * 3)
+    from transformers import AutoImageProcessor
+
+    try:
+        given = AutoImageProcessor.from_pretrained(folder).to_dict()
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--backbone {folder}: its {PREPROCESSOR_FILE} cannot be used ({_line(error)})") from None
+    size = given.get("size") or {}
+    crop = given.get("crop_size") if given.get("do_center_crop") else None
+    edge = size.get("shortest_edge")
+    keep_proportions = edge is not None
+    if edge is None:
+        edge = size.get("height")
+    image_size = (crop or {}).get("height", edge)
+    if (fraction := given.get("crop_pct")) and keep_proportions:
+        # ConvNeXt's rule: small pictures are cut out of a larger one, large ones squeezed.
+        image_size, keep_proportions = edge, edge < 384
+        edge = int(edge / fraction) if keep_proportions else edge
+    usual_scale = abs(given.get("rescale_factor", 1 / 255) - 1 / 255) < 1e-6
+    if not edge or not usual_scale or given.get("resample") not in INTERPOLATIONS:
+        raise UsageError(f"--backbone {folder}: its {PREPROCESSOR_FILE} asks for something this kit cannot do: {given}")
+    normalises = given.get("do_normalize", True)
+    return Preprocessing(
+        image_size=image_size,
+        resize_size=edge,
+        keep_proportions=keep_proportions,
+        interpolation=INTERPOLATIONS[given["resample"]],
+        mean=list(given["image_mean"]) if normalises else [0.0] * 3,
+        std=list(given["image_std"]) if normalises else [1.0] * 3,
+    )
+
+
+def _only_logits(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
+    return output.logits
+
+
+def build(config: dict[str, Any], class_count: int) -> nn.Module:
+    """The stock classification model of a config, randomly initialised; it returns logits."""
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    with quiet():
+        full = AutoConfig.for_model(**copy.deepcopy(config) | {"num_labels": class_count, "id2label": None})
+        model = AutoModelForImageClassification.from_config(full, dtype=torch.float32)
+    # A hook, not a wrapper: a wrapper would change the names of all parameters.
+    model.register_forward_hook(_only_logits)
+    return model
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """What a folder holds of its stock classification model, by that model's names; what it lacks is missing.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    from transformers import AutoModelForImageClassification
+
+    files = weight_files(folder)
+    if not files:
+        raise UsageError(
+            f"--backbone {folder}: holds no .safetensors or pytorch_model.bin; give --weights none or a file"
+        )
+    with quiet():
+        try:
+            model, found = AutoModelForImageClassification.from_pretrained(
+                folder,
+                output_loading_info=True,
+                dtype=torch.float32,
+                use_safetensors=files[0].suffix == ".safetensors",
+                local_files_only=True,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UsageError(f"--backbone {folder}: its weights cannot be read ({_line(error)})") from None
+    missing = set(found["missing_keys"])
+    return OrderedDict((name, value) for name, value in model.state_dict().items() if name not in missing)
+
+
+def hash_of_folder(folder: Path) -> str:
+    """sha256 over the weight files of a folder; of a single one, that file's own."""
+    hashes = [sha256_of_file(path) for path in weight_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+@contextmanager
+def quiet():
+    """transformers reports on standard error what we check and say ourselves."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars is None:
+            logging.enable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
