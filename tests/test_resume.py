@@ -4,13 +4,12 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import assert_equal_values, metrics_lines, read
+from conftest import assert_equal_values, finetune, finish, kill_after_progress, last_step, metrics_lines, read
 
 from finetune import checkpoint
 from finetune.data.digits import load_digits
@@ -22,41 +21,6 @@ KILLS_PER_EPOCH = 3
 EPOCHS = 2
 BATCH = 32
 TRAIN_SAMPLES = 640  # 20 steps an epoch
-
-
-def finetune(*words: str, **options) -> subprocess.Popen:
-    """A real `finetune` process at the head of its own process group."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "finetune.cli", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
-
-
-def last_step(run: RunFolder) -> int:
-    steps = [step for step, _ in checkpoint.step_files(run.checkpoints)] if run.checkpoints.exists() else []
-    return max(steps, default=0)
-
-
-def kill_after_progress(process: subprocess.Popen, run: RunFolder, steps: int) -> None:
-    """SIGKILL the whole process group once `steps` more steps were saved."""
-    goal = last_step(run) + steps
-    deadline = time.monotonic() + 120
-    while last_step(run) < goal:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, "no progress within two minutes"
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == code, output
-    return output
 
 
 def kill_through(run: RunFolder, command: list[str], seed: int) -> list[int]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from finetune.checkpoint import read_checkpoint
 from finetune.data.images import ImagePipeline, Split, names_to_indices, open_images, split_source, without
 from finetune.data.source import Source, class_counts
@@ -16,7 +18,7 @@ from finetune.files import BadFile
 from finetune.models.backbones import Backbone, backbone_from_plain, check_image_size
 from finetune.models.freeze import check_rules, frozen_tensors
 from finetune.models.network import Network, build_network, load_frozen
-from finetune.models.weights import Weights, choose_weights, read_weights, with_image_size
+from finetune.models.weights import Weights, choose_weights, load_state, read_weights, with_image_size
 from finetune.recipe import Images, Recipe, differences, from_plain, to_plain
 from finetune.run import RunFolder
 
@@ -209,18 +211,24 @@ def saved_network(run: RunFolder, recipe: Recipe, state: dict[str, Any]) -> Netw
         old_class_count=state["network"]["old_class_count"],
     )
     module = network.module
+    what = f"checkpoint of {run.path} does not fit its recipe"
     if kind == "tensors" and tensors is not None:
-        module.load_state_dict(tensors, strict=False)
+        _put(module, tensors, what)
     frozen = frozen_tensors(module, network.rules(recipe.trainable.rules), state["frozen"]["epoch"])
     # Counted here, not by load_state_dict: BatchNorm never reports a missing counter.
     mismatch = set(module.state_dict()) ^ (set(frozen) | set(state["model"]))
     if mismatch or set(frozen) & set(state["model"]):
-        raise RunError(f"checkpoint of {run.path} does not fit its recipe: {', '.join(sorted(mismatch))}")
-    try:
-        module.load_state_dict(state["model"], strict=False)
-    except RuntimeError as error:
-        raise RunError(f"checkpoint of {run.path} does not fit its recipe: {' '.join(str(error).split())}") from None
+        raise RunError(f"{what}: {', '.join(sorted(mismatch))}")
+    _put(module, state["model"], what)
     return network
+
+
+def _put(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    """Load a part of the network's tensors."""
+    try:
+        load_state(module, tensors, None, what)
+    except UsageError as error:
+        raise RunError(str(error)) from None
 
 
 def trained_network(run: RunFolder, which: str) -> tuple[Network, dict[str, Any]]:

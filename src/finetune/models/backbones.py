@@ -59,7 +59,7 @@ def backbone_from_plain(plain: dict[str, Any]) -> Backbone:
     if name in BUNDLED:
         build, _, stock_lines = BUNDLED[name]
         return Backbone(name, build, preprocessing, stock_lines)
-    if huggingface.is_name(name):
+    if "config" in options:
         build = functools.partial(huggingface.build, options["config"])
         return Backbone(name, build, preprocessing, huggingface.STOCK_LINES, options)
     if name not in torchvision_names():

@@ -126,7 +126,8 @@ def frozen_tensors(model: nn.Module, rules: Sequence[Rule], epoch: int) -> dict[
         if not _is_trainable(rules, path, epoch):
             tensors |= {name: value.detach() for name, value in module.named_parameters(path, recurse=False)}
             tensors |= dict(module.named_buffers(path, recurse=False))
-    return tensors
+    kept = model.state_dict()  # some buffers are computed from the config and never saved
+    return {name: value for name, value in tensors.items() if name in kept}
 
 
 def changeable_tensors(model: nn.Module, rules: Sequence[Rule], epoch: int) -> dict[str, Tensor]:

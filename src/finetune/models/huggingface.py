@@ -10,9 +10,11 @@ import os
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from finetune.data.preprocess import Preprocessing, squash
@@ -25,9 +27,9 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 # PIL's numbers for interpolation, which a preprocessor's file holds.
 INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 STOCK_LINES = """\
-import json
+import json, pathlib
 from transformers import AutoConfig, AutoModelForImageClassification
-config = json.load(open({json!r}))["architecture"]["options"]["config"]
+config = json.loads(pathlib.Path({json!r}).read_text("utf-8"))["architecture"]["options"]["config"]
 model = AutoModelForImageClassification.from_config(AutoConfig.for_model(**config, num_labels={classes}))"""
 
 
@@ -96,6 +98,9 @@ def describe(folder: Path) -> tuple[dict[str, Any], Preprocessing]:
                 "an image encoder, such as ViT, DeiT, ConvNeXt or DINOv2"
             )
         plain = json.loads(config.to_json_string(use_diff=False))
+        # Where a family has several classes, transformers goes through this list, and stumbles over null.
+        plain["architectures"] = plain.get("architectures") or []
+        plain.pop("_name_or_path", None)  # where it lay on this machine
         return plain, _preprocessing(folder, config)
 
 
@@ -177,7 +182,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 use_safetensors=files[0].suffix == ".safetensors",
                 local_files_only=True,
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError, LookupError) as error:
             raise UsageError(f"--backbone {folder}: its weights cannot be read ({_line(error)})") from None
     missing = set(found["missing_keys"])
     return OrderedDict((name, value) for name, value in model.state_dict().items() if name not in missing)
