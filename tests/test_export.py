@@ -9,8 +9,9 @@ from conftest import small_recipe, train_run
 import finetune
 from finetune import Images, RunError
 from finetune.build import open_data, trained_network
+from finetune.cli import main
 from finetune.data.images import Request
-from finetune.export import FOLDED_TOLERANCE, export
+from finetune.export import FOLDED_TOLERANCE, ONNX_TOLERANCE, export
 from finetune.models.backbones import find_backbone
 
 
@@ -118,3 +119,44 @@ def test_an_unfinished_run_without_a_checkpoint_cannot_be_exported(tmp_path):
     with pytest.raises(RunError, match="has no best checkpoint yet"):
         export(RunFolder(tmp_path / "run"), "best", tmp_path / "model.pt")
     assert not (tmp_path / "model.pt").exists()
+
+
+# ---- Other formats --------------------------------------------------------------------------------------------------
+
+
+def test_an_onnx_file_gives_the_runs_logits_in_onnxruntime_for_any_number_of_images(trained, tmp_path):
+    import onnxruntime
+
+    report = export(trained, "best", tmp_path / "model.onnx")
+    assert report.largest_difference <= ONNX_TOLERANCE
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    model = trained_network(trained, "best")[0].module
+    for count in (1, 7):
+        images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
+        (found,) = session.run(None, {"images": images.numpy()})
+        with torch.inference_mode():
+            torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=0, atol=ONNX_TOLERANCE)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["model.json", "model.onnx"]
+    with pytest.raises(RunError, match=r"an \.onnx is for onnxruntime"):
+        finetune.load(tmp_path / "model.onnx")
+
+
+def test_without_the_packages_for_onnx_the_line_says_what_to_install(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["export", str(trained.path), "--output", str(tmp_path / "model.onnx")]) == 2
+    assert "needs onnx, onnxscript, onnxruntime; install with: pip install 'finetune[onnx]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_format_beside_the_first_leaves_the_first_loadable(trained, tmp_path):
+    export(trained, "best", tmp_path / "model.pt")
+    export(trained, "best", tmp_path / "model.safetensors")
+    images = torch.zeros(1, 3, 32, 32)
+    assert torch.equal(
+        finetune.load(tmp_path / "model.pt")(images), finetune.load(tmp_path / "model.safetensors")(images)
+    )
+    # Other weights under the same name: what is no longer described is no longer loaded.
+    export(trained, "latest", tmp_path / "model.safetensors")
+    finetune.load(tmp_path / "model.safetensors")
+    with pytest.raises(RunError, match=r"does not match its \.json"):
+        finetune.load(tmp_path / "model.pt")

@@ -1,3 +1,4 @@
+import csv
 import json
 import pickle
 
@@ -114,3 +115,38 @@ def test_a_pickle_that_would_run_code_runs_nothing_even_if_its_json_vouches_for_
     assert "model.pt is refused: it holds more than plain tensors" in error and error.count("\n") == 1
     assert main(["vgg_head", "--weights", str(hostile), "--run", str(tmp_path / "run")]) == 2
     assert not marker.exists() and not (tmp_path / "run").exists()
+
+
+# ---- Tables in and out --------------------------------------------------------------------------------------------
+
+
+def test_the_images_of_a_csv_are_predicted_in_its_order_relative_to_itself(model, tmp_path, capsys):
+    save_digits(tmp_path / "digits", 4)
+    (tmp_path / "list.csv").write_text("id,photo\n1,digits/003.png\n2,digits/nowhere.png\n3,digits/001.png\n")
+    words = ["predict", str(model), str(tmp_path / "list.csv"), "--image-column", "photo"]
+    assert main(words) == 1
+    lines = lines_of(capsys)
+    assert [line["file"] for line in lines] == [
+        str(tmp_path / "digits" / f"{n}.png") for n in ("003", "nowhere", "001")
+    ]
+    assert [line.get("label") for line in lines] == ["3", None, "1"] and "does not exist" in lines[1]["error"]
+
+
+def test_csv_out_has_a_header_the_top_classes_and_the_error_of_a_broken_file(model, tmp_path, capsys):
+    save_digits(tmp_path / "digits", 3)
+    (tmp_path / "digits" / "001.png").write_bytes(b"broken")
+    assert main(["predict", str(model), str(tmp_path / "digits"), "--csv", "--top-k", "2"]) == 1
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert list(rows[0]) == ["file", "label", "probability", "label_2", "probability_2", "labels", "error"]
+    assert [row["label"] for row in rows] == ["0", "", "2"] and "cannot be decoded" in rows[1]["error"]
+    assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"])
+
+
+def test_batches_change_nothing_but_speed(model, tmp_path, capsys):
+    save_digits(tmp_path / "digits", 11)
+    main(["predict", str(model), str(tmp_path / "digits"), "--batch-size", "3"])
+    small = lines_of(capsys)
+    main(["predict", str(model), str(tmp_path / "digits"), "--batch-size", "64"])
+    large = lines_of(capsys)
+    assert [line["file"] for line in small] == [line["file"] for line in large] and len(small) == 11
+    assert [line["probability"] for line in small] == pytest.approx([line["probability"] for line in large], abs=2e-6)

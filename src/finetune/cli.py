@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import io
 import os
 import shutil
 import sys
@@ -289,6 +290,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files and classes may hold what this console or no encoding at all can show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP.format(recipes=", ".join(shipped_recipes())), end="")
         return 0 if words else 2

@@ -113,10 +113,12 @@ def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> int:
     terminal.say("\nnext:")
     longer = 2 * max(progress.epoch, 1)
     hints = {
-        f"finetune export {run.path}": "weights that stock torchvision loads",
+        f"finetune export {run.path}": "weights that other programs load",
+        f"finetune evaluate {run.path}": "figures by class, confusion matrix",
         f"finetune resume {run.path} --epochs {longer}": "train longer; after a crash, without --epochs",
-        "finetune vgg_head --images FOLDER": "your own images, one sub-folder a class",
     }
+    if run.read_recipe()["config"]["data"]["images"] == "digits":
+        hints["finetune vgg_head --images FOLDER"] = "your own images, one sub-folder a class"
     width = max(map(len, hints))
     for command, meaning in hints.items():
         terminal.say(f"  {command:<{width}}  {meaning}")

@@ -84,6 +84,7 @@ class Job:
     loaders: Loaders
     device: torch.device
     weights_text: str
+    preprocessing_of: str
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -138,9 +139,10 @@ def start(
     network = new_network(recipe, backbone, weights, data.class_count)
     if init_from:
         load_from_run(network, init_from, data.source.classes)
-    text = f"{weights.text}, sha256 {weights.sha256[:12]}" if weights else "random: nothing is pretrained"
+    text = weights.text if weights else "random: nothing is pretrained"
     if init_from:
         text = f"from {init_from}"
+    preprocessing_of = weights.preprocessing_of if weights else "its default weights"
     network.module.to(device, memory_format=torch.channels_last)
     contents = Contents(data.source)
     loaders = make_loaders(data, machine, device, contents)
@@ -149,7 +151,7 @@ def start(
         data, loaders.train, network.module, device, measure=not init_from, all_files=skip_broken, terminal=terminal
     )
     data = leave_out_broken(data, broken, skip_broken, terminal)
-    job = Job(recipe, numerics, backbone, network, data, loaders, device, text)
+    job = Job(recipe, numerics, backbone, network, data, loaders, device, text, preprocessing_of)
     record = {
         "name": name,
         "config": job.identity["config"],
@@ -294,7 +296,7 @@ def resumed_job(
     network = saved_network(run, recipe, state)
     network.module.to(device, memory_format=torch.channels_last)
     loaders = make_loaders(data, machine, device, Contents(data.source, run.contents_file))
-    return Job(recipe, numerics, backbone, network, data, loaders, device, f"as kept in {run.frozen}")
+    return Job(recipe, numerics, backbone, network, data, loaders, device, f"as kept in {run.frozen}", "the run")
 
 
 def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_samples: int) -> bool:
@@ -378,10 +380,11 @@ def describe(run: RunFolder, job: Job) -> dict[str, str]:
         f"{name} {alpha:g}" for name, alpha in (("mixup", recipe.data.mixup), ("cutmix", recipe.data.cutmix)) if alpha
     ]
     return {
-        "backbone": f"{recipe.model.backbone} ({job.weights_text})",
+        "backbone": recipe.model.backbone,
+        "weights": job.weights_text,
         "data": f"{recipe.data.images}: {', '.join(parts)}"
         + (f"; {CHECKED_FILES:,} files were looked at, the others are in the first epoch" if unread else ""),
-        "images": f"{job.backbone.preprocessing.text}, {', '.join(changes)}",
+        "images": f"{job.backbone.preprocessing.text} (as of {job.preprocessing_of}), {', '.join(changes)}",
         "training": (
             f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
         ),

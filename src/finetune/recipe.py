@@ -189,6 +189,9 @@ class Recipe:
         check_ranges(self)
 
 
+AUGMENTATIONS = ("none", "light", "standard", "glyphs")
+
+
 def check_ranges(recipe: Recipe) -> None:
     """Refuse values that no training can have.
 
@@ -196,7 +199,7 @@ def check_ranges(recipe: Recipe) -> None:
         UsageError: the first of them.
     """
     data, optimizer, schedule = recipe.data, recipe.optimizer, recipe.schedule
-    rules: list[tuple[str, float, bool, str]] = [
+    rules: list[tuple[str, float | str, bool, str]] = [
         ("epochs", recipe.epochs, recipe.epochs >= (0 if recipe.max_steps else 1), "1 or more"),
         ("max-steps", recipe.max_steps, recipe.max_steps >= 0, "0 (no limit) or more"),
         ("batch-size", recipe.batch_size, recipe.batch_size >= 1, "1 or more"),
@@ -209,6 +212,7 @@ def check_ranges(recipe: Recipe) -> None:
             "0 (the backbone's) or 8 or more",
         ),
         ("train-samples", data.train_samples, data.train_samples >= 0, "0 (all) or more"),
+        ("augment", data.augment, data.augment in AUGMENTATIONS, f"one of {', '.join(AUGMENTATIONS)}"),
         ("mixup", data.mixup, data.mixup >= 0, "0 (off) or more"),
         ("cutmix", data.cutmix, data.cutmix >= 0, "0 (off) or more"),
         ("validation-fraction", data.validation_fraction, 0 < data.validation_fraction < 1, "between 0 and 1"),

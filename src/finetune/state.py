@@ -2,11 +2,14 @@
 
 import platform
 import random
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 from torch import Tensor
 
 SCHEMA_VERSION = 1
@@ -129,7 +132,11 @@ def numeric_environment(device: torch.device) -> dict[str, Any]:
     """What bit-for-bit equality depends on beyond the recipe: versions, device, threads."""
     return {
         "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        # Only where it builds the network: a VGG does not care.
+        "transformers": str(sys.modules["transformers"].__version__) if "transformers" in sys.modules else "",
         "numpy": str(np.__version__),
+        "pillow": str(PIL.__version__),
         "python": platform.python_version(),
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),

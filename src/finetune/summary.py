@@ -56,7 +56,7 @@ def summary_text(recipe: Recipe) -> str:
     counts = {True: 0, False: 0}
     for parameter in module.parameters():
         counts[parameter.requires_grad] += parameter.numel()
-    source = f"{weights.text} (sha256 {weights.sha256[:12]})" if weights else "random"
+    source = weights.text if weights else "random"
     return "\n".join(
         [
             str(table),

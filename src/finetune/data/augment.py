@@ -8,8 +8,6 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-PRESETS = ("none", "light", "standard", "glyphs")
-
 
 @functools.cache
 def _light(size: int) -> v2.Compose:

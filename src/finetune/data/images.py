@@ -113,7 +113,7 @@ class ImagePipeline:
 
     Attributes:
         preprocessing: what the backbone wants to see.
-        augment: one of `augment.PRESETS`.
+        augment: one of `recipe.AUGMENTATIONS`.
         mixup, cutmix: see `augment.mix`.
         seed: with epoch and sample index, the key of every random draw.
     """

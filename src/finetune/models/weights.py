@@ -51,13 +51,17 @@ class Weights:
         path: the file; of a transformers model its folder.
         sha256: of the file.
         reference: a name by which the same bytes can be had again, or "".
-        text: what a person is told: which they are, and whose preprocessing is used.
+        preprocessing_of: whose preprocessing goes with them, for a person to read.
     """
 
     path: Path
     sha256: str
     reference: str
-    text: str
+    preprocessing_of: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.path.name}, sha256 {self.sha256[:12]}"
 
 
 # ---- Which weights, and what they want their images prepared like -----------------------------------------------
@@ -81,26 +85,23 @@ def choose_weights(backbone_name: str, weights: str) -> tuple[Backbone, Weights 
         if member is not None:
             reference = f"torchvision:{backbone_name}:{member.name}"
             path = locate(reference)
-            text = f"{path.name}, preprocessing of {member.name}"
             backbone = torchvision_backbone(backbone_name, member)
-            return backbone, Weights(path, sha256_of_file(path), reference, text)
+            return backbone, Weights(path, sha256_of_file(path), reference, member.name)
     elif weights == "default":
         if backbone_name in BUNDLED:
             path = bundled_weights(backbone_name)
-            return backbone, Weights(path, sha256_of_file(path), f"bundled:{backbone_name}", path.name)
+            return backbone, Weights(path, sha256_of_file(path), f"bundled:{backbone_name}", backbone_name)
         path = huggingface.folder_of(backbone_name)
         has_own = (path / huggingface.PREPROCESSOR_FILE).is_file()
         origin = f"its {huggingface.PREPROCESSOR_FILE}" if has_own else "mean and deviation 0.5"
         reference = backbone_name if backbone_name.startswith(huggingface.PREFIX) else ""
-        return backbone, Weights(
-            path, huggingface.hash_of_folder(path), reference, f"{path.name}, preprocessing: {origin}"
-        )
+        return backbone, Weights(path, huggingface.hash_of_folder(path), reference, origin)
     path = Path(weights).expanduser()
     if not path.is_file():
         raise UsageError(f"--weights {weights}: no such file; allowed are {_allowed(backbone_name, weights)}")
     sha256 = sha256_of_file(path)
     backbone, origin = _prepared_for_file(backbone, path, sha256)
-    return backbone, Weights(path, sha256, "", f"{path.name}, preprocessing of {origin}")
+    return backbone, Weights(path, sha256, "", origin)
 
 
 def _find_member(name: str, weights: str) -> WeightsEnum | None:
