@@ -119,7 +119,7 @@ def test_the_interrupted_epoch_sees_each_sample_exactly_once(tmp_path):
     second = [index for _, pid, indices in lines if pid != lines[0][1] for index in indices]
     # The killed process may have begun a step that was not saved: that one is computed again, none is skipped.
     counted = first[: state["position_samples"]] + second
-    train_indices, _ = split_source(load_digits(), 0.2, 0, TRAIN_SAMPLES)
+    train_indices, _, _ = split_source(load_digits(), 0.2, 0, TRAIN_SAMPLES)
     assert counted == train_indices[epoch_order(0, 0, TRAIN_SAMPLES)].tolist()
     assert sorted(counted) == sorted(train_indices.tolist())
     assert len(first) - state["position_samples"] in (0, BATCH)
