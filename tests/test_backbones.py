@@ -11,7 +11,7 @@ from finetune.build import find_pretrained, trained_network
 from finetune.export import FOLDED_TOLERANCE, export
 from finetune.models.backbones import check_image_size, find_backbone, torchvision_backbone, torchvision_names
 from finetune.models.freeze import apply_freeze, frozen_tensors, set_modes
-from finetune.models.heads import find_head
+from finetune.models.heads import find_head, standardise, standardised_layers
 
 # The smallest images that an architecture takes, or those it is built for; others take 64.
 IMAGE_SIZES = {"inception_v3": 299, "maxvit_t": 224} | dict.fromkeys(
@@ -116,6 +116,30 @@ def test_auxiliary_heads_are_found_train_and_have_their_say_in_train_mode_only()
     assert logits.shape == auxiliary.shape == (2, CLASSES)
     assert "AuxLogits.conv0.bn" in held and "AuxLogits.fc" not in held
     assert isinstance(network.module.eval()(images), torch.Tensor)
+
+
+def test_auxiliary_heads_learn_on_standardised_features_too():
+    network = make_network(small_recipe(model=Model("googlenet", weights="none")), CLASSES)
+    standardise(network.module, [torch.randn(4, 3, 96, 96, generator=torch.Generator().manual_seed(0))])
+    deviations = {path: layer.deviation for path, layer in standardised_layers(network.module)}
+    assert list(deviations) == ["aux1.fc2", "aux2.fc2", "fc"]
+    assert all((deviation != 1).any() for deviation in deviations.values())
+    assert not network.module.training
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_that_normalise_pretrained_inputs_themselves_get_them_normalised_so(name):
+    """torchvision switches that on when it loads pretrained weights, and off in the plain network of an export."""
+    ours = find_backbone(name)
+    torch.manual_seed(0)
+    plain = ours.build(5).eval()
+    stock = get_model(name, num_classes=5, transform_input=True, init_weights=False).eval()
+    stock.load_state_dict(plain.state_dict())
+    transform = get_model_weights(name).DEFAULT.transforms()
+    pixels = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    theirs = (pixels / 255 - torch.tensor(transform.mean).view(3, 1, 1)) / torch.tensor(transform.std).view(3, 1, 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(ours.preprocessing.normalise(pixels)), stock(theirs), rtol=0, atol=1e-4)
 
 
 def test_a_head_appended_to_a_network_with_auxiliary_heads_leaves_those_alone():

@@ -69,6 +69,14 @@ def test_a_head_without_bias_is_scaled_but_not_centred_for_there_is_nothing_to_f
     torch.testing.assert_close(plain(features), layer(features), rtol=0, atol=1e-5)
 
 
+def test_tiny_features_are_standardised_and_nearly_constant_ones_are_not_blown_up():
+    torch.manual_seed(0)
+    layer = StandardisedLinear(2, 1, dropout=0.0)
+    features = torch.randn(100, 2) * torch.tensor([1e-8, 1e-3]) + torch.tensor([1e-8, 5.0])
+    standardise(layer, [features])
+    assert layer.deviation[0] < 2e-8 and layer.deviation[1] == 1
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp", "append"])
 @pytest.mark.parametrize("backbone", ["bundled/vgg", "bundled/resnet"])
 def test_a_folded_head_gives_the_same_logits(backbone, kind):

@@ -1,13 +1,15 @@
 """Image encoders of transformers, from local folders in the format of its hub; nothing is downloaded."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import Killed, assert_equal_runs, resume_run, small_recipe, train_run
+from conftest import Killed, assert_equal_runs, finish, read, resume_run, small_recipe, train_run
+from conftest import finetune as run_finetune
 from PIL import Image
 
 import finetune
@@ -177,6 +179,27 @@ def test_a_model_of_the_hub_that_is_neither_cached_nor_reachable_is_one_line(tmp
     assert error.count("\n") == 1 and "hf:facebook/dinov2-small: not cached and cannot be fetched" in error
     assert "hf download facebook/dinov2-small --local-dir FOLDER" in error
     assert main(["vgg_head", "--backbone", "hf:not a name", "--run", str(tmp_path / "run")]) == 2
+
+
+def test_a_model_in_the_hubs_cache_needs_no_network_and_is_linked_not_copied(tmp_path, folders):
+    """In a process of its own, for the hub's library reads its settings when it is imported."""
+    cache, revision = tmp_path / "cache", "0123456789abcdef0123456789abcdef01234567"
+    model = cache / "models--owner--name"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(revision)
+    (model / "blobs").mkdir()
+    snapshot = model / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(folders["vit"].iterdir())):
+        shutil.copyfile(path, model / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    offline = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    words = ["vgg_head", "--backbone", "hf:owner/name", "--epochs", "1", "--train-samples", "40"]
+    run = RunFolder(tmp_path / "run")
+    process = run_finetune(*words, "--run", str(run.path), env=os.environ | offline | {"HF_HUB_CACHE": str(cache)})
+    finish(process)
+    assert (run.frozen / "model" / "model.safetensors").samefile(snapshot / "model.safetensors")
+    assert read(run)["network"]["backbone"]["name"] == "hf:owner/name"
 
 
 def test_code_from_a_models_folder_is_never_run(tmp_path, folders):

@@ -131,7 +131,7 @@ def test_files_that_hold_something_else_say_what_they_are(tmp_path, trained):
 def test_a_file_of_unknown_origin_is_prepared_like_the_default_weights(tmp_path, stock):
     torch.save(stock.state_dict(), tmp_path / "mine.pth")
     backbone, weights = choose_weights("shufflenet_v2_x0_5", str(tmp_path / "mine.pth"))
-    assert weights.preprocessing_of == "IMAGENET1K_V1 (the file is none of torchvision's own)"
+    assert weights.preprocessing_of == "IMAGENET1K_V1, the file being none of torchvision's own"
     assert backbone.preprocessing.resize_size == 256
 
 
@@ -188,7 +188,7 @@ def test_a_head_on_imagenets_mobilenet_learns_the_digits_is_killed_resumed_and_e
     kill_after_progress(finetune(*mobilenet_words(mobilenet_file, broken)), broken, 14)
     finish(finetune("resume", str(broken.path)))
     said = finish(finetune(*mobilenet_words(mobilenet_file, unbroken)))
-    assert "(as of IMAGENET1K_V1 (it is that file))" in said
+    assert "(as of IMAGENET1K_V1, whose file it is)" in " ".join(said.split())
     for name in ("latest.pt", "best.pt"):
         ours, theirs = read(broken, name), read(unbroken, name)
         ours.pop("history"), theirs.pop("history")

@@ -77,7 +77,9 @@ class Data:
         targets = self.source.targets[self.split.train]
         for name, count in zip(self.source.classes, class_counts(targets, self.class_count).tolist(), strict=True):
             if not count:
-                raise UsageError(f"class {name!r} has no image to train on; add some, or remove the class")
+                raise UsageError(
+                    f"class {name!r} has no image to train on; add some, remove the class, or raise --train-samples"
+                )
         if not len(self.split.validation):
             raise UsageError("no class has two images, so nothing is left to validate with; add images")
 
@@ -103,6 +105,9 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
     """
     spec = recipe.data
     source = open_source(spec)
+    if (source.targets.dim() == 2) != (recipe.task.kind == "multi-label"):
+        several = "several labels" if source.targets.dim() == 2 else "one label"
+        raise UsageError(f"--images {spec.images}: has {several} an image, which is no {recipe.task.kind} task")
     split = split_source(source, spec.validation_fraction, recipe.seed, spec.train_samples)
     data = Data(source, split, make_pipeline(source, spec, backbone, recipe.seed)).leave_out(skipped)
     data.check()

@@ -30,15 +30,15 @@ def open_images(
     Raises:
         UsageError: there is no such data, or it holds fewer than two classes.
     """
-    if images == "digits":
-        return load_digits()
-    if images == "glyphs":
-        from finetune.data.glyphs import render_glyphs
-
-        return render_glyphs(fonts)
     path = Path(images).expanduser()
     if path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir():
         return open_table(path, columns, classes)
+    if images == "digits" and columns == Columns():
+        return load_digits()
+    if images == "glyphs" and columns == Columns():
+        from finetune.data.glyphs import render_glyphs
+
+        return render_glyphs(fonts)
     if columns != Columns():
         raise UsageError(
             f"--images {images}: columns and --separator belong to a {', '.join(TABLE_SUFFIXES)} file; leave them out"

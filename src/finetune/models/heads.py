@@ -15,8 +15,10 @@ from finetune.errors import UsageError
 from finetune.models.backbones import build_shapes
 
 HEADS = ("linear", "mlp", "append")
-# Deviation below which a feature counts as constant: it is centred, not blown up.
-SMALLEST_DEVIATION = 1e-6
+# A feature that deviates by less than this share of its mean counts as constant: it is centred, not blown up. Folded
+# into float32 weights, a smaller share would also cost the export its precision. The floor is for features all zero.
+SMALLEST_DEVIATION_SHARE = 1e-3
+SMALLEST_DEVIATION = 1e-12
 
 
 class StandardisedLinear(nn.Linear):
@@ -179,7 +181,8 @@ def standardise(model: nn.Module, batches: Iterable[Tensor]) -> None:
         mean = total / count if layer.bias is not None else torch.zeros_like(total)
         deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
         layer.mean.copy_(mean)
-        layer.deviation.copy_(torch.where(deviation > SMALLEST_DEVIATION, deviation, 1.0))
+        varies = deviation > (SMALLEST_DEVIATION_SHARE * (total / count).abs()).clamp(min=SMALLEST_DEVIATION)
+        layer.deviation.copy_(torch.where(varies, deviation, 1.0))
 
 
 def folded_state(model: nn.Module) -> dict[str, Tensor]:

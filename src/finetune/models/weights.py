@@ -136,8 +136,8 @@ def _prepared_for_file(backbone: Backbone, path: Path, sha256: str) -> tuple[Bac
         for member in members(backbone.name):
             digits = HASH_IN_NAME.search(member.url)
             if digits and sha256.startswith(digits[1]):
-                return torchvision_backbone(backbone.name, member), f"{member.name} (it is that file)"
-        return backbone, f"{default_member(backbone.name).name} (the file is none of torchvision's own)"
+                return torchvision_backbone(backbone.name, member), f"{member.name}, whose file it is"
+        return backbone, f"{default_member(backbone.name).name}, the file being none of torchvision's own"
     return backbone, f"{backbone.name}'s own weights"
 
 
