@@ -199,7 +199,8 @@ def test_a_model_in_the_hubs_cache_needs_no_network_and_is_linked_not_copied(tmp
     process = run_finetune(*words, "--run", str(run.path), env=os.environ | offline | {"HF_HUB_CACHE": str(cache)})
     finish(process)
     assert (run.frozen / "model" / "model.safetensors").samefile(snapshot / "model.safetensors")
-    assert read(run)["network"]["backbone"]["name"] == "hf:owner/name"
+    network = read(run)["network"]
+    assert network["backbone"]["name"] == "hf:owner/name" and str(cache) not in json.dumps(network)
 
 
 def test_code_from_a_models_folder_is_never_run(tmp_path, folders):

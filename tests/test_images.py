@@ -19,7 +19,7 @@ from conftest import (
 )
 from PIL import Image
 
-from finetune import Images, ImageTable, Training, UsageError, image_head, look
+from finetune import Images, ImageTable, MultiLabel, Training, UsageError, image_head, look
 from finetune.build import find_pretrained, open_data
 from finetune.cli import main
 from finetune.data.augment import augment, mix
@@ -248,8 +248,16 @@ def test_other_tables_are_refused(tmp_path):
         open_images(
             write_table(tmp_path / "c", "b.csv", "image,label,part\nx.png,a,later\n"), columns=Columns(split="part")
         )
+    with pytest.raises(UsageError, match=r"--images digits: columns and --separator belong to a \.csv"):
+        open_images("digits", columns=Columns(separator=","))
     with pytest.raises(UsageError, match=r"columns and --separator belong to a \.csv"):
         open_images(str(make_folder(tmp_path / "data", {"a": 2, "b": 2})), columns=Columns(separator=","))
+
+
+def test_a_task_that_does_not_fit_the_labels_is_refused(tmp_path):
+    recipe = folder_recipe(make_folder(tmp_path / "data", {"a": 4, "b": 4}), task=MultiLabel())
+    with pytest.raises(UsageError, match="has one label an image, which is no multi-label task"):
+        open_data(recipe, find_pretrained(recipe)[0])
 
 
 # ---- Splits ---------------------------------------------------------------------------------------------------------

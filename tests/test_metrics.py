@@ -76,13 +76,13 @@ def test_auxiliary_heads_add_three_tenths_of_their_loss():
 def test_multi_label_figures_worked_out_by_hand():
     tally = MultiLabelTask(3).tally(CPU)
     targets = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0]], dtype=torch.uint8)
-    logits = torch.tensor([[5.0, -5, -5], [5, -5, -5], [-5, -5, 5]])
+    logits = torch.tensor([[0.5, -5, -5], [5, -5, -5], [-5, -5, 5]])
     tally.add(logits[:2], targets[:2])
     tally.add(logits[2:], targets[2:])
     figures = tally.figures()
     assert figures["accuracy"] == pytest.approx(1 / 3)  # only the first row is right in every class
     # F1: 1 for the first class; 0 for the second (missed) and the third (wrongly predicted).
     assert figures["f1"] == pytest.approx(1 / 3)
-    small, large = torch.nn.functional.softplus(torch.tensor([-5.0, 5.0])).tolist()
-    assert figures["loss"] == pytest.approx((7 * small + 2 * large) / 9, rel=1e-5)
+    small, large, unsure = torch.nn.functional.softplus(torch.tensor([-5.0, 5.0, -0.5])).tolist()
+    assert figures["loss"] == pytest.approx((6 * small + 2 * large + unsure) / 9, rel=1e-5)
     assert tally.samples() == 3

@@ -6,6 +6,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from conftest import (
+    Killed,
     assert_equal_values,
     finetune,
     finish,
@@ -13,6 +14,7 @@ from conftest import (
     make_network,
     metrics_lines,
     read,
+    resume_run,
     small_recipe,
     train_run,
 )
@@ -25,6 +27,7 @@ from finetune.build import find_pretrained, trained_network
 from finetune.cli import main
 from finetune.export import export
 from finetune.files import BadFile
+from finetune.models.backbones import find_backbone
 from finetune.models.heads import find_head
 from finetune.models.network import build_network
 from finetune.models.weights import choose_weights, load_backbone_weights, read_weights
@@ -133,6 +136,27 @@ def test_a_file_of_unknown_origin_is_prepared_like_the_default_weights(tmp_path,
     backbone, weights = choose_weights("shufflenet_v2_x0_5", str(tmp_path / "mine.pth"))
     assert weights.preprocessing_of == "IMAGENET1K_V1, the file being none of torchvision's own"
     assert backbone.preprocessing.resize_size == 256
+
+
+def test_the_json_of_another_file_is_not_believed(tmp_path, trained):
+    export(trained, "best", tmp_path / "model.pt")
+    assert choose_weights("bundled/vgg", str(tmp_path / "model.pt"))[1].preprocessing_of == "model.json"
+    torch.save(find_backbone("bundled/vgg").build(10).state_dict(), tmp_path / "model.pt")
+    assert choose_weights("bundled/vgg", str(tmp_path / "model.pt"))[1].preprocessing_of == "bundled/vgg's own weights"
+
+
+def test_a_file_of_the_users_own_is_copied_so_that_it_may_change_under_the_run(tmp_path, stock):
+    path = tmp_path / "mine.pth"
+    torch.save(stock.state_dict(), path)
+    recipe = small_recipe(
+        model=Model("shufflenet_v2_x0_5", weights=str(path)), data=Images("digits", image_size=32, train_samples=40)
+    )
+    with pytest.raises(Killed):
+        train_run(tmp_path / "run", recipe, die_after_steps=2)
+    with path.open("r+b") as stream:  # written over in place, as torch.save does
+        stream.write(b"something else")
+    resume_run(RunFolder(tmp_path / "run"))
+    assert read(RunFolder(tmp_path / "run"))["status"] == "finished"
 
 
 def test_weights_that_were_never_pretrained_say_so(tmp_path, capsys):

@@ -78,7 +78,7 @@ class Data:
         for name, count in zip(self.source.classes, class_counts(targets, self.class_count).tolist(), strict=True):
             if not count:
                 raise UsageError(
-                    f"class {name!r} has no image to train on; add some, remove the class, or raise --train-samples"
+                    f"class {name!r} has no image to train on; add some, remove it, or raise --train-samples"
                 )
         if not len(self.split.validation):
             raise UsageError("no class has two images, so nothing is left to validate with; add images")
