@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 from finetune import Classification, Images, Model, Optimizer, Recipe, Schedule, Stop, checkpoint, launch
 from finetune.build import Numerics, find_pretrained, new_network
 from finetune.files import sha256_of_file
-from finetune.launch import Machine
+from finetune.job import Machine
 from finetune.models.network import Network
 from finetune.run import RunFolder
 from finetune.train import Settings

@@ -8,7 +8,7 @@ from conftest import read
 
 from finetune import Recipe
 from finetune.cli import main
-from finetune.recipe import from_plain, to_plain
+from finetune.plain import from_plain, to_plain
 from finetune.recipe_files import load_recipe_function, shipped_recipes
 from finetune.run import RunFolder
 

@@ -1,5 +1,6 @@
 """Whose weights, from where, under which names; and whose preprocessing goes with them."""
 
+import dataclasses
 import json
 from collections import OrderedDict
 
@@ -157,6 +158,24 @@ def test_a_file_of_the_users_own_is_copied_so_that_it_may_change_under_the_run(t
         stream.write(b"something else")
     resume_run(RunFolder(tmp_path / "run"))
     assert read(RunFolder(tmp_path / "run"))["status"] == "finished"
+
+
+def test_a_run_from_another_runs_weights_needs_no_pretrained_file_and_prepares_images_as_that_run(tmp_path, stock):
+    path = tmp_path / "mine.pth"
+    torch.save(stock.state_dict(), path)
+    recipe = small_recipe(
+        model=Model("shufflenet_v2_x0_5", weights=str(path)),
+        data=Images("digits", image_size=32, train_samples=40),
+        epochs=1,
+    )
+    first = train_run(tmp_path / "first", recipe, save_every_steps=0)
+    path.unlink()
+    again = dataclasses.replace(recipe, data=Images("digits", train_samples=40), max_steps=1)
+    second = train_run(tmp_path / "second", again, init_from=f"{first.path}:latest")
+    assert read(second)["network"]["backbone"] == read(first)["network"]["backbone"]
+    before, after = trained_network(first, "latest")[0].module, trained_network(second, "latest")[0].module
+    assert torch.equal(before.conv1[0].weight, after.conv1[0].weight) and torch.equal(before.fc.mean, after.fc.mean)
+    assert not torch.equal(before.fc.weight, after.fc.weight)
 
 
 def test_weights_that_were_never_pretrained_say_so(tmp_path, capsys):

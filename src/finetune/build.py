@@ -18,8 +18,9 @@ from finetune.files import BadFile
 from finetune.models.backbones import Backbone, backbone_from_plain, check_image_size
 from finetune.models.freeze import check_rules, frozen_tensors
 from finetune.models.network import Network, build_network, load_frozen
-from finetune.models.weights import Weights, choose_weights, load_state, read_weights, with_image_size
-from finetune.recipe import Images, Recipe, differences, from_plain, to_plain
+from finetune.models.weights import Weights, choose_weights, load_state, read_weights
+from finetune.plain import differences, from_plain, to_plain
+from finetune.recipe import Images, Recipe
 from finetune.run import RunFolder
 
 
@@ -136,9 +137,20 @@ def split_config(config: dict[str, Any]) -> tuple[Recipe, Numerics]:
 def find_pretrained(recipe: Recipe) -> tuple[Backbone, Weights | None]:
     """The recipe's backbone, prepared for its image size, and its weights: None for random ones."""
     backbone, weights = choose_weights(recipe.model.backbone, recipe.model.weights)
-    if recipe.data.image_size:
-        check_image_size(backbone, recipe.data.image_size)
-    return with_image_size(backbone, recipe.data.image_size), weights
+    return sized(backbone, recipe), weights
+
+
+def sized(backbone: Backbone, recipe: Recipe) -> Backbone:
+    """The backbone for the recipe's image size, if it has one.
+
+    Raises:
+        UsageError: the architecture cannot take it.
+    """
+    size = recipe.data.image_size
+    if not size:
+        return backbone
+    check_image_size(backbone, size)
+    return dataclasses.replace(backbone, preprocessing=backbone.preprocessing.at(size))
 
 
 def new_network(recipe: Recipe, backbone: Backbone, weights: Weights | None, class_count: int) -> Network:
@@ -161,24 +173,38 @@ def new_network(recipe: Recipe, backbone: Backbone, weights: Weights | None, cla
     return network
 
 
-def load_from_run(network: Network, init_from: str, classes: list[str]) -> None:
-    """Load another run's weights, frozen and trained ones.
+def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network, list[str]]:
+    """The recipe's network with another run's weights, frozen and trained ones; its backbone; that run's classes.
+
+    No pretrained file is needed, and images are prepared as in that run.
 
     Raises:
-        RunError: that run has other classes or another architecture.
+        RunError: that run has another architecture.
     """
     folder, _, which = init_from.partition(":")
     if which not in ("", "best", "latest"):
         raise UsageError(f"--init-from {init_from}: {which!r} is not allowed; give RUN, RUN:best or RUN:latest")
     other, state = trained_network(RunFolder(Path(folder)), which or "best")
-    if state["data"]["classes"] != classes:
-        raise RunError(
-            f"--init-from {folder}: trained on other classes ({len(state['data']['classes'])}, here {len(classes)})"
-        )
-    own, found = network.module.state_dict(), other.module.state_dict()
-    if {name: v.shape for name, v in own.items()} != {name: v.shape for name, v in found.items()}:
+    backbone = backbone_from_plain(state["network"]["backbone"])
+    if (backbone.name, other.head_kind) != (recipe.model.backbone, recipe.model.head):
         raise RunError(f"--init-from {folder}: another architecture or head; use the same --backbone and --head")
+    network = build_network(
+        backbone,
+        None,
+        "",
+        head=recipe.model.head,
+        class_count=len(state["data"]["classes"]),
+        dropout=recipe.model.dropout,
+        head_width=recipe.model.head_width,
+        seed=recipe.seed,
+        old_class_count=other.old_class_count,
+    )
+    own, found = network.module.state_dict(), other.module.state_dict()
+    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in found.items()}:
+        raise RunError(f"--init-from {folder}: another head; use the same --head and width")
     network.module.load_state_dict(found)
+    check_rules(network.module, network.rules(recipe.trainable.rules))
+    return sized(backbone, recipe), network, state["data"]["classes"]
 
 
 # ---- As a run left it ------------------------------------------------------------------------------------------

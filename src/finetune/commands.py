@@ -9,8 +9,9 @@ from finetune import checkpoint as checkpoints
 from finetune import launch
 from finetune.build import Numerics, determining_config
 from finetune.errors import UsageError
-from finetune.launch import Machine
-from finetune.recipe import Recipe, differences
+from finetune.job import Machine
+from finetune.plain import differences
+from finetune.recipe import Recipe
 from finetune.recipe_files import local_modules
 from finetune.run import RunFolder, newest_unfinished
 from finetune.state import Progress

@@ -23,7 +23,7 @@ from finetune.errors import RunError, UsageError
 from finetune.models.backbones import Backbone, backbone_from_plain
 from finetune.recipe import Images, Recipe
 from finetune.run import RunFolder
-from finetune.tasks import ConfusionTally, make_task
+from finetune.tasks import ConfusionTally, MultiLabelTally, make_task
 
 BATCH_SAMPLES = 64
 MATRIX_CLASSES = 15  # a larger confusion matrix is shown as its worst mistakes
@@ -73,15 +73,6 @@ def evaluate(
             tally.add(model(inputs), targets)
     if not tally.samples():
         raise RunError(f"finetune evaluate: none of {len(indices)} image(s) could be read; first: {broken[0]}")
-    counts = tally.counts()
-    rows = zip(
-        classes,
-        counts.precision().tolist(),
-        counts.recall().tolist(),
-        counts.f1().tolist(),
-        counts.actual.tolist(),
-        strict=True,
-    )
     return {
         "run": str(run.path),
         "checkpoint": {"which": which, "step": state["step"]},
@@ -89,14 +80,24 @@ def evaluate(
         "part": part,
         "samples": tally.samples(),
         **tally.figures(),
+        **_details(tally, classes),
+        "broken": broken,
+    }
+
+
+def _details(tally: ConfusionTally | MultiLabelTally, classes: list[str]) -> dict[str, Any]:
+    """Calibration, figures by class, and the confusion matrix where each image has one class."""
+    counts = tally.counts()
+    columns = counts.precision(), counts.recall(), counts.f1(), counts.actual
+    rows = zip(classes, *(column.tolist() for column in columns), strict=True)
+    return {
         "calibration_error": tally.calibration.error(),
+        "calibration": tally.calibration.table(),
         "classes": [
             {"name": name, "precision": precision, "recall": recall, "f1": f1, "samples": samples}
             for name, precision, recall, f1, samples in rows
         ],
         "confusion_matrix": tally.confusion.tolist() if isinstance(tally, ConfusionTally) else None,
-        "calibration": tally.calibration.table(),
-        "broken": broken,
     }
 
 

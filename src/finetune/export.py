@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from finetune.build import open_data, split_config, trained_network
 from finetune.checkpoint import read_checkpoint
 from finetune.data.images import Request
-from finetune.data.preprocess import Preprocessing
 from finetune.errors import FinetuneError, RunError, UsageError
 from finetune.files import BadFile, read_json, sha256_of_file, write_atomically, write_json
 from finetune.models.backbones import backbone_from_plain, backbone_of_export
 from finetune.models.heads import find_head, folded_state, plain_head, standardised_layers
+from finetune.models.network import Network
 from finetune.models.weights import load_state, read_weights
 from finetune.onnx import write_onnx
 from finetune.recipe import Recipe
@@ -73,31 +73,10 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
         UsageError: a package that ONNX needs is missing.
     """
     network, state = trained_network(run, which)
-    recipe, numerics = split_config(state["config"])
-    backbone = backbone_from_plain(state["network"]["backbone"])
-    preprocessing = backbone.preprocessing
+    recipe, _ = split_config(state["config"])
     tensors = folded_state(network.module)
-    description = {
-        "schema_version": SCHEMA_VERSION,
-        "task": recipe.task.kind,
-        "classes": state["data"]["classes"],
-        "architecture": {
-            "backbone": backbone.name,
-            "options": backbone.options,
-            "head": recipe.model.head,
-            "head_paths": network.head_paths,
-            "head_width": recipe.model.head_width,
-            "old_classes": network.old_class_count,
-            "stock": recipe.model.head in ("linear", "keep"),
-        },
-        "preprocessing": preprocessing.to_plain(),
-        "preprocessing_text": f"RGB; antialiased resize: {preprocessing.text}; / 255; (value - mean) / std by channel",
-        "metrics": state["metrics"]["last_validation"],
-        "checkpoint": {"which": which, "step": state["step"]},
-        "source_run": run.path.resolve().name,
-        "precision_trained": numerics.precision,
-    }
-    images = comparison_images(recipe, state, preprocessing)
+    description = describe(run, which, network, state)
+    images = comparison_images(recipe, state)
     with torch.inference_mode():
         wanted = network.module.eval()(images)
     folded = any(True for _ in standardised_layers(network.module))
@@ -127,6 +106,33 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
     return ExportReport(output, description, difference)
 
 
+def describe(run: RunFolder, which: str, network: Network, state: dict[str, Any]) -> dict[str, Any]:
+    """What the JSON says of a checkpoint, but for the hashes of files."""
+    recipe, numerics = split_config(state["config"])
+    backbone = backbone_from_plain(state["network"]["backbone"])
+    preprocessing = backbone.preprocessing
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "task": recipe.task.kind,
+        "classes": state["data"]["classes"],
+        "architecture": {
+            "backbone": backbone.name,
+            "options": backbone.options,
+            "head": recipe.model.head,
+            "head_paths": network.head_paths,
+            "head_width": recipe.model.head_width,
+            "old_classes": network.old_class_count,
+            "stock": recipe.model.head in ("linear", "keep"),
+        },
+        "preprocessing": preprocessing.to_plain(),
+        "preprocessing_text": f"RGB; antialiased resize: {preprocessing.text}; / 255; (value - mean) / std by channel",
+        "metrics": state["metrics"]["last_validation"],
+        "checkpoint": {"which": which, "step": state["step"]},
+        "source_run": run.path.resolve().name,
+        "precision_trained": numerics.precision,
+    }
+
+
 def other_formats(output: Path, description: dict[str, Any]) -> dict[str, str]:
     """Files of the same weights in other formats that the JSON already describes: they stay good."""
     try:
@@ -151,14 +157,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         torch.save(tensors, path)
 
 
-def comparison_images(recipe: Recipe, state: dict[str, Any], preprocessing: Preprocessing) -> Tensor:
+def comparison_images(recipe: Recipe, state: dict[str, Any]) -> Tensor:
     """Network inputs to compare on: of the validation set; where the data is not at hand any more, random ones."""
+    backbone = backbone_from_plain(state["network"]["backbone"])
     try:
-        backbone = backbone_from_plain(state["network"]["backbone"])
         data = open_data(recipe, backbone, state["data"]["skipped"])
         return data.pipeline.fetch(Request(data.split.validation[:COMPARED_IMAGES].tolist())).images
     except FinetuneError:
-        size = preprocessing.image_size
+        size = backbone.preprocessing.image_size
         return torch.randn(COMPARED_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 

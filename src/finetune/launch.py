@@ -2,37 +2,35 @@
 
 import dataclasses
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from finetune import checkpoint as checkpoints
 from finetune.build import (
-    Data,
     Numerics,
     check_same_config,
-    determining_config,
     find_pretrained,
-    load_from_run,
+    network_from_run,
     new_network,
     open_data,
     saved_network,
     split_config,
 )
 from finetune.data.contents import Contents
-from finetune.data.loader import Loader
 from finetune.data.order import key
-from finetune.data.source import FileSource, class_counts
+from finetune.data.source import class_counts
 from finetune.device import check_precision, pick_device, set_numerics
-from finetune.errors import UsageError
+from finetune.errors import RunError, UsageError
 from finetune.files import hold_lock, remove_leftovers
 from finetune.guard import listen_for_signals
-from finetune.look import CHECKED_FILES, leave_out_broken, look
-from finetune.models.backbones import Backbone, backbone_from_plain
+from finetune.job import Job, Machine, describe, describe_freeze, make_loaders
+from finetune.look import leave_out_broken, look
+from finetune.models.backbones import backbone_from_plain
 from finetune.models.freeze import frozen_tensors
-from finetune.models.network import Network, store_frozen
+from finetune.models.network import store_frozen
+from finetune.models.weights import Weights
 from finetune.optim import find_optimizer
 from finetune.recipe import Recipe
 from finetune.run import RunFolder, make_folder, next_folder
@@ -41,63 +39,6 @@ from finetune.tasks import make_task
 from finetune.tasks import to_device as task_to_device
 from finetune.train import Settings, count_steps, learning_rate, train
 from finetune.watch.progress import Terminal
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Choices that may differ at a resume: they do not change the result on the same kind of machine.
-
-    Attributes:
-        device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        workers: processes that fetch batches ahead.
-        worker_start: how they start.
-    """
-
-    device: str = "auto"
-    workers: int = 0
-    worker_start: str = "auto"
-
-
-class Loaders(NamedTuple):
-    """Two, because worker processes belong to one; both know the files' contents."""
-
-    train: Loader
-    validation: Loader
-
-
-def make_loaders(data: Data, machine: Machine, device: torch.device, contents: Contents) -> Loaders:
-    pin_memory = device.type == "cuda"
-    return Loaders(
-        *(Loader(data.pipeline, machine.workers, machine.worker_start, pin_memory, contents) for _ in range(2))
-    )
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training, ready to go."""
-
-    recipe: Recipe
-    numerics: Numerics
-    backbone: Backbone
-    network: Network
-    data: Data
-    loaders: Loaders
-    device: torch.device
-    weights_text: str
-    preprocessing_of: str
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint belongs to."""
-        return {
-            "config": determining_config(self.recipe, self.numerics),
-            "data": self.data.facts(),
-            "network": {
-                "old_class_count": self.network.old_class_count,
-                "backbone": self.backbone.to_plain(),
-            },
-        }
-
 
 # ---- A new run ---------------------------------------------------------------------------------------------------
 
@@ -130,28 +71,7 @@ def start(
         FinetuneError: see `train`.
     """
     # Everything that can be wrong is looked at before a folder is made.
-    device = pick_device(machine.device)
-    check_precision(numerics.precision, device)
-    find_optimizer(recipe.optimizer.name)
-    set_numerics(numerics.deterministic)
-    backbone, weights = find_pretrained(recipe)
-    data = open_data(recipe, backbone)
-    network = new_network(recipe, backbone, weights, data.class_count)
-    if init_from:
-        load_from_run(network, init_from, data.source.classes)
-    text = weights.text if weights else "random: nothing is pretrained"
-    if init_from:
-        text = f"from {init_from}"
-    preprocessing_of = weights.preprocessing_of if weights else "its default weights"
-    network.module.to(device, memory_format=torch.channels_last)
-    contents = Contents(data.source)
-    loaders = make_loaders(data, machine, device, contents)
-    # Another run's weights come with that run's measured features: looked at, they stay.
-    broken = look(
-        data, loaders.train, network.module, device, measure=not init_from, all_files=skip_broken, terminal=terminal
-    )
-    data = leave_out_broken(data, broken, skip_broken, terminal)
-    job = Job(recipe, numerics, backbone, network, data, loaders, device, text, preprocessing_of)
+    job, weights = new_job(recipe, numerics, machine, init_from, skip_broken, terminal)
     record = {
         "name": name,
         "config": job.identity["config"],
@@ -165,12 +85,53 @@ def start(
     with hold_lock(run.path):
         shutil.rmtree(run.frozen, ignore_errors=True)
         make_folder(run, record, list(code))
-        frozen = frozen_tensors(network.module, network.rules(recipe.trainable.rules), 0)
-        store_frozen(run.frozen, None if init_from else weights, frozen, copy_frozen)
-        contents.save(run.contents_file)
+        frozen = frozen_tensors(job.network.module, job.network.rules(recipe.trainable.rules), 0)
+        store_frozen(run.frozen, weights, frozen, copy_frozen)
+        job.loaders.train.contents.save(run.contents_file)
         seed_generators(key("train", recipe.seed))
         progress = Progress(history=[{"event": "start", "step": 0, "epoch": 0}])
         return run, run_job(run, job, progress, None, settings, terminal)
+
+
+def new_job(
+    recipe: Recipe,
+    numerics: Numerics,
+    machine: Machine,
+    init_from: str,
+    skip_broken: bool,
+    terminal: Terminal,
+) -> tuple[Job, Weights | None]:
+    """The job of a new run, its data looked at; and the file that its frozen tensors are of, if it is one.
+
+    Raises:
+        FinetuneError: whatever is wrong with the recipe, the data, the weights or the device.
+    """
+    device = pick_device(machine.device)
+    check_precision(numerics.precision, device)
+    find_optimizer(recipe.optimizer.name)
+    set_numerics(numerics.deterministic)
+    if init_from:
+        backbone, network, classes = network_from_run(recipe, init_from)
+        weights, weights_text, preprocessing_of = None, f"from {init_from}", init_from
+        data = open_data(recipe, backbone)
+        if data.source.classes != classes:
+            raise RunError(
+                f"--init-from {init_from}: trained on other classes ({len(classes)}, here {data.class_count})"
+            )
+    else:
+        backbone, weights = find_pretrained(recipe)
+        weights_text = weights.text if weights else "random: nothing is pretrained"
+        preprocessing_of = weights.preprocessing_of if weights else "its default weights"
+        data = open_data(recipe, backbone)
+        network = new_network(recipe, backbone, weights, data.class_count)
+    network.module.to(device, memory_format=torch.channels_last)
+    loaders = make_loaders(data, machine, device, Contents(data.source))
+    # Another run's weights come with that run's measured features, and these stay.
+    broken = look(
+        data, loaders.train, network.module, device, measure=not init_from, all_files=skip_broken, terminal=terminal
+    )
+    data = leave_out_broken(data, broken, skip_broken, terminal)
+    return Job(recipe, numerics, backbone, network, data, loaders, device, weights_text, preprocessing_of), weights
 
 
 # ---- An old run --------------------------------------------------------------------------------------------------
@@ -364,43 +325,3 @@ def run_job(
             terminal,
             stop,
         )
-
-
-def describe(run: RunFolder, job: Job) -> dict[str, str]:
-    """The facts of a run for the table at its start."""
-    recipe, data = job.recipe, job.data
-    train, validation, test = map(len, data.split)
-    parts = [f"{train:,} to train on", f"{validation:,} to validate", *([f"{test:,} to test"] if test else [])]
-    unread = isinstance(data.source, FileSource) and not data.skipped and train + validation + test > CHECKED_FILES
-    if data.skipped:
-        parts.append(f"{len(data.skipped):,} left out as broken")
-    parts.append(f"{data.class_count} classes" + (", several an image" if recipe.data.separator else ""))
-    changes = [f"augment {recipe.data.augment}"]
-    changes += [
-        f"{name} {alpha:g}" for name, alpha in (("mixup", recipe.data.mixup), ("cutmix", recipe.data.cutmix)) if alpha
-    ]
-    return {
-        "backbone": recipe.model.backbone,
-        "weights": job.weights_text,
-        "data": f"{recipe.data.images}: {', '.join(parts)}"
-        + (f"; {CHECKED_FILES:,} files were looked at, the others are in the first epoch" if unread else ""),
-        "images": f"{job.backbone.preprocessing.text} (as of {job.preprocessing_of}), {', '.join(changes)}",
-        "training": (
-            f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
-        ),
-        "device": f"{job.device}, {job.numerics.precision}, {torch.get_num_threads()} threads",
-        "run folder": str(run.path),
-    }
-
-
-def describe_freeze(job: Job, epoch: int) -> list[tuple[str, int, str]]:
-    """(modules, parameters, what becomes of them) in the network's order: frozen ones by their uppermost module."""
-    rules = job.network.rules(job.recipe.trainable.rules)
-    frozen = frozen_tensors(job.network.module, rules, epoch)
-    rows: dict[tuple[str, bool], int] = {}
-    for name, parameter in job.network.module.named_parameters():
-        path = name.partition(".")[0] if name in frozen else name.rpartition(".")[0]
-        rows[path, name in frozen] = rows.get((path, name in frozen), 0) + parameter.numel()
-    if all(not is_frozen for _, is_frozen in rows):
-        return [("all modules", sum(rows.values()), "trains")]
-    return [(path, count, "frozen, in eval mode" if held else "trains") for (path, held), count in rows.items()]

@@ -34,9 +34,7 @@ class Preprocessing:
     std: list[float]
 
     def at(self, image_size: int) -> "Preprocessing":
-        """The same for another edge, in the same proportion of crop and resized image; 0 = as it is."""
-        if not image_size:
-            return self
+        """The same for another edge, in the same proportion of crop and resized image."""
         resize_size = max(round(self.resize_size * image_size / self.image_size), image_size)
         return dataclasses.replace(self, image_size=image_size, resize_size=resize_size)
 

@@ -130,6 +130,20 @@ def make_file_source(
                 targets[row, numbers[name]] = 1
     else:
         targets = torch.tensor([numbers[one[0]] for one in sets], dtype=torch.int64)
+    return FileSource(
+        folder,
+        list(paths),
+        targets,
+        list(classes),
+        _fingerprint(folder, paths, sets, parts),
+        parts=None if parts is None else torch.tensor(parts, dtype=torch.int64),
+    )
+
+
+def _fingerprint(
+    folder: Path, paths: Sequence[str], labels: Sequence[tuple[str, ...]], parts: Sequence[int] | None
+) -> str:
+    """A hash over path, size, part and labels of every file."""
     listing = hashlib.sha256()
     root = os.fspath(folder)
     for row, path in enumerate(paths):
@@ -138,16 +152,9 @@ def make_file_source(
         except OSError:
             size_bytes = -1  # missing: found to be broken like any other, and named
         part = "" if parts is None else PARTS[parts[row]]
-        line = f"{path}\0{size_bytes}\0{part}\0" + "\0".join(sets[row]) + "\n"
+        line = f"{path}\0{size_bytes}\0{part}\0" + "\0".join(labels[row]) + "\n"
         listing.update(line.encode("utf-8", "surrogateescape"))
-    return FileSource(
-        folder,
-        list(paths),
-        targets,
-        list(classes),
-        f"files {listing.hexdigest()}",
-        parts=None if parts is None else torch.tensor(parts, dtype=torch.int64),
-    )
+    return f"files {listing.hexdigest()}"
 
 
 def class_counts(targets: Tensor, class_count: int) -> Tensor:

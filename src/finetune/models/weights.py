@@ -1,6 +1,5 @@
 """Pretrained weights: find the file, read it safely, load it so that nothing is missing but what may be."""
 
-import dataclasses
 import difflib
 import json
 import pickle
@@ -139,11 +138,6 @@ def _prepared_for_file(backbone: Backbone, path: Path, sha256: str) -> tuple[Bac
                 return torchvision_backbone(backbone.name, member), f"{member.name}, whose file it is"
         return backbone, f"{default_member(backbone.name).name}, the file being none of torchvision's own"
     return backbone, f"{backbone.name}'s own weights"
-
-
-def with_image_size(backbone: Backbone, image_size: int) -> Backbone:
-    """The backbone for images of another size; 0 = its own."""
-    return dataclasses.replace(backbone, preprocessing=backbone.preprocessing.at(image_size))
 
 
 def locate(reference: str) -> Path:

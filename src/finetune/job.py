@@ -1,0 +1,113 @@
+"""A training, ready to go: recipe, data, network and machine put together; and what a person is told of it."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from finetune.build import Data, Numerics, determining_config
+from finetune.data.contents import Contents
+from finetune.data.loader import Loader
+from finetune.data.source import FileSource
+from finetune.look import CHECKED_FILES
+from finetune.models.backbones import Backbone
+from finetune.models.freeze import frozen_tensors
+from finetune.models.network import Network
+from finetune.recipe import Recipe
+from finetune.run import RunFolder
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Choices that may differ at a resume: they do not change the result on the same kind of machine.
+
+    Attributes:
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        workers: processes that fetch batches ahead.
+        worker_start: how they start.
+    """
+
+    device: str = "auto"
+    workers: int = 0
+    worker_start: str = "auto"
+
+
+class Loaders(NamedTuple):
+    """Two, because worker processes belong to one; both know the files' contents."""
+
+    train: Loader
+    validation: Loader
+
+
+def make_loaders(data: Data, machine: Machine, device: torch.device, contents: Contents) -> Loaders:
+    pin_memory = device.type == "cuda"
+    return Loaders(
+        *(Loader(data.pipeline, machine.workers, machine.worker_start, pin_memory, contents) for _ in range(2))
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training, ready to go."""
+
+    recipe: Recipe
+    numerics: Numerics
+    backbone: Backbone
+    network: Network
+    data: Data
+    loaders: Loaders
+    device: torch.device
+    weights_text: str
+    preprocessing_of: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint belongs to."""
+        return {
+            "config": determining_config(self.recipe, self.numerics),
+            "data": self.data.facts(),
+            "network": {
+                "old_class_count": self.network.old_class_count,
+                "backbone": self.backbone.to_plain(),
+            },
+        }
+
+
+def describe(run: RunFolder, job: Job) -> dict[str, str]:
+    """The facts of a run for the table at its start."""
+    recipe, data = job.recipe, job.data
+    train, validation, test = map(len, data.split)
+    parts = [f"{train:,} to train on", f"{validation:,} to validate", *([f"{test:,} to test"] if test else [])]
+    unread = isinstance(data.source, FileSource) and not data.skipped and train + validation + test > CHECKED_FILES
+    if data.skipped:
+        parts.append(f"{len(data.skipped):,} left out as broken")
+    parts.append(f"{data.class_count} classes" + (", several an image" if recipe.data.separator else ""))
+    changes = [f"augment {recipe.data.augment}"]
+    changes += [
+        f"{name} {alpha:g}" for name, alpha in (("mixup", recipe.data.mixup), ("cutmix", recipe.data.cutmix)) if alpha
+    ]
+    return {
+        "backbone": recipe.model.backbone,
+        "weights": job.weights_text,
+        "data": f"{recipe.data.images}: {', '.join(parts)}"
+        + (f"; {CHECKED_FILES:,} files were looked at, the others are in the first epoch" if unread else ""),
+        "images": f"{job.backbone.preprocessing.text} (as of {job.preprocessing_of}), {', '.join(changes)}",
+        "training": (
+            f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
+        ),
+        "device": f"{job.device}, {job.numerics.precision}, {torch.get_num_threads()} threads",
+        "run folder": str(run.path),
+    }
+
+
+def describe_freeze(job: Job, epoch: int) -> list[tuple[str, int, str]]:
+    """(modules, parameters, what becomes of them) in the network's order: frozen ones by their uppermost module."""
+    rules = job.network.rules(job.recipe.trainable.rules)
+    frozen = frozen_tensors(job.network.module, rules, epoch)
+    rows: dict[tuple[str, bool], int] = {}
+    for name, parameter in job.network.module.named_parameters():
+        path = name.partition(".")[0] if name in frozen else name.rpartition(".")[0]
+        rows[path, name in frozen] = rows.get((path, name in frozen), 0) + parameter.numel()
+    if all(not is_frozen for _, is_frozen in rows):
+        return [("all modules", sum(rows.values()), "trains")]
+    return [(path, count, "frozen, in eval mode" if held else "trains") for (path, held), count in rows.items()]
