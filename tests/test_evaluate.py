@@ -68,13 +68,49 @@ def test_a_csv_is_evaluated_with_columns_of_its_own(coloured, tmp_path, capsys):
     assert figures_of(capsys, coloured.path, *words)["samples"] == 2
 
 
+def test_the_runs_own_images_given_by_name_or_moved_are_judged_without_what_was_trained_on(tmp_path, capsys):
+    folder = make_folder(tmp_path / "data", {"a": 10, "b": 10})
+    run = train_run(tmp_path / "run", small_recipe(data=Images(str(folder)), epochs=1, batch_size=4))
+    own = figures_of(capsys, run.path)
+    folder.rename(tmp_path / "moved")
+    moved = figures_of(capsys, run.path, "--images", tmp_path / "moved")
+    assert own["samples"] == 4 and own | {"images": ""} == moved | {"images": ""}
+
+
+def test_a_mistake_in_a_table_is_an_error_and_never_another_reading_of_it(tmp_path, capsys):
+    make_folder(tmp_path / "data", {"x": 12})
+    rows = [f"data/x/{n:02}.png,{'ab'[n % 2]},{'ba'[n % 2]},{'train' if n < 8 else 'test'}" for n in range(12)]
+    (tmp_path / "list.csv").write_text("\n".join(["image,kind,label,fold", *rows]))
+    data = Images(str(tmp_path / "list.csv"), label_column="kind", split_column="fold")
+    run = train_run(tmp_path / "run", small_recipe(data=data, epochs=1, batch_size=4))
+    (tmp_path / "other.csv").write_text(
+        "\n".join(["image,kind,label,fold", *rows[:-1], rows[-1].replace("test", "tset")])
+    )
+    assert main(["evaluate", str(run.path), "--images", str(tmp_path / "other.csv")]) == 2
+    assert "line 13: fold 'tset' is not allowed" in capsys.readouterr().err
+
+
+def test_files_that_were_swapped_since_the_run_are_found_though_their_sizes_are_the_same(tmp_path, capsys):
+    folder = make_folder(tmp_path / "data", {"a": 8, "b": 8})
+    for path in folder.rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    run = train_run(tmp_path / "run", small_recipe(data=Images(str(folder)), epochs=1, batch_size=4))
+    for path in (folder / "a").iterdir():
+        other = folder / "b" / path.name
+        content, others = path.read_bytes(), other.read_bytes()
+        path.write_bytes(others), other.write_bytes(content)
+    assert main(["evaluate", str(run.path)]) == 1
+    assert "is not what it was when the run first read it" in capsys.readouterr().err
+
+
 def test_strange_classes_and_missing_runs_are_one_line(coloured, tmp_path, capsys):
     make_folder(tmp_path / "other", {"green": 2, "pink": 2})
     assert main(["evaluate", str(coloured.path), "--images", str(tmp_path / "other")]) == 2
     error = capsys.readouterr().err
     assert "class 'pink' is not among those trained on ('blue [a]', 'green', 'red')" in error and error.count("\n") == 1
     assert main(["evaluate", str(coloured.path), "--images", "digits"]) == 2
-    assert "its classes are not those of the run" in capsys.readouterr().err
+    assert "--images digits: its classes are not those of the run" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path / "no-run")]) == 1
     assert main(["evaluate", str(coloured.path), "--workers", "-1"]) == 2
 

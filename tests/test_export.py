@@ -160,3 +160,52 @@ def test_a_second_format_beside_the_first_leaves_the_first_loadable(trained, tmp
     finetune.load(tmp_path / "model.safetensors")
     with pytest.raises(RunError, match=r"does not match its \.json"):
         finetune.load(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"task": None},
+        {"schema_version": "2"},
+        {"schema_version": 1},
+        {"files": []},
+        {"classes": "abc"},
+        {"classes": ["a"] * 10},
+        {"classes": ["a", "b"]},
+        {"preprocessing.image_size": 0},
+        {"preprocessing.image_size": "32"},
+        {"preprocessing.interpolation": "foo"},
+        {"preprocessing.mean": [0.5]},
+        {"preprocessing.std": [0, 0, 0]},
+        {"architecture.old_classes": -1},
+        {"architecture.head": "sideways"},
+        {"architecture.head_paths": ["features.0"]},
+        {"architecture.backbone": "vit_b_16"},
+        {"architecture.backbone": "no_such"},
+    ],
+    ids=str,
+)
+def test_a_json_that_was_tampered_with_is_one_line(trained, tmp_path, change, capsys):
+    export(trained, "best", tmp_path / "model.pt")
+    description = json.loads((tmp_path / "model.json").read_text())
+    for path, value in change.items():
+        place = description
+        *parents, last = path.split(".")
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+        if value is None:
+            del place[last]
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    assert main(["predict", str(tmp_path / "model.pt"), str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("finetune: ") and error.count("\n") == 1
+
+
+def test_an_output_that_cannot_be_written_is_one_line(trained, tmp_path, capsys):
+    (tmp_path / "folder.pt").mkdir()
+    (tmp_path / "file").write_text("")
+    for output in ("folder.pt", "file/model.pt"):
+        assert main(["export", str(trained.path), "--output", str(tmp_path / output)]) in (1, 2)
+        assert (error := capsys.readouterr().err).startswith("finetune: ") and error.count("\n") == 1
+    assert main(["export", str(trained.path), "--no-weights-only", "--output", str(tmp_path / "folder.pt")]) == 2

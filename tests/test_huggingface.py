@@ -203,13 +203,74 @@ def test_a_model_in_the_hubs_cache_needs_no_network_and_is_linked_not_copied(tmp
     assert network["backbone"]["name"] == "hf:owner/name" and str(cache) not in json.dumps(network)
 
 
-def test_code_from_a_models_folder_is_never_run(tmp_path, folders):
+@pytest.mark.parametrize("model_type", ["vit", "something_new"])
+def test_code_from_a_models_folder_is_never_run(tmp_path, folders, model_type):
     folder = shutil.copytree(folders["vit"], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = model_type
     config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    backbone, weights = choose_weights(str(folder), "default")
-    read_weights(weights.path)
-    assert backbone.build(2)(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    if model_type == "vit":
+        backbone, weights = choose_weights(str(folder), "default")
+        read_weights(weights.path)
+        assert backbone.build(2)(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+        assert "auto_map" not in backbone.options["config"]
+    else:
+        with pytest.raises(UsageError, match=r"its config\.json cannot be used") as error:
+            choose_weights(str(folder), "default")
+        assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"image_processor_type": "LevitImageProcessor", "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+        {"image_processor_type": "MobileViTImageProcessor", "size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}},
+        {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 64}},
+        {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "do_rescale": False},
+        {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "image_std": [0, 0, 0]},
+        {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "image_mean": None},
+        {"image_processor_type": "NoSuchProcessor"},
+        [],
+    ],
+    ids=["LeViT", "MobileViT", "not square", "no rescaling", "std 0", "no mean", "unknown", "a list"],
+)  # fmt: skip
+def test_a_processor_that_prepares_images_otherwise_is_refused(tmp_path, folders, processor):
+    folder = shutil.copytree(folders["vit"], tmp_path / "model")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(UsageError, match=r"its preprocessor_config\.json cannot be used") as error:
+        find_backbone(str(folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": 0}, {"patch_size": 0}, {"image_size": None}, {"hidden_act": "nope"}]
+)
+def test_a_config_that_makes_no_network_is_one_line(tmp_path, folders, change, capsys):
+    folder = shutil.copytree(folders["vit"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["vgg_head", "--backbone", str(folder), "--run", str(tmp_path / "run")]) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("finetune: ") and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_resume_finds_the_same_libraries_as_the_run_had(tmp_path, folders):
+    run = RunFolder(tmp_path / "run")
+    finish(
+        run_finetune(
+            "vgg_head",
+            "--backbone",
+            str(folders["vit"]),
+            "--epochs",
+            "1",
+            "--train-samples",
+            "40",
+            "--run",
+            str(run.path),
+        )
+    )
+    said = finish(run_finetune("resume", str(run.path), "--epochs", "2"))
+    assert "not bit for bit" not in said and read(run)["versions"]["transformers"]

@@ -103,6 +103,25 @@ def test_a_broken_image_is_named_with_the_reason(tmp_path, content, reason):
         read_image(tmp_path / "broken.jpg")
 
 
+def test_only_image_formats_are_tried_so_that_no_other_program_is_started(tmp_path, monkeypatch):
+    """PIL hands a PostScript file, whatever its name, to Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "image.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    )
+    with pytest.raises(RunError, match="of no known image format"):
+        read_image(tmp_path / "image.jpg")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pipe_is_no_image_and_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / "image.png")
+    with pytest.raises(RunError, match="is no file"):
+        read_image(tmp_path / "image.png")
+
+
 def test_a_truncated_image_is_broken_too(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     for suffix in ("jpg", "png"):
@@ -156,6 +175,45 @@ def test_a_class_may_be_called_train(tmp_path):
     assert source.classes == ["bus", "train"] and source.parts is None
 
 
+def test_hidden_files_and_what_other_programs_leave_are_no_images_and_others_are_counted(tmp_path):
+    folder = make_folder(
+        tmp_path / "data", {"a": 2, "a/.ipynb_checkpoints": 1, "b": 2, ".ipynb_checkpoints": 1, "__MACOSX": 1}
+    )
+    (folder / "a" / "._00.png").write_bytes(b"a shadow of 00.png")
+    (folder / "b" / "notes.txt").write_text("")
+    (folder / "b" / "scan.tif").write_text("")
+    source = open_images(str(folder))
+    assert source.paths == ["a/00.png", "a/01.png", "b/00.png", "b/01.png"] and source.ignored == 2
+
+
+def test_links_to_folders_are_followed_and_circles_end(tmp_path):
+    make_folder(tmp_path / "elsewhere", {"more": 2})
+    folder = make_folder(tmp_path / "data", {"a": 1, "b": 1})
+    (folder / "a" / "link").symlink_to(tmp_path / "elsewhere" / "more")
+    (folder / "b" / "circle").symlink_to(folder / "b")
+    assert open_images(str(folder)).paths == ["a/00.png", "a/link/00.png", "a/link/01.png", "b/00.png"]
+
+
+@pytest.mark.parametrize("layout", [("train/a", "train/b", "val"), ("val/a", "val/b", "test/a", "test/b")])
+def test_parts_by_half_are_refused_instead_of_half_ignored(tmp_path, layout):
+    make_folder(tmp_path / "data", dict.fromkeys(layout, 2))
+    with pytest.raises(UsageError, match="to bring parts along it must hold train/"):
+        open_images(str(tmp_path / "data"))
+
+
+def test_an_image_named_twice_is_refused_for_it_could_be_trained_on_and_validate(tmp_path):
+    rows = "pictures/x/00.png,a\npictures/x/01.png,b\n./pictures/x/00.png,b\n"
+    with pytest.raises(UsageError, match=r"list\.csv line 4: names 'pictures/x/00\.png' like line 2"):
+        open_images(write_table(tmp_path, "list.csv", "image,label\n" + rows))
+
+
+def test_a_column_twice_is_refused_and_names_are_stripped(tmp_path):
+    with pytest.raises(UsageError, match="has several columns called 'label'"):
+        open_images(write_table(tmp_path, "a.csv", "image,label, label\nx.png,a,b\n"))
+    table = write_table(tmp_path / "b", "a.csv", "image , label\npictures/x/00.png,a\npictures/x/01.png,b\n")
+    assert open_images(table, columns=Columns(label="label")).classes == ["a", "b"]
+
+
 def test_unusable_folders_are_refused_with_what_to_do(tmp_path):
     with pytest.raises(UsageError, match="no such folder; give 'digits', a folder with one sub-folder"):
         open_images(str(tmp_path / "nowhere"))
@@ -170,7 +228,7 @@ def test_unusable_folders_are_refused_with_what_to_do(tmp_path):
     with pytest.raises(UsageError, match=r"class 'c' is not among those trained on \('a', 'b'\)"):
         open_images(str(tmp_path / "parts"))
     (tmp_path / "parts" / "old").mkdir()
-    with pytest.raises(UsageError, match="allowed beside train/ are one val/ and one test/"):
+    with pytest.raises(UsageError, match="must hold train/, perhaps val/ and test/, nothing else"):
         open_images(str(tmp_path / "parts"))
 
 
@@ -273,6 +331,14 @@ def test_a_multi_label_split_gives_every_label_its_share_rare_ones_too():
     again, _ = stratified_split(targets, 0.2, seed=0)
     other, _ = stratified_split(targets, 0.2, seed=1)
     assert torch.equal(train, again) and not torch.equal(train, other)
+
+
+def test_a_multi_label_class_that_went_with_rarer_ones_gets_an_image_back_to_train_on():
+    """A always comes with a rarer class, so every A could validate."""
+    targets = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 1]])
+    for seed in range(64):
+        train, validation = stratified_split(targets.to(torch.uint8), 0.2, seed)
+        assert (targets[train].sum(0) > 0).all() and len(train) + len(validation) == 6
 
 
 # ---- Preparation ----------------------------------------------------------------------------------------------------

@@ -35,6 +35,14 @@ def test_the_calibration_error_is_the_mean_gap_between_confidence_and_hits_weigh
     assert [row["count"] for row in calibration.table()] == [1, 4, 1]
 
 
+def test_calibration_counts_on_beyond_what_float32_can_count():
+    calibration = Calibration(CPU)
+    calibration.sums[14] = torch.tensor([2**25, 2**25 * 990_000, 2**25])
+    calibration.add(torch.full((1000,), 0.99), torch.zeros(1000, dtype=torch.bool))
+    assert calibration.table()[0]["count"] == 2**25 + 1000
+    assert calibration.error() == pytest.approx(abs((2**25 + 1000) * 0.99 - 2**25) / (2**25 + 1000), abs=1e-9)
+
+
 def test_the_losses_of_parts_add_up_to_torchs_weighted_and_smoothed_mean():
     torch.manual_seed(0)
     logits, weights = torch.randn(6, 3), torch.tensor([1.0, 2.0, 5.0])

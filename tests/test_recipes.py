@@ -1,10 +1,12 @@
 import inspect
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import read
+from conftest import finetune as finetune_process
+from conftest import finish, read
 
 from finetune import Recipe
 from finetune.cli import main
@@ -43,3 +45,18 @@ def test_two_steps_of_every_recipe_move_what_trains(path, tmp_path):
     assert read(run)["status"] == "finished"
     for name in second["frozen"]["trainable"]:
         assert not torch.equal(first["model"][name], second["model"][name]), name
+
+
+def test_a_recipe_in_the_current_folder_trains_and_is_kept_with_its_run(tmp_path):
+    """Some inner modules of torch call themselves by a relative name, as if they lay in the current folder."""
+    shutil.copyfile(Path(__file__).parent.parent / "recipes" / "vgg_head.py", tmp_path / "my.py")
+    (tmp_path / "helper.py").write_text("EPOCHS = 1\n")
+    text = (
+        (tmp_path / "my.py")
+        .read_text()
+        .replace("from finetune import", "from helper import EPOCHS\nfrom finetune import")
+    )
+    (tmp_path / "my.py").write_text(text.replace("epochs: int = 15", "epochs: int = EPOCHS"))
+    said = finish(finetune_process("my.py", "--train-samples", "40", cwd=tmp_path))
+    assert said.splitlines()[-1] == "runs/my-1"
+    assert sorted(path.name for path in (tmp_path / "runs/my-1/code").iterdir()) == ["helper.py", "my.py"]

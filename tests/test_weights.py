@@ -121,6 +121,44 @@ def test_names_from_before_torchvision_renamed_its_modules_load():
     assert torch.equal(model.encoder.layers[3].mlp[0].weight, vit.encoder.layers[3].mlp[0].weight)
 
 
+def test_values_of_another_kind_and_names_that_meet_are_refused(tmp_path, stock):
+    state = dict(stock.state_dict())
+    for wrong in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(UsageError, match=r"my\.pt: conv1\.0\.weight holds torch\.\w+, not torch\.float32"):
+            load_backbone_weights(
+                fresh(), state | {"conv1.0.weight": state["conv1.0.weight"].to(wrong)}, ["fc"], "my.pt"
+            )
+    with pytest.raises(UsageError, match=r"my\.pt: holds conv1\.0\.weight twice, with and without a prefix"):
+        load_backbone_weights(fresh(), state | {"module.conv1.0.weight": torch.zeros(1)}, ["fc"], "my.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fc.weight": torch.zeros(7, 5)},
+        {"fc.weight": torch.full((7, 1024), float("nan"))},
+        {"fc.weight": torch.tensor(1.0)},
+        {"fc.bias": None},
+    ],
+    ids=["another width", "no numbers", "a number", "without bias"],
+)
+def test_an_old_head_that_stays_must_be_whole(stock, change):
+    backbone, _ = choose_weights("shufflenet_v2_x0_5", "none")
+    state = {name: value for name, value in (stock.state_dict() | change).items() if value is not None}
+    with pytest.raises(UsageError):
+        build_network(backbone, state, "my.pt", head="append", class_count=3, dropout=0.0, head_width=0, seed=0)
+    build_network(backbone, state, "my.pt", head="linear", class_count=3, dropout=0.0, head_width=0, seed=0)
+
+
+def test_an_empty_file_and_one_with_strange_names_are_one_line(tmp_path):
+    (tmp_path / "empty.pt").write_bytes(b"")
+    with pytest.raises(BadFile, match=r"empty\.pt cannot be read"):
+        read_weights(tmp_path / "empty.pt")
+    torch.save({3: torch.zeros(1)}, tmp_path / "numbers.pt")
+    with pytest.raises(BadFile, match="does not hold a state dict"):
+        read_weights(tmp_path / "numbers.pt")
+
+
 def test_files_that_hold_something_else_say_what_they_are(tmp_path, trained):
     torch.save({"losses": [1, 2]}, tmp_path / "log.pt")
     with pytest.raises(BadFile, match="does not hold a state dict"):

@@ -102,17 +102,25 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
         skipped: names of images to leave out.
 
     Raises:
-        UsageError: no such data, or too little of it.
+        UsageError: no such data, too little of it, or of another kind than the task.
     """
     spec = recipe.data
     source = open_source(spec)
     if (source.targets.dim() == 2) != (recipe.task.kind == "multi-label"):
         several = "several labels" if source.targets.dim() == 2 else "one label"
         raise UsageError(f"--images {spec.images}: has {several} an image, which is no {recipe.task.kind} task")
-    split = split_source(source, spec.validation_fraction, recipe.seed, spec.train_samples)
-    data = Data(source, split, make_pipeline(source, spec, backbone, recipe.seed)).leave_out(skipped)
+    if spec.augment == "glyphs" and spec.images != "glyphs":
+        raise UsageError("--augment glyphs: is for --images glyphs only; give none, light or standard")
+    data = Data(source, split_data(source, recipe), make_pipeline(source, spec, backbone, recipe.seed))
+    data = data.leave_out(skipped)
     data.check()
     return data
+
+
+def split_data(source: Source, recipe: Recipe) -> Split:
+    """The recipe's split of a source."""
+    spec = recipe.data
+    return split_source(source, spec.validation_fraction, recipe.seed, spec.train_samples)
 
 
 def determining_config(recipe: Recipe, numerics: Numerics) -> dict[str, Any]:
@@ -130,7 +138,7 @@ def split_config(config: dict[str, Any]) -> tuple[Recipe, Numerics]:
     try:
         recipe = from_plain({name: value for name, value in config.items() if name not in names})
         return recipe, Numerics(**{name: config[name] for name in names if name in config})
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
         raise RunError(f"the saved recipe is not one ({error}); restore recipe.json from a copy") from None
 
 
@@ -146,9 +154,7 @@ def sized(backbone: Backbone, recipe: Recipe) -> Backbone:
     Raises:
         UsageError: the architecture cannot take it.
     """
-    size = recipe.data.image_size
-    if not size:
-        return backbone
+    size = recipe.data.image_size or backbone.preprocessing.image_size
     check_image_size(backbone, size)
     return dataclasses.replace(backbone, preprocessing=backbone.preprocessing.at(size))
 

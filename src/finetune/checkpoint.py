@@ -66,10 +66,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise BadFile(f"checkpoint {path} cannot be read ({str(error).splitlines()[0]})") from None
     if not isinstance(state, dict) or "schema_version" not in state:
         raise BadFile(f"{path} is not a checkpoint of this kit")
-    if state["schema_version"] > SCHEMA_VERSION:
+    if state["schema_version"] != SCHEMA_VERSION:
         raise RunError(
-            f"checkpoint {path} has schema {state['schema_version']}, "
-            f"this finetune knows up to {SCHEMA_VERSION}; upgrade it"
+            f"checkpoint {path} has schema {state['schema_version']}, this finetune reads {SCHEMA_VERSION}; use the "
+            "version that wrote it"
         )
     return state
 

@@ -308,14 +308,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FinetuneError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        # While training, Ctrl-C is a request that saves; here nothing had begun that could be lost.
-        print("finetune: interrupted before the first step; the same command starts again", file=sys.stderr)
-        return StoppedEarly.exit_code
     except BrokenPipeError:
         # Whoever read our output went away (`finetune --help | head`): that is no failure worth a traceback.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the interpreter's own flush at exit
         return 0
+    except OSError as error:
+        # A file or folder that cannot be read or written, wherever it was met.
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"finetune: {where}{error.strerror or error}; check the path and its rights", file=sys.stderr)
+        return FinetuneError.exit_code
+    except KeyboardInterrupt:
+        # While training, Ctrl-C is a request that saves; here nothing had begun that could be lost.
+        print("finetune: interrupted before the first step; the same command starts again", file=sys.stderr)
+        return StoppedEarly.exit_code
 
 
 if __name__ == "__main__":

@@ -19,6 +19,11 @@ class RunError(FinetuneError):
     exit_code = 1
 
 
+def one_line(error: BaseException, length: int = 200) -> str:
+    """What another library's error says, on one line."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
 class StoppedEarly(FinetuneError):
     """The run was asked to stop, saved its state and is worth calling again."""
 

@@ -1,8 +1,8 @@
 """`finetune evaluate`: how good a checkpoint is, on data that it did not train on."""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -11,16 +11,17 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from finetune.build import make_pipeline, open_data, open_source, split_config, trained_network
+from finetune.build import make_pipeline, open_source, split_config, split_data, trained_network
 from finetune.data.contents import Contents
-from finetune.data.images import ImagePipeline, Request
+from finetune.data.images import Request, names_to_indices, without
 from finetune.data.loader import Loader
 from finetune.data.order import batches_from
 from finetune.data.source import PARTS, Source
-from finetune.data.table import Columns
+from finetune.data.table import TABLE_SUFFIXES, Columns
 from finetune.device import autocast, pick_device, set_numerics, to_device
 from finetune.errors import RunError, UsageError
-from finetune.models.backbones import Backbone, backbone_from_plain
+from finetune.metrics import Calibration
+from finetune.models.backbones import backbone_from_plain
 from finetune.recipe import Images, Recipe
 from finetune.run import RunFolder
 from finetune.tasks import ConfusionTally, MultiLabelTally, make_task
@@ -50,49 +51,42 @@ def evaluate(
     device = pick_device(device_name)
     backbone = backbone_from_plain(state["network"]["backbone"])
     classes = state["data"]["classes"]
-    if images:
-        source, indices, part = _other_data(images, columns, recipe.data, classes)
-        pipeline = make_pipeline(source, recipe.data, backbone, recipe.seed)
-    else:
-        pipeline, indices, part = _own_data(recipe, backbone, state["data"])
+    judged = _data_to_judge_on(run, recipe, state["data"], images, columns)
+    pipeline = make_pipeline(judged.source, recipe.data, backbone, recipe.seed)
+    loader = Loader(pipeline, workers, "auto", device.type == "cuda", judged.contents)
     model = network.module.to(device, memory_format=torch.channels_last).eval()
-    zero = torch.zeros(len(classes), dtype=torch.int64)
-    tally = make_task(recipe.task, zero, 0).tally(device)
-    loader = Loader(pipeline, workers, "auto", device.type == "cuda", Contents(pipeline.source))
-    broken: list[str] = []
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        requests = (Request(batch.tolist(), tolerant=True) for batch in batches_from(indices, BATCH_SAMPLES))
-        for batch in loader.batches(requests):
-            broken.extend(reason for _, reason in batch.broken)
-            if len(batch.indices):
-                yield to_device(batch.images, device), batch.targets.to(device)
-
+    task = make_task(recipe.task, torch.zeros(len(classes), dtype=torch.int64), 0)
+    tally, calibration, broken = task.tally(device), Calibration(device), list[str]()
+    batches = batches_from(judged.indices, BATCH_SAMPLES)
     with torch.inference_mode(), autocast(device, numerics.precision):
-        for inputs, targets in batches():
-            tally.add(model(inputs), targets)
+        for batch in loader.batches(Request(indices.tolist(), tolerant=True) for indices in batches):
+            broken += [reason for _, reason in batch.broken]
+            if len(batch.indices):
+                logits, targets = model(to_device(batch.images, device)), batch.targets.to(device)
+                tally.add(logits, targets)
+                calibration.add(*task.decisions(logits, targets))
     if not tally.samples():
-        raise RunError(f"finetune evaluate: none of {len(indices)} image(s) could be read; first: {broken[0]}")
+        raise RunError(f"--images {images}: none of {len(judged.indices)} image(s) could be read; {broken[0]}")
     return {
         "run": str(run.path),
         "checkpoint": {"which": which, "step": state["step"]},
         "images": images or recipe.data.images,
-        "part": part,
+        "part": judged.part,
         "samples": tally.samples(),
         **tally.figures(),
-        **_details(tally, classes),
+        "calibration_error": calibration.error(),
+        "calibration": calibration.table(),
+        **_by_class(tally, classes),
         "broken": broken,
     }
 
 
-def _details(tally: ConfusionTally | MultiLabelTally, classes: list[str]) -> dict[str, Any]:
-    """Calibration, figures by class, and the confusion matrix where each image has one class."""
+def _by_class(tally: ConfusionTally | MultiLabelTally, classes: list[str]) -> dict[str, Any]:
+    """Figures by class, and the confusion matrix where each image has one class."""
     counts = tally.counts()
     columns = counts.precision(), counts.recall(), counts.f1(), counts.actual
     rows = zip(classes, *(column.tolist() for column in columns), strict=True)
     return {
-        "calibration_error": tally.calibration.error(),
-        "calibration": tally.calibration.table(),
         "classes": [
             {"name": name, "precision": precision, "recall": recall, "f1": f1, "samples": samples}
             for name, precision, recall, f1, samples in rows
@@ -101,35 +95,49 @@ def _details(tally: ConfusionTally | MultiLabelTally, classes: list[str]) -> dic
     }
 
 
-def _own_data(recipe: Recipe, backbone: Backbone, facts: dict[str, Any]) -> tuple[ImagePipeline, Tensor, str]:
-    data = open_data(recipe, backbone, facts["skipped"])
-    if data.source.fingerprint != facts["fingerprint"]:
+class _Judged(NamedTuple):
+    """The samples that are evaluated, what that part of the data is called, and what their files should hold."""
+
+    source: Source
+    indices: Tensor
+    part: str
+    contents: Contents
+
+
+def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: dict[str, Any], images: str, columns: Columns) -> _Judged:
+    """Of the run's own data (also where it was moved) what it did not train on: its test part, else its validation
+    part. Of other data the test part, else the validation part, else all."""
+    spec = _located(recipe.data, images, columns) if images else recipe.data
+    source = open_source(spec, facts["classes"] if images else None)
+    if source.fingerprint == facts["fingerprint"]:
+        split = split_data(source, recipe)
+        indices, part = (split.test, "test") if len(split.test) else (split.validation, "validation")
+        indices = without(indices, names_to_indices(source, facts["skipped"]))
+        return _Judged(source, indices, part, Contents(source, run.contents_file))
+    if not images:
         raise RunError(
             f"{recipe.data.images} is not what the run was trained on any more; say what to evaluate on with --images"
         )
-    if len(data.split.test):
-        return data.pipeline, data.split.test, "test"
-    return data.pipeline, data.split.validation, "validation"
-
-
-def _other_data(images: str, columns: Columns, spec: Images, classes: list[str]) -> tuple[Source, Tensor, str]:
-    """Other data, which samples of it, and what they are called: its test part, else its validation part, else all."""
-    names = {"image": "image_column", "label": "label_column", "split": "split_column", "separator": "separator"}
-    given = {there: getattr(columns, here) for here, there in names.items() if getattr(columns, here)}
-    try:
-        source = open_source(dataclasses.replace(spec, images=images, **given), classes)
-    except UsageError:
-        # The run's columns may not be those of this table, and a folder has none.
-        none = dict.fromkeys(("image_column", "label_column", "split_column"), "")
-        source = open_source(dataclasses.replace(spec, images=images, **(none | given)), classes)
-    if list(source.classes) != classes:
+    if list(source.classes) != facts["classes"]:
         raise UsageError(f"--images {images}: its classes are not those of the run")
-    if source.parts is not None:
-        for part in (2, 1):
-            indices = (source.parts == part).nonzero().squeeze(1)
-            if len(indices):
-                return source, indices, PARTS[part]
-    return source, torch.arange(len(source.targets)), "all"
+    for part in (2, 1) if source.parts is not None else ():
+        indices = (source.parts == part).nonzero().squeeze(1)
+        if len(indices):
+            return _Judged(source, indices, PARTS[part], Contents(source))
+    return _Judged(source, torch.arange(len(source.targets)), "all", Contents(source))
+
+
+def _located(spec: Images, images: str, columns: Columns) -> Images:
+    """The run's data description for other images: a table has the columns that are given, or, where none is given,
+    those of the run; a folder has none."""
+    names = {"image": "image_column", "label": "label_column", "split": "split_column"}
+    given = {there: getattr(columns, here) for here, there in names.items()}
+    if Path(images).suffix.lower() not in TABLE_SUFFIXES:
+        return dataclasses.replace(spec, images=images, separator=columns.separator, **given)
+    separator = columns.separator or spec.separator
+    if any(given.values()):
+        return dataclasses.replace(spec, images=images, separator=separator, **given)
+    return dataclasses.replace(spec, images=images, separator=separator)
 
 
 # ---- For people ----------------------------------------------------------------------------------------------------

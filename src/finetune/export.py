@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from finetune.build import open_data, split_config, trained_network
 from finetune.checkpoint import read_checkpoint
 from finetune.data.images import Request
-from finetune.errors import FinetuneError, RunError, UsageError
+from finetune.errors import FinetuneError, RunError, UsageError, one_line
 from finetune.files import BadFile, read_json, sha256_of_file, write_atomically, write_json
 from finetune.models.backbones import backbone_from_plain, backbone_of_export
 from finetune.models.heads import find_head, folded_state, plain_head, standardised_layers
@@ -81,6 +81,8 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
         wanted = network.module.eval()(images)
     folded = any(True for _ in standardised_layers(network.module))
     largest = max(wanted.abs().max().item(), 1.0)
+    if output.is_dir():
+        raise UsageError(f"--output {output}: is a folder; name a file")
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".exporting-{output.name}")
     try:
@@ -173,6 +175,8 @@ def copy_checkpoint(run: RunFolder, which: str, output: Path | None) -> Path:
     source = run.checkpoints / f"{which}.pt"
     read_checkpoint(source)
     target = output or run.path / f"checkpoint-{which}.pt"
+    if target.is_dir():
+        raise UsageError(f"--output {target}: is a folder; name a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     return target
@@ -212,11 +216,18 @@ def read_description(file: Path) -> dict[str, Any]:
     """
     path = file.with_suffix(".json")
     description = read_json(path, "description of the export")
-    needed = {"schema_version", "classes", "architecture", "preprocessing", "files"}
-    if not isinstance(description, dict) or not needed <= set(description):
+    needed = {"task", "classes", "architecture", "preprocessing", "sha256", "files"}
+    if not isinstance(description, dict) or "schema_version" not in description:
         raise BadFile(f"{path} does not describe an export; keep the .json that was written with it")
-    if description["schema_version"] > SCHEMA_VERSION:
-        raise RunError(f"{path} was written by a newer finetune; upgrade it")
+    if description["schema_version"] != SCHEMA_VERSION:
+        raise RunError(
+            f"{path} has schema {description['schema_version']}, this finetune reads {SCHEMA_VERSION}; export it again "
+            "with this version"
+        )
+    classes = description.get("classes")
+    good = needed <= set(description) and isinstance(description["files"], dict) and isinstance(classes, list)
+    if not good or not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+        raise BadFile(f"{path} does not describe an export; keep the .json that was written with it")
     return description
 
 
@@ -232,6 +243,8 @@ def rebuild(description: dict[str, Any], tensors: dict[str, Tensor], source: str
         head_paths = find_head(backbone.build)
         if architecture["head"] != "keep" and architecture["head_paths"] != head_paths:
             raise BadFile(f"{source}: {architecture['head_paths']} is not the head of {backbone.name}")
+        if architecture["head"] != "append" and architecture["old_classes"] != len(description["classes"]):
+            raise BadFile(f"{source}: its .json has {len(description['classes'])} classes, the network another number")
         model = backbone.build(architecture["old_classes"])
         if architecture["head"] != "keep":
             for path in head_paths[-1:] if architecture["head"] == "append" else head_paths:
@@ -240,12 +253,28 @@ def rebuild(description: dict[str, Any], tensors: dict[str, Tensor], source: str
         missing, extra = load_state(model, tensors, getattr(tensors, "_metadata", None), source)
     except UsageError as error:
         raise BadFile(str(error)) from None
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise BadFile(f"{source}: its .json describes no network ({error}); export it again") from None
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, OverflowError) as error:
+        if isinstance(error, FinetuneError):
+            raise
+        raise BadFile(f"{source}: its .json describes no network ({one_line(error)}); export it again") from None
     if missing or extra:
         names = ", ".join([*missing, *extra][:5])
         raise BadFile(f"{source} does not fit the architecture in its .json: {names}, ...; export it again")
     return model.eval()
+
+
+def load_described(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """`load`, and what the JSON says."""
+    file = Path(path)
+    if not file.is_file():
+        raise RunError(f"export {file} does not exist; make it with: finetune export RUN")
+    if file.suffix == ".onnx":
+        raise RunError(f"export {file}: an .onnx is for onnxruntime; give the .pt or .safetensors of the same run")
+    description = read_description(file)
+    found = sha256_of_file(file)
+    if found not in {description["sha256"], *description["files"].values()}:
+        raise BadFile(f"{file} does not match its .json (sha256 {found}); export it again")
+    return rebuild(description, read_weights(file), str(file)), description
 
 
 def load(path: str | Path) -> nn.Module:
@@ -260,13 +289,4 @@ def load(path: str | Path) -> nn.Module:
     Raises:
         RunError: the files are missing, damaged, or do not belong together.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise RunError(f"export {file} does not exist; make it with: finetune export RUN")
-    if file.suffix == ".onnx":
-        raise RunError(f"export {file}: an .onnx is for onnxruntime; give the .pt or .safetensors of the same run")
-    description = read_description(file)
-    found = sha256_of_file(file)
-    if found not in {description.get("sha256"), *description["files"].values()}:
-        raise BadFile(f"{file} does not match its .json (sha256 {found}); export it again")
-    return rebuild(description, read_weights(file), str(file))
+    return load_described(path)[0]

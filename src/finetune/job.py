@@ -79,6 +79,8 @@ def describe(run: RunFolder, job: Job) -> dict[str, str]:
     train, validation, test = map(len, data.split)
     parts = [f"{train:,} to train on", f"{validation:,} to validate", *([f"{test:,} to test"] if test else [])]
     unread = isinstance(data.source, FileSource) and not data.skipped and train + validation + test > CHECKED_FILES
+    if isinstance(data.source, FileSource) and data.source.ignored:
+        parts.append(f"{data.source.ignored:,} other files ignored")
     if data.skipped:
         parts.append(f"{len(data.skipped):,} left out as broken")
     parts.append(f"{data.class_count} classes" + (", several an image" if recipe.data.separator else ""))

@@ -252,9 +252,10 @@ def resumed_job(
     backbone = backbone_from_plain(state["network"]["backbone"])
     data = open_data(dataclasses.replace(recipe, data=located), backbone, state["data"]["skipped"])
     check_same_config(state["data"], data.facts(), f"the data is not what run {run.path} was trained on")
+    network = saved_network(run, recipe, state)
+    # Last: which libraries the network needs is known once it is built.
     for line in environment_differences(state["versions"], device):
         terminal.say(f"not bit for bit from here on: {line}")
-    network = saved_network(run, recipe, state)
     network.module.to(device, memory_format=torch.channels_last)
     loaders = make_loaders(data, machine, device, Contents(data.source, run.contents_file))
     return Job(recipe, numerics, backbone, network, data, loaders, device, f"as kept in {run.frozen}", "the run")

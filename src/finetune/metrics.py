@@ -59,7 +59,8 @@ class Calibration:
     """
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float32, device=device)
+        # Whole numbers, confidence in millionths: a float32 sum stops growing at 16 million, and MPS has no float64.
+        self.sums = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.int64, device=device)
 
     def add(self, confidence: Tensor, correct: Tensor) -> None:
         """Take decisions.
@@ -69,18 +70,18 @@ class Calibration:
             correct: (decisions,) whether it was right.
         """
         bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-        rows = torch.stack([torch.ones_like(confidence), confidence, correct.to(confidence.dtype)], dim=1)
-        self.sums.index_add_(0, bins, rows.float())
+        rows = torch.stack([torch.ones_like(bins), (confidence * 1e6).round().long(), correct.long()], dim=1)
+        self.sums.index_add_(0, bins, rows)
 
     def error(self) -> float:
         """Between 0 (perfect) and 1."""
-        count, confidence, correct = self.sums.double().cpu().unbind(1)
-        return ((confidence - correct).abs().sum() / count.sum().clamp(min=1)).item()
+        count, confidence, correct = self.sums.cpu().double().unbind(1)
+        return ((confidence / 1e6 - correct).abs().sum() / count.sum().clamp(min=1)).item()
 
     def table(self) -> list[dict[str, float]]:
         """A row a bin that holds something: count, mean confidence, share of hits."""
         rows = []
-        for count, confidence, correct in self.sums.double().cpu().tolist():
+        for count, confidence, correct in self.sums.tolist():
             if count:
-                rows.append({"count": int(count), "confidence": confidence / count, "accuracy": correct / count})
+                rows.append({"count": count, "confidence": confidence / 1e6 / count, "accuracy": correct / count})
         return rows

@@ -20,7 +20,7 @@ from finetune.data.preprocess import Preprocessing
 from finetune.data.table import TABLE_SUFFIXES, image_paths
 from finetune.device import pick_device
 from finetune.errors import RunError, UsageError
-from finetune.export import load, read_description
+from finetune.export import load_described
 
 # Of several labels, those with a probability above this apply.
 THRESHOLD = 0.5
@@ -37,7 +37,7 @@ def image_files(inputs: Iterable[str], image_column: str = "") -> list[Path]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = image_files_below(path)
+            found, _ = image_files_below(path)
             if not found:
                 raise UsageError(f"folder {path}: holds no images")
             files += [path / file for file in found]
@@ -82,8 +82,8 @@ def predict(
     if top_k < 1 or batch_size < 1:
         raise UsageError(f"--top-k {top_k} --batch-size {batch_size}: both must be 1 or more")
     device = pick_device(device_name)
-    model = load(file).to(device, memory_format=torch.channels_last)
-    description = read_description(file)
+    model, description = load_described(file)
+    model = model.to(device, memory_format=torch.channels_last)
     classes, several = description["classes"], description["task"] == "multi-label"
     preprocessing = Preprocessing(**description["preprocessing"])
     files = image_files(inputs, image_column)
@@ -141,7 +141,8 @@ def prediction(file: str, probabilities: Tensor, classes: list[str], top_k: int,
 
 
 def write_json_line(row: dict[str, Any]) -> None:
-    print(json.dumps(row, ensure_ascii=False))
+    # Another encoding could not show every name, and what it shows instead would be no JSON.
+    print(json.dumps(row, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8"))
 
 
 def csv_writer(top_k: int):

@@ -206,8 +206,8 @@ def check_ranges(recipe: Recipe) -> None:
         (
             "image-size",
             data.image_size,
-            data.image_size == 0 or data.image_size >= 8,
-            "0 (the backbone's) or 8 or more",
+            data.image_size == 0 or 8 <= data.image_size <= 4096,
+            "0 (the backbone's) or 8 to 4096",
         ),
         ("train-samples", data.train_samples, data.train_samples >= 0, "0 (all) or more"),
         ("augment", data.augment, data.augment in AUGMENTATIONS, f"one of {', '.join(AUGMENTATIONS)}"),

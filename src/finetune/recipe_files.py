@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import inspect
+import os
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -103,6 +104,9 @@ def local_modules(path: Path) -> list[Path]:
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
         if isinstance(module, types.ModuleType) and file:
+            # torch gives some of its inner modules a relative name that is no file at all.
+            if not os.path.isabs(file) or not os.path.isfile(file):
+                continue
             file_path = Path(file).resolve()
             inside = file_path.is_relative_to(folder) and file_path.suffix == ".py"
             if inside and "site-packages" not in file_path.relative_to(folder).parts:

@@ -16,7 +16,7 @@ from finetune.files import read_json, write_json
 
 RUNS_FOLDER = Path("runs")
 RECIPE_FILE = "recipe.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,11 @@ class RunFolder:
         record = read_json(self.recipe_file, "recipe of the run")
         if not isinstance(record, dict) or not {"schema_version", "name", "config", "settings"} <= set(record):
             raise RunError(f"{self.recipe_file} is not the recipe of a run; restore it from a copy")
-        if record["schema_version"] > SCHEMA_VERSION:
-            raise RunError(f"{self.recipe_file} was written by a newer finetune; upgrade it")
+        if record["schema_version"] != SCHEMA_VERSION:
+            raise RunError(
+                f"{self.recipe_file} has schema {record['schema_version']}, this finetune reads {SCHEMA_VERSION}; use "
+                "the version that wrote it"
+            )
         return record
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from finetune import recipe as recipes
-from finetune.metrics import Calibration, ClassCounts, accuracy, confusion_matrix
+from finetune.metrics import ClassCounts, accuracy, confusion_matrix
 
 # What each auxiliary head adds to the loss: Szegedy et al., "Going deeper with convolutions", CVPR 2015.
 AUXILIARY_SHARE = 0.3
@@ -50,6 +50,11 @@ class ClassificationTask:
         """(batch, classes), adding up to 1."""
         return logits.float().softmax(1)
 
+    def decisions(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Confidence of each decision, and whether it was right: (batch,) both."""
+        confidence, predicted = self.probabilities(logits).max(1)
+        return confidence, predicted == targets
+
     def tally(self, device: torch.device) -> "ConfusionTally":
         return ConfusionTally(ClassificationTask(self.class_count), device)
 
@@ -81,6 +86,12 @@ class MultiLabelTask:
     def probabilities(self, logits: Tensor) -> Tensor:
         """(batch, classes), each on its own."""
         return logits.float().sigmoid()
+
+    def decisions(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Confidence of each yes or no, and whether it was right: (batch * classes,) both."""
+        probabilities = self.probabilities(logits)
+        confidence = torch.where(logits > 0, probabilities, 1 - probabilities)
+        return confidence.flatten(), ((logits > 0) == (targets != 0)).flatten()
 
     def tally(self, device: torch.device) -> "MultiLabelTally":
         return MultiLabelTally(MultiLabelTask(self.class_count), device)
@@ -133,13 +144,10 @@ class ConfusionTally:
         self.task = task
         self.loss_sum = torch.zeros((), device=device)
         self.confusion = torch.zeros(task.class_count, task.class_count, dtype=torch.int64, device=device)
-        self.calibration = Calibration(device)
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         self.loss_sum += self.task.losses(logits, targets).sum()
-        confidence, predicted = self.task.probabilities(logits).max(1)
-        self.confusion += confusion_matrix(predicted, targets, self.task.class_count)
-        self.calibration.add(confidence, predicted == targets)
+        self.confusion += confusion_matrix(logits.argmax(1), targets, self.task.class_count)
 
     def counts(self) -> ClassCounts:
         return ClassCounts.of_confusion(self.confusion.cpu())
@@ -165,17 +173,13 @@ class MultiLabelTally:
         # Rows: hits, predicted, actual.
         self.sums = torch.zeros(3, task.class_count, dtype=torch.int64, device=device)
         self.exact = torch.zeros((), dtype=torch.int64, device=device)
-        self.calibration = Calibration(device)
         self.sample_count = 0
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         self.loss_sum += self.task.losses(logits, targets).sum()
-        probabilities, actual = self.task.probabilities(logits), targets != 0
-        predicted = logits > 0
+        predicted, actual = logits > 0, targets != 0
         self.sums += torch.stack([(predicted & actual).sum(0), predicted.sum(0), actual.sum(0)])
         self.exact += (predicted == actual).all(1).sum()
-        confidence = torch.where(predicted, probabilities, 1 - probabilities)
-        self.calibration.add(confidence.flatten(), (predicted == actual).flatten())
         self.sample_count += len(targets)
 
     def counts(self) -> ClassCounts:

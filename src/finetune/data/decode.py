@@ -1,15 +1,22 @@
 """Image files to tensors."""
 
 import io
+import os
+import stat
+import warnings
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from finetune.errors import RunError
+from finetune.errors import RunError, one_line
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+# By content, whatever the name. PIL knows many more, and starts other programs for some of them.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+# A large photo is no reason to warn; PIL still refuses what would fill the memory.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BrokenImage(RunError):
@@ -23,11 +30,13 @@ def read_bytes(path: Path) -> bytes:
         BrokenImage: it is missing or cannot be read.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep us waiting for ever
+            raise BrokenImage(f"image {path} is no file; remove it")
         return path.read_bytes()
     except FileNotFoundError:
         raise BrokenImage(f"image {path} does not exist; check the path") from None
-    except OSError as error:
-        raise BrokenImage(f"image {path} cannot be read ({error.strerror}); repair or remove it") from None
+    except (OSError, ValueError) as error:
+        raise BrokenImage(f"image {path} cannot be read ({one_line(error)}); repair or remove it") from None
 
 
 def decode(content: bytes, path: Path) -> Tensor:
@@ -44,13 +53,13 @@ def decode(content: bytes, path: Path) -> Tensor:
         BrokenImage: not an image that can be decoded.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return to_rgb_tensor(image)
     except UnidentifiedImageError:
         kind = "empty" if not content else "of no known image format"
         raise BrokenImage(f"image {path} cannot be decoded ({kind}); repair or remove it") from None
-    except (OSError, SyntaxError, ValueError, IndexError, OverflowError, Image.DecompressionBombError) as error:
-        raise BrokenImage(f"image {path} cannot be decoded ({error}); repair or remove it") from None
+    except (OSError, SyntaxError, ValueError, LookupError, OverflowError, Image.DecompressionBombError) as error:
+        raise BrokenImage(f"image {path} cannot be decoded ({one_line(error)}); repair or remove it") from None
 
 
 def read_image(path: Path) -> Tensor:
@@ -61,8 +70,8 @@ def read_image(path: Path) -> Tensor:
 def to_rgb_tensor(image: Image.Image) -> Tensor:
     """(3, height, width) uint8 of a PIL image of any mode."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        # 16-bit grey (and 32-bit grey that holds 16-bit values, as PNG gives it): PIL's own conversion clips.
+    if image.mode.startswith("I"):
+        # 16-bit grey (and 32-bit grey that holds 16-bit values, as some PNGs give it): PIL's own conversion clips.
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")

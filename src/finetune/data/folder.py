@@ -1,5 +1,6 @@
 """A folder of images: one sub-folder a class; or train/, val/ and test/, each so."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,38 +9,67 @@ from finetune.data.decode import IMAGE_SUFFIXES
 from finetune.data.source import PART_NAMES, FileSource, make_file_source
 from finetune.errors import UsageError
 
+# What other programs leave behind; never a class. Any other name may be one, with a leading dot or not.
+LEFT_BEHIND = (".ipynb_checkpoints", "__MACOSX", ".git")
 
-def image_files_below(folder: Path) -> list[str]:
-    """Image files in a folder and all below it: paths relative to it, with "/", in the order of their names."""
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders.sort()
+
+def image_files_below(folder: Path) -> tuple[list[str], int]:
+    """Image files in a folder and all below it: paths relative to it, with "/", in the order of their names; and how
+    many other files there are. Hidden files and folders are passed over.
+
+    Raises:
+        UsageError: a folder cannot be read.
+    """
+    found: list[str] = []
+    others = 0
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link back to where we came from
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         relative = os.path.relpath(place, folder).replace(os.sep, "/")
         prefix = "" if relative == "." else f"{relative}/"
-        found += [prefix + name for name in sorted(files) if name.lower().endswith(IMAGE_SUFFIXES)]
-    return found
+        visible = sorted(name for name in files if not name.startswith("."))
+        images = [name for name in visible if name.lower().endswith(IMAGE_SUFFIXES)]
+        found += [prefix + name for name in images]
+        others += len(visible) - len(images)
+    return found, others
+
+
+def _refuse(error: OSError) -> None:
+    raise UsageError(f"folder {error.filename}: cannot be read ({error.strerror}); change its rights or remove it")
 
 
 def sub_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    """Names of the folders in a folder, sorted."""
+    try:
+        return sorted(name for name in os.listdir(folder) if name not in LEFT_BEHIND and (folder / name).is_dir())
+    except OSError as error:
+        raise UsageError(f"folder {folder}: cannot be read ({error.strerror}); change its rights") from None
+
+
+def _has_images(folder: Path) -> bool:
+    return any(name.lower().endswith(IMAGE_SUFFIXES) for name in os.listdir(folder))
 
 
 def _parts_of(folder: Path) -> dict[str, int] | None:
-    """train/, val/ and test/ by name where the folder is laid out so: each holds folders, and train/ no images."""
+    """train/, val/ and test/ by name where the folder is laid out so: they hold folders and no images.
+
+    Raises:
+        UsageError: it is laid out so by half.
+    """
     names = sub_folders(folder)
     found = {name: PART_NAMES[name.lower()] for name in names if name.lower() in PART_NAMES}
-    training = [name for name, part in found.items() if part == 0]
-    if not training:
-        return None
-    for name in training:
-        own_images = any(entry.lower().endswith(IMAGE_SUFFIXES) for entry in os.listdir(folder / name))
-        if own_images or not sub_folders(folder / name):
-            return None  # a class that happens to be called "train"
-    others = [name for name in names if name not in found]
-    if others or len(set(found.values())) < len(found):
+    divided = [name for name in found if sub_folders(folder / name) and not _has_images(folder / name)]
+    if not divided:
+        return None  # no parts, or classes that happen to be called so
+    if set(divided) != set(names) or 0 not in found.values() or len(set(found.values())) < len(found):
         raise UsageError(
-            f"--images {folder}: holds {', '.join(names)}; allowed beside train/ are one val/ and one test/, each with "
-            "one sub-folder a class; move the others out"
+            f"--images {folder}: holds {', '.join(names)}; to bring parts along it must hold train/, perhaps val/ and "
+            "test/, nothing else, and each of them one sub-folder a class"
         )
     return found
 
@@ -62,10 +92,12 @@ def open_folder(folder: Path, classes: Sequence[str] | None = None) -> FileSourc
     paths: list[str] = []
     labels: list[str] = []
     parts: list[int] = []
+    ignored = 0
     for part_name, part in (layout or {"": 0}).items():
         part_folder = folder / part_name
         for class_name in sub_folders(part_folder):
-            files = image_files_below(part_folder / class_name)
+            files, others = image_files_below(part_folder / class_name)
+            ignored += others
             if not files:
                 raise UsageError(
                     f"--images {folder}: class folder {os.path.join(part_name, class_name)!r} holds no images "
@@ -75,4 +107,5 @@ def open_folder(folder: Path, classes: Sequence[str] | None = None) -> FileSourc
             paths += [prefix + file for file in files]
             labels += [class_name] * len(files)
             parts += [part] * len(files)
-    return make_file_source(folder, paths, labels, parts if layout else None, classes, f"--images {folder}")
+    source = make_file_source(folder, paths, labels, parts if layout else None, classes, f"--images {folder}")
+    return dataclasses.replace(source, ignored=ignored)

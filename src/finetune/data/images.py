@@ -1,5 +1,6 @@
 """From `--images` to batches: which samples there are, how they are split, and what is done to each on its way."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ def open_images(
     Raises:
         UsageError: there is no such data, or it holds fewer than two classes.
     """
-    path = Path(images).expanduser()
+    path = Path(os.path.expanduser(images))
     if path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir():
         return open_table(path, columns, classes)
     if images == "digits" and columns == Columns():

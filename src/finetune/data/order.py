@@ -65,12 +65,23 @@ def stratified_split(
         count = min(max(round(len(members) * validation_fraction), 1), len(members) - 1) if validation_fraction else 0
         validation.append(members[:count])
         train.append(members[count:])
+    if targets.dim() == 2 and validation_fraction:
+        train, validation = _give_back(targets, torch.cat(train), torch.cat(validation))
     if train_samples:
         # Deal the classes out in turn until there are enough: shares as equal as the classes' sizes allow.
         rounds = [(turn, n, int(index)) for n, group in enumerate(train) for turn, index in enumerate(group)]
         chosen = [index for _, _, index in sorted(rounds)[:train_samples]]
         train = [torch.tensor(chosen, dtype=torch.int64)]
     return torch.cat(train).sort().values, torch.cat(validation).sort().values
+
+
+def _give_back(targets: Tensor, train: Tensor, validation: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Move samples back until every class has one to train on: a common class may have gone with rare ones."""
+    for label in range(targets.shape[1]):
+        members = validation[targets[validation, label] != 0]
+        if len(members) and not (targets[train, label] != 0).any():
+            train, validation = torch.cat([train, members[:1]]), validation[validation != members[0]]
+    return [train], [validation]
 
 
 def _strata(targets: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -2,6 +2,7 @@
 export and a prediction do the same."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchvision.transforms.v2 import functional
 
 # Beyond this a picture is a strip; keeping its proportions would cost memory without end.
 MAX_ASPECT = 20
+LARGEST_IMAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,20 @@ class Preprocessing:
     interpolation: str
     mean: list[float]
     std: list[float]
+
+    def __post_init__(self):
+        """Refuse what no picture can be prepared with: it may come from a file that somebody else wrote."""
+        sizes, triples = (self.image_size, self.resize_size), (self.mean, self.std)
+        if not all(type(size) is int and 1 <= size <= LARGEST_IMAGE for size in sizes) or sizes[1] < sizes[0]:
+            raise ValueError(f"image_size {self.image_size} and resize_size {self.resize_size} are no sizes in pixels")
+        if self.interpolation not in [mode.value for mode in InterpolationMode]:
+            raise ValueError(f"interpolation {self.interpolation!r} is unknown")
+        if not all(isinstance(values, list) and len(values) == 3 for values in triples):
+            raise ValueError("mean and std must be lists of 3 numbers")
+        if not all(isinstance(value, int | float) and math.isfinite(value) for values in triples for value in values):
+            raise ValueError("mean and std must be numbers")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std} must be above 0")
 
     def at(self, image_size: int) -> "Preprocessing":
         """The same for another edge, in the same proportion of crop and resized image."""

@@ -58,7 +58,8 @@ class ArraySource:
 class FileSource:
     """Image files, decoded when asked for. Attributes as in `ArraySource`; `paths` are relative to `folder`.
 
-    `targets` of a multi-label data set are (samples, classes) uint8: 1 where the class applies.
+    `targets` of a multi-label data set are (samples, classes) uint8: 1 where the class applies. `ignored` counts files
+    beside the images that are none.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class FileSource:
     fingerprint: str
     groups: Tensor | None = None
     parts: Tensor | None = None
+    ignored: int = 0
 
     def read(self, index: int) -> tuple[Tensor, int]:
         """One image, (3, height, width) uint8; and a digest of the file's content, a positive int64.
@@ -116,6 +118,9 @@ def make_file_source(
                 f"{what}: {len(classes)} class(es) found ({', '.join(classes)}), at least 2 are needed; "
                 "put the images of each class into a sub-folder of its own, or name the classes in a csv"
             )
+    for name in classes:
+        if name.encode("utf-8", "replace").decode() != name:
+            raise UsageError(f"{what}: class {name!r} has a name that is no text (UTF-8); rename it")
     numbers = {name: number for number, name in enumerate(classes)}
     strange = sorted({name for one in sets for name in one if name not in numbers})
     if strange:
@@ -149,7 +154,7 @@ def _fingerprint(
     for row, path in enumerate(paths):
         try:
             size_bytes = os.stat(os.path.join(root, path)).st_size
-        except OSError:
+        except (OSError, ValueError):
             size_bytes = -1  # missing: found to be broken like any other, and named
         part = "" if parts is None else PARTS[parts[row]]
         line = f"{path}\0{size_bytes}\0{part}\0" + "\0".join(labels[row]) + "\n"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,9 @@ def _csv_rows(path: Path, stream) -> Iterator[tuple[int, dict[str, str]]]:
     stream.seek(0)
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     try:
-        names = next(reader, [])
+        names = [name.strip() for name in next(reader, [])]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise UsageError(f"{path}: has several columns called {repeated[0]!r}; rename all but one")
         for row in reader:
             if not row:
                 continue
@@ -67,7 +70,7 @@ def _json_rows(path: Path, stream) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} line {number}: is not JSON ({error}); a line must be one JSON object") from None
         if not isinstance(row, dict):
             raise UsageError(f'{path} line {number}: must be a JSON object, as in {{"image": ..., "label": ...}}')
@@ -95,13 +98,24 @@ def find_column(path: Path, columns: Sequence[str], given: str, candidates: Sequ
     )
 
 
+def _image_of(row: dict[str, Any], column: str, where: str) -> str:
+    """The path in a row, with "/"."""
+    image = row.get(column)
+    if not isinstance(image, str) or not image.strip():
+        raise UsageError(f"{where}: column {column!r} is empty; name an image")
+    return image.strip().replace("\\", "/")
+
+
 def image_paths(path: Path, image_column: str = "") -> list[str]:
-    """The image column of a table alone, as written."""
-    rows = [row for _, row in read_rows(path)]
-    if not rows:
+    """The image column of a table alone."""
+    paths: list[str] = []
+    column = ""
+    for number, row in read_rows(path):
+        column = column or find_column(path, list(row), image_column, IMAGE_COLUMNS, "--image-column")
+        paths.append(_image_of(row, column, f"{path} line {number}"))
+    if not paths:
         raise UsageError(f"{path}: holds no rows; give a line an image")
-    column = find_column(path, list(rows[0]), image_column, IMAGE_COLUMNS, "--image-column")
-    return [str(row.get(column, "")) for row in rows]
+    return paths
 
 
 def open_table(path: Path, columns: Columns, classes: Sequence[str] | None = None) -> FileSource:
@@ -112,9 +126,9 @@ def open_table(path: Path, columns: Columns, classes: Sequence[str] | None = Non
         classes: the only classes allowed, in order; None = those found.
 
     Raises:
-        UsageError: a line cannot be read or lacks a value; names it.
+        UsageError: a line cannot be read, lacks a value, or names an image for the second time; names it.
     """
-    paths: list[str] = []
+    lines: dict[str, int] = {}
     labels: list[Any] = []
     parts: list[int] = []
     image_column = label_column = ""
@@ -126,19 +140,23 @@ def open_table(path: Path, columns: Columns, classes: Sequence[str] | None = Non
             if columns.split:
                 find_column(path, names, columns.split, (), "--split-column")
         where = f"{path} line {number}"
-        image = str(row.get(image_column) or "").strip().replace("\\", "/")
-        if not image:
-            raise UsageError(f"{where}: column {image_column!r} is empty; name an image")
-        paths.append(image)
+        image = posixpath.normpath(_image_of(row, image_column, where))
+        if image in lines:
+            raise UsageError(
+                f"{where}: names {image!r} like line {lines[image]}, and what is trained on must not validate: "
+                "remove one line, or join their labels and give --separator"
+            )
+        lines[image] = number
         labels.append(_labels(row.get(label_column), columns.separator, where, label_column))
         if columns.split:
             part = str(row.get(columns.split) or "").strip()
             if part.lower() not in PART_NAMES:
                 raise UsageError(f"{where}: {columns.split} {part!r} is not allowed; give train, val or test")
             parts.append(PART_NAMES[part.lower()])
-    if not paths:
+    if not lines:
         raise UsageError(f"{path}: holds no rows; give a line an image")
-    return make_file_source(path.parent, paths, labels, parts if columns.split else None, classes, f"--images {path}")
+    given_parts = parts if columns.split else None
+    return make_file_source(path.parent, list(lines), labels, given_parts, classes, f"--images {path}")
 
 
 def _labels(value: Any, separator: str, where: str, column: str) -> str | tuple[str, ...]:

@@ -182,8 +182,8 @@ def check_image_size(backbone: Backbone, image_size: int) -> None:
     Raises:
         UsageError: says which it can.
     """
-    if image_size == backbone.preprocessing.image_size:
-        return
+    if image_size == backbone.preprocessing.image_size and "config" not in backbone.options:
+        return  # what torchvision's own weights were trained at
     model = build_shapes(backbone.build, 2).eval()
     model.training = True  # the root's own switch: auxiliary heads want to be fed as well
 
@@ -191,11 +191,12 @@ def check_image_size(backbone: Backbone, image_size: int) -> None:
         try:
             with torch.inference_mode():
                 model(torch.empty(1, 3, size, size, device="meta"))
-        except (RuntimeError, ValueError, AssertionError, IndexError):
+        except (RuntimeError, ValueError, AssertionError, LookupError, TypeError):
             return False
         return True
 
     if not fits(image_size):
         sizes = sorted({*CANDIDATE_SIZES, backbone.preprocessing.image_size})
         allowed = [str(size) for size in sizes if fits(size)]
-        raise UsageError(f"--image-size {image_size}: {backbone.name} cannot take it; it can take {', '.join(allowed)}")
+        can = f"it can take {', '.join(allowed)}" if allowed else "nor any other size: give another backbone"
+        raise UsageError(f"--image-size {image_size}: {backbone.name} cannot take it; {can}")

@@ -10,21 +10,22 @@ import os
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import resize, to_pil_image
 
 from finetune.data.preprocess import Preprocessing, squash
-from finetune.errors import RunError, UsageError
+from finetune.errors import RunError, UsageError, one_line
 from finetune.files import sha256_of_file
 
 PREFIX = "hf:"
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 # PIL's numbers for interpolation, which a preprocessor's file holds.
+# Of a config: where it lay on this machine, and what could make transformers fetch or run code of others.
+NOT_KEPT = ("_name_or_path", "auto_map", "quantization_config", "_attn_implementation", "attn_implementation")
 INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 STOCK_LINES = """\
 import json, pathlib
@@ -35,7 +36,7 @@ model = AutoModelForImageClassification.from_config(AutoConfig.for_model(**confi
 
 def is_name(name: str) -> bool:
     """Whether `--backbone` means a model of transformers: hf:ID, or a folder with a config.json."""
-    return name.startswith(PREFIX) or (Path(name).expanduser() / CONFIG_FILE).is_file()
+    return name.startswith(PREFIX) or os.path.isfile(os.path.join(os.path.expanduser(name), CONFIG_FILE))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -57,7 +58,7 @@ def folder_of(name: str) -> Path:
         RunError: it cannot be had; says where to put what.
     """
     if not name.startswith(PREFIX):
-        return Path(name).expanduser()
+        return Path(os.path.expanduser(name))
     identifier, _, revision = name.removeprefix(PREFIX).partition("@")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -83,42 +84,39 @@ def describe(folder: Path) -> tuple[dict[str, Any], Preprocessing]:
     """Config (plain values) and preprocessing of a model in a folder.
 
     Raises:
-        UsageError: not a model for images.
+        UsageError: not a model for images, or one whose images are prepared in a way that we cannot.
     """
     from transformers import AutoConfig, AutoModelForImageClassification
 
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"--backbone {folder}: its {CONFIG_FILE} cannot be used ({_line(error)})") from None
-        if type(config) not in AutoModelForImageClassification._model_mapping:
-            raise UsageError(
-                f"--backbone {folder}: a {config.model_type} has no image classification class in transformers; give "
-                "an image encoder, such as ViT, DeiT, ConvNeXt or DINOv2"
-            )
-        plain = json.loads(config.to_json_string(use_diff=False))
-        # Where a family has several classes, transformers goes through this list, and stumbles over null.
-        plain["architectures"] = plain.get("architectures") or []
-        plain.pop("_name_or_path", None)  # where it lay on this machine
+    with refusing(f"--backbone {folder}: its {CONFIG_FILE} cannot be used"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if type(config) not in AutoModelForImageClassification._model_mapping:
+        raise UsageError(
+            f"--backbone {folder}: a {config.model_type} has no image classification class in transformers; give "
+            "an image encoder, such as ViT, DeiT, ConvNeXt or DINOv2"
+        )
+    plain = json.loads(config.to_json_string(use_diff=False))
+    # Where a family has several classes, transformers goes through this list, and stumbles over null.
+    plain["architectures"] = plain.get("architectures") or []
+    for name in NOT_KEPT:
+        plain.pop(name, None)
+    with refusing(f"--backbone {folder}: its {PREPROCESSOR_FILE} cannot be used"):
         return plain, _preprocessing(folder, config)
 
 
 def _preprocessing(folder: Path, config: Any) -> Preprocessing:
-    """As the model's own image processor does it.
+    """As the model's own image processor does it; held against it on a picture.
 
     Raises:
-        UsageError: it does something that we cannot.
+        ValueError: it does something that we cannot.
     """
     if not (folder / PREPROCESSOR_FILE).is_file():
         size = getattr(config, "image_size", 224)
         return squash(size if isinstance(size, int) else size[0], [0.5] * 3, [0.5] * 3)
     from transformers import AutoImageProcessor
 
-    try:
-        given = AutoImageProcessor.from_pretrained(folder).to_dict()
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--backbone {folder}: its {PREPROCESSOR_FILE} cannot be used ({_line(error)})") from None
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    given = processor.to_dict()
     size = given.get("size") or {}
     crop = given.get("crop_size") if given.get("do_center_crop") else None
     edge = size.get("shortest_edge")
@@ -130,11 +128,8 @@ def _preprocessing(folder: Path, config: Any) -> Preprocessing:
         # ConvNeXt's rule: small pictures are cut out of a larger one, large ones squeezed.
         image_size, keep_proportions = edge, edge < 384
         edge = int(edge / fraction) if keep_proportions else edge
-    usual_scale = abs(given.get("rescale_factor", 1 / 255) - 1 / 255) < 1e-6
-    if not edge or not usual_scale or given.get("resample") not in INTERPOLATIONS:
-        raise UsageError(f"--backbone {folder}: its {PREPROCESSOR_FILE} asks for something this kit cannot do: {given}")
     normalises = given.get("do_normalize", True)
-    return Preprocessing(
+    ours = Preprocessing(
         image_size=image_size,
         resize_size=edge,
         keep_proportions=keep_proportions,
@@ -142,6 +137,15 @@ def _preprocessing(folder: Path, config: Any) -> Preprocessing:
         mean=list(given["image_mean"]) if normalises else [0.0] * 3,
         std=list(given["image_std"]) if normalises else [1.0] * 3,
     )
+    # A picture without detail: one pixel of difference in where it is cut, for rounding, must not matter.
+    patches = torch.randint(0, 256, (3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture = resize(patches, [2 * edge + 10, 3 * edge])
+    theirs = processor(to_pil_image(picture), return_tensors="pt")["pixel_values"]
+    found = ours.normalise(ours.resize(picture)[None])
+    allowed_levels = 3 + 255 / (edge / 2) * 1.5  # a pixel and a half of it, and rounded bytes
+    if found.shape != theirs.shape or (found - theirs).abs().max() > allowed_levels / 255 / min(ours.std):
+        raise ValueError(f"a {type(processor).__name__} prepares images in a way that this kit cannot")
+    return ours
 
 
 def _only_logits(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
@@ -152,9 +156,9 @@ def build(config: dict[str, Any], class_count: int) -> nn.Module:
     """The stock classification model of a config, randomly initialised; it returns logits."""
     from transformers import AutoConfig, AutoModelForImageClassification
 
-    with quiet():
+    with refusing("the config of this backbone cannot be used"):
         full = AutoConfig.for_model(**copy.deepcopy(config) | {"num_labels": class_count, "id2label": None})
-        model = AutoModelForImageClassification.from_config(full, dtype=torch.float32)
+        model = AutoModelForImageClassification.from_config(full, dtype=torch.float32, trust_remote_code=False)
     # A hook, not a wrapper: a wrapper would change the names of all parameters.
     model.register_forward_hook(_only_logits)
     return model
@@ -173,17 +177,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise UsageError(
             f"--backbone {folder}: holds no .safetensors or pytorch_model.bin; give --weights none or a file"
         )
-    with quiet():
-        try:
-            model, found = AutoModelForImageClassification.from_pretrained(
-                folder,
-                output_loading_info=True,
-                dtype=torch.float32,
-                use_safetensors=files[0].suffix == ".safetensors",
-                local_files_only=True,
-            )
-        except (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError, LookupError) as error:
-            raise UsageError(f"--backbone {folder}: its weights cannot be read ({_line(error)})") from None
+    with refusing(f"--backbone {folder}: its weights cannot be read"):
+        model, found = AutoModelForImageClassification.from_pretrained(
+            folder,
+            output_loading_info=True,
+            dtype=torch.float32,
+            use_safetensors=files[0].suffix == ".safetensors",
+            local_files_only=True,
+            trust_remote_code=False,
+        )
     missing = set(found["missing_keys"])
     return OrderedDict((name, value) for name, value in model.state_dict().items() if name not in missing)
 
@@ -195,20 +197,22 @@ def hash_of_folder(folder: Path) -> str:
 
 
 @contextmanager
-def quiet():
-    """transformers reports on standard error what we check and say ourselves."""
+def refusing(what: str):
+    """Turn whatever transformers makes of a strange file into one line; keep it from reporting what we say ourselves.
+
+    Raises:
+        UsageError: `what`, and why.
+    """
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    level, showed_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
+    except Exception as error:  # its checks raise what they like
+        raise UsageError(f"{what} ({one_line(error)})") from None
     finally:
         logging.set_verbosity(level)
-        if bars is None:
+        if showed_bars:
             logging.enable_progress_bar()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -10,10 +10,10 @@ from finetune.data.order import keyed_generator
 from finetune.errors import RunError, UsageError
 from finetune.files import copy_file, link_or_copy, read_json, sha256_of_file, write_json
 from finetune.models import huggingface
-from finetune.models.backbones import Backbone
+from finetune.models.backbones import Backbone, build_shapes
 from finetune.models.freeze import Rule
-from finetune.models.heads import attach_head, find_head
-from finetune.models.weights import Weights, load_backbone_weights, locate, read_weights
+from finetune.models.heads import attach_head, find_head, has_auxiliary_heads
+from finetune.models.weights import Weights, load_backbone_weights, locate, read_weights, stock_names
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,34 @@ def build_network(
         UsageError: the weights do not fit, or "append" without weights.
     """
     head_paths = find_head(backbone.build)
+    if head == "append" and len(head_paths) > 1 and not has_auxiliary_heads(build_shapes(backbone.build, 2)):
+        raise UsageError(f"--head append: {backbone.name} has several heads side by side; give --head linear")
     if head != "append":
         old_class_count = class_count
     elif not old_class_count:
-        old_weight = f"{head_paths[-1]}.weight"
-        if state is None or not any(name.endswith(old_weight) for name in state):
-            raise UsageError(
-                "--head append needs pretrained weights with their old head; give --weights, or --head linear"
-            )
-        old_class_count = next(len(value) for name, value in state.items() if name.endswith(old_weight))
+        old_class_count = _old_class_count(backbone, state, head_paths[-1], source)
     with keyed_generator("model", seed):
         module = backbone.build(old_class_count)
         if state is not None:
-            load_backbone_weights(module, state, head_paths, source)
+            # An old head that stays must be whole; one that goes may be missing.
+            load_backbone_weights(module, state, head_paths[:-1] if head == "append" else head_paths, source)
         if head != "keep":
             for path in head_paths[-1:] if head == "append" else head_paths:
                 attach_head(module, path, head, class_count, dropout, head_width)
     return Network(module, head_paths, head, old_class_count)
+
+
+def _old_class_count(backbone: Backbone, state: dict[str, Tensor] | None, path: str, source: str) -> int:
+    """How many classes the old head has that a new one is appended to.
+
+    Raises:
+        UsageError: there is no old head.
+    """
+    shapes = build_shapes(backbone.build, 2).state_dict()
+    old = stock_names(state or {}, shapes, source).get(f"{path}.weight")
+    if old is None or old.dim() != shapes[f"{path}.weight"].dim():
+        raise UsageError("--head append needs pretrained weights with their old head; give --weights, or --head linear")
+    return len(old)
 
 
 # ---- The frozen tensors of a run --------------------------------------------------------------------------------

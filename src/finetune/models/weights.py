@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import pickle
 import re
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from finetune.errors import RunError, UsageError
+from finetune.errors import RunError, UsageError, one_line
 from finetune.files import BadFile, sha256_of_file
 from finetune.models import huggingface
 from finetune.models.backbones import (
@@ -95,7 +96,7 @@ def choose_weights(backbone_name: str, weights: str) -> tuple[Backbone, Weights 
         origin = f"its {huggingface.PREPROCESSOR_FILE}" if has_own else "mean and deviation 0.5"
         reference = backbone_name if backbone_name.startswith(huggingface.PREFIX) else ""
         return backbone, Weights(path, huggingface.hash_of_folder(path), reference, origin)
-    path = Path(weights).expanduser()
+    path = Path(os.path.expanduser(weights))
     if not path.is_file():
         raise UsageError(f"--weights {weights}: no such file; allowed are {_allowed(backbone_name, weights)}")
     sha256 = sha256_of_file(path)
@@ -160,16 +161,12 @@ def locate(reference: str) -> Path:
             torch.hub.download_url_to_file(member.url, str(path), expected or None, progress=True)
         except (URLError, OSError, RuntimeError) as error:
             raise RunError(
-                f"--weights {member.name}: not cached and cannot be fetched ({_line(error)}); put {member.url} into "
-                f"{folder}, or take --backbone bundled/vgg, whose weights ship with the kit"
+                f"--weights {member.name}: not cached and cannot be fetched ({one_line(error, 150)}); put {member.url} "
+                f"into {folder}, or take --backbone bundled/vgg, whose weights ship with the kit"
             ) from None
     if not (found := sha256_of_file(path)).startswith(expected):
         raise RunError(f"{path} is damaged: sha256 {found}, expected {expected}...; delete it, it is then fetched anew")
     return path
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:150] or type(error).__name__
 
 
 # ---- Reading ----------------------------------------------------------------------------------------------------
@@ -193,7 +190,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             "give a .safetensors file, or a .pt that holds a state dict"
         ) from None
     except UNREADABLE as error:
-        raise BadFile(f"{path} cannot be read ({str(error).strip().splitlines()[0][:200]}); restore it") from None
+        raise BadFile(f"{path} cannot be read ({one_line(error)}); restore it") from None
     if isinstance(content, Mapping) and {"schema_version", "frozen", "optimizer"} <= set(content):
         raise BadFile(f"{path} is a checkpoint of a run; give what `finetune export RUN` writes")
     if isinstance(content, Mapping) and not _is_state_dict(content):
@@ -204,13 +201,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in value.items())
+    )
 
 
 # ---- Loading ----------------------------------------------------------------------------------------------------
 
 
-def _stock_names(state: dict[str, Tensor], own: dict[str, Tensor]) -> "OrderedDict[str, Tensor]":
+def stock_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> "OrderedDict[str, Tensor]":
     """`state` under the names of the architecture: without the prefixes of wrappers, and in today's spelling."""
     top = {name.partition(".")[0] for name in own}
     renamed = OrderedDict()
@@ -220,7 +221,10 @@ def _stock_names(state: dict[str, Tensor], own: dict[str, Tensor]) -> "OrderedDi
             name = rest
             first, _, rest = name.partition(".")
         today = OLD_DENSENET_NAME.sub(r"\1\2.", name)
-        renamed[today if today in own else name] = value
+        name = today if today in own else name
+        if name in renamed:
+            raise UsageError(f"{source}: holds {name} twice, with and without a prefix; remove one of them")
+        renamed[name] = value
     return renamed
 
 
@@ -239,12 +243,15 @@ def load_backbone_weights(model: nn.Module, state: dict[str, Tensor], head: list
     def in_head(name: str) -> bool:
         return any(name.startswith(path + ".") for path in head)
 
-    named = _stock_names(state, own)
+    named = stock_names(state, own, source)
     shapes = [
         f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
         for name, value in named.items()
         if name in own and not in_head(name) and own[name].shape != value.shape
     ]
+    for name, value in named.items():
+        if name in own and own[name].is_floating_point() != value.is_floating_point():
+            raise UsageError(f"{source}: {name} holds {value.dtype}, not {own[name].dtype}; give weights as trained")
     fitting = OrderedDict(
         (name, value)
         for name, value in named.items()
@@ -281,5 +288,5 @@ def load_state(
     try:
         result = model.load_state_dict(versioned, strict=False)
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"{source} does not fit the architecture: {_line(error)}") from None
+        raise UsageError(f"{source} does not fit the architecture: {one_line(error, 150)}") from None
     return result.missing_keys, result.unexpected_keys
