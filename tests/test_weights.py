@@ -85,11 +85,15 @@ def test_anything_but_the_head_that_is_missing_unknown_or_of_another_shape_is_li
     assert sorted(lines[1:]) == ["  + extra.weight", "  - conv1.0.weight", "  ~ conv5.1.bias (2,) instead of (1024,)"]
 
 
-def test_a_file_without_a_head_and_one_with_another_head_load(stock):
+def test_a_file_without_a_head_and_one_with_another_head_load_all_but_the_head(stock):
     headless = {name: value for name, value in stock.state_dict().items() if not name.startswith("fc.")}
-    load_backbone_weights(fresh(), headless, ["fc"], "")
     other = headless | {"fc.0.weight": torch.zeros(1), "fc.weight": torch.zeros(9, 9)}
-    load_backbone_weights(fresh(), other, ["fc"], "")
+    for state in (headless, other):
+        model = fresh()
+        head = model.fc.weight.clone()
+        load_backbone_weights(model, state, ["fc"], "")
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in headless.items())
+        assert torch.equal(model.fc.weight, head)
 
 
 def test_values_that_are_no_numbers_are_refused(stock):
