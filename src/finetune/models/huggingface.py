@@ -23,9 +23,9 @@ from finetune.files import sha256_of_file
 PREFIX = "hf:"
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
-# PIL's numbers for interpolation, which a preprocessor's file holds.
 # Of a config: where it lay on this machine, and what could make transformers fetch or run code of others.
 NOT_KEPT = ("_name_or_path", "auto_map", "quantization_config", "_attn_implementation", "attn_implementation")
+# PIL's numbers, which a preprocessor's file holds.
 INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 STOCK_LINES = """\
 import json, pathlib
