@@ -31,7 +31,7 @@ def write_onnx(model: nn.Module, images: Tensor, wanted: Tensor, path: Path) -> 
     """
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
-        raise UsageError(f"--format onnx: needs {', '.join(missing)}; install with: pip install 'finetune[onnx]'")
+        raise UsageError(f"--format onnx: needs {', '.join(missing)}; install with: pip install {' '.join(missing)}")
     import onnxruntime
 
     # The exporter prints its progress, and warns of what concerns its own authors.
