@@ -169,6 +169,8 @@ def test_a_second_format_beside_the_first_leaves_the_first_loadable(trained, tmp
     "change",
     [
         {"task": None},
+        {"task": "sideways"},
+        {"task": ["classification"]},
         {"schema_version": "2"},
         {"schema_version": 1},
         {"files": []},

@@ -55,7 +55,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         BadFile: damaged, or not a checkpoint of this kit.
-        RunError: missing, or of a newer schema.
+        RunError: missing, or of another schema.
     """
     if not path.is_file():
         raise RunError(f"checkpoint {path} does not exist; check the path")

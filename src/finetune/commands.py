@@ -165,13 +165,10 @@ def predict_files(options: Any) -> int:
 
 def evaluate_run(options: Any) -> int:
     """`finetune evaluate`."""
-    from finetune.data.table import Columns
     from finetune.evaluate import evaluate, show
 
-    table = options.table
-    columns = Columns(table.image_column, table.label_column, table.split_column, table.separator)
-    run = RunFolder(Path(options.run))
-    figures = evaluate(run, options.from_, options.images, columns, options.device, check_workers(options.workers))
+    run, workers = RunFolder(Path(options.run)), check_workers(options.workers)
+    figures = evaluate(run, options.from_, options.images, options.table, options.device, workers)
     if options.json:
         print(json.dumps(figures, ensure_ascii=False))
     else:

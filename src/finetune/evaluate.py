@@ -17,12 +17,12 @@ from finetune.data.images import Request, names_to_indices, without
 from finetune.data.loader import Loader
 from finetune.data.order import batches_from
 from finetune.data.source import PARTS, Source
-from finetune.data.table import TABLE_SUFFIXES, Columns
+from finetune.data.table import TABLE_SUFFIXES
 from finetune.device import autocast, pick_device, set_numerics, to_device
 from finetune.errors import RunError, UsageError
 from finetune.metrics import Calibration
 from finetune.models.backbones import backbone_from_plain
-from finetune.recipe import Images, Recipe
+from finetune.recipe import Images, ImageTable, Recipe
 from finetune.run import RunFolder
 from finetune.tasks import ConfusionTally, MultiLabelTally, make_task
 
@@ -32,7 +32,7 @@ SHOWN_MISTAKES = 10
 
 
 def evaluate(
-    run: RunFolder, which: str, images: str, columns: Columns, device_name: str, workers: int
+    run: RunFolder, which: str, images: str, table: ImageTable, device_name: str, workers: int
 ) -> dict[str, Any]:
     """Figures of a checkpoint, as plain values.
 
@@ -40,7 +40,7 @@ def evaluate(
         which: "best" or "latest".
         images: other data with the same classes; "" = the run's own test part, or where it has none its validation
             part.
-        columns: of `images`, if that is a table; what is not given is as in the run.
+        table: of `images`, if that is one; what is not given is as in the run.
 
     Raises:
         FinetuneError: the run or the data cannot be used.
@@ -51,7 +51,7 @@ def evaluate(
     device = pick_device(device_name)
     backbone = backbone_from_plain(state["network"]["backbone"])
     classes = state["data"]["classes"]
-    judged = _data_to_judge_on(run, recipe, state["data"], images, columns)
+    judged = _data_to_judge_on(run, recipe, state["data"], images, table)
     pipeline = make_pipeline(judged.source, recipe.data, backbone, recipe.seed)
     loader = Loader(pipeline, workers, "auto", device.type == "cuda", judged.contents)
     model = network.module.to(device, memory_format=torch.channels_last).eval()
@@ -104,10 +104,10 @@ class _Judged(NamedTuple):
     contents: Contents
 
 
-def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: dict[str, Any], images: str, columns: Columns) -> _Judged:
+def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: dict[str, Any], images: str, table: ImageTable) -> _Judged:
     """Of the run's own data (also where it was moved) what it did not train on: its test part, else its validation
     part. Of other data the test part, else the validation part, else all."""
-    spec = _located(recipe.data, images, columns) if images else recipe.data
+    spec = _located(recipe.data, images, table) if images else recipe.data
     source = open_source(spec, facts["classes"] if images else None)
     if source.fingerprint == facts["fingerprint"]:
         split = split_data(source, recipe)
@@ -127,17 +127,15 @@ def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: dict[str, Any], ima
     return _Judged(source, torch.arange(len(source.targets)), "all", Contents(source))
 
 
-def _located(spec: Images, images: str, columns: Columns) -> Images:
+def _located(spec: Images, images: str, table: ImageTable) -> Images:
     """The run's data description for other images: a table has the columns that are given, or, where none is given,
     those of the run; a folder has none."""
-    names = {"image": "image_column", "label": "label_column", "split": "split_column"}
-    given = {there: getattr(columns, here) for here, there in names.items()}
-    if Path(images).suffix.lower() not in TABLE_SUFFIXES:
-        return dataclasses.replace(spec, images=images, separator=columns.separator, **given)
-    separator = columns.separator or spec.separator
-    if any(given.values()):
-        return dataclasses.replace(spec, images=images, separator=separator, **given)
-    return dataclasses.replace(spec, images=images, separator=separator)
+    if Path(images).suffix.lower() in TABLE_SUFFIXES:
+        names_columns = table != ImageTable(separator=table.separator)
+        table = dataclasses.replace(table, separator=table.separator or spec.separator)
+        if not names_columns:
+            return dataclasses.replace(spec, images=images, separator=table.separator)
+    return dataclasses.replace(spec, images=images, **dataclasses.asdict(table))
 
 
 # ---- For people ----------------------------------------------------------------------------------------------------

@@ -19,11 +19,11 @@ from finetune.data.images import Request
 from finetune.errors import FinetuneError, RunError, UsageError, one_line
 from finetune.files import BadFile, read_json, sha256_of_file, write_atomically, write_json
 from finetune.models.backbones import backbone_from_plain, backbone_of_export
-from finetune.models.heads import find_head, folded_state, plain_head, standardised_layers
+from finetune.models.heads import find_head, folded_state, plain_head, replaced_layers, standardised_layers
 from finetune.models.network import Network
 from finetune.models.weights import load_state, read_weights
 from finetune.onnx import write_onnx
-from finetune.recipe import Recipe
+from finetune.recipe import TASKS, Recipe
 from finetune.run import RunFolder
 
 SCHEMA_VERSION = 2
@@ -212,7 +212,7 @@ def read_description(file: Path) -> dict[str, Any]:
     """The JSON beside an export.
 
     Raises:
-        RunError: missing, damaged, or of a newer schema.
+        RunError: missing, damaged, or of another schema.
     """
     path = file.with_suffix(".json")
     description = read_json(path, "description of the export")
@@ -226,6 +226,7 @@ def read_description(file: Path) -> dict[str, Any]:
         )
     classes = description.get("classes")
     good = needed <= set(description) and isinstance(description["files"], dict) and isinstance(classes, list)
+    good = good and description["task"] in list(TASKS)  # a list: the value may not even be hashable
     if not good or not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
         raise BadFile(f"{path} does not describe an export; keep the .json that was written with it")
     return description
@@ -246,10 +247,8 @@ def rebuild(description: dict[str, Any], tensors: dict[str, Tensor], source: str
         if architecture["head"] != "append" and architecture["old_classes"] != len(description["classes"]):
             raise BadFile(f"{source}: its .json has {len(description['classes'])} classes, the network another number")
         model = backbone.build(architecture["old_classes"])
-        if architecture["head"] != "keep":
-            for path in head_paths[-1:] if architecture["head"] == "append" else head_paths:
-                classes, width = len(description["classes"]), architecture["head_width"]
-                plain_head(model, path, architecture["head"], classes, width)
+        for path in replaced_layers(head_paths, architecture["head"]):
+            plain_head(model, path, architecture["head"], len(description["classes"]), architecture["head_width"])
         missing, extra = load_state(model, tensors, getattr(tensors, "_metadata", None), source)
     except UsageError as error:
         raise BadFile(str(error)) from None

@@ -21,6 +21,8 @@ from finetune.data.table import TABLE_SUFFIXES, image_paths
 from finetune.device import pick_device
 from finetune.errors import RunError, UsageError
 from finetune.export import load_described
+from finetune.recipe import TASKS
+from finetune.tasks import Task, make_task
 
 # Of several labels, those with a probability above this apply.
 THRESHOLD = 0.5
@@ -85,6 +87,7 @@ def predict(
     model, description = load_described(file)
     model = model.to(device, memory_format=torch.channels_last)
     classes, several = description["classes"], description["task"] == "multi-label"
+    task = make_task(TASKS[description["task"]](), torch.zeros(len(classes), dtype=torch.int64), 0)
     preprocessing = Preprocessing(**description["preprocessing"])
     files = image_files(inputs, image_column)
     write = csv_writer(min(top_k, len(classes))) if as_csv else write_json_line
@@ -100,13 +103,13 @@ def predict(
         disable=not sys.stderr.isatty() or sys.stdout.isatty(),
     )
     with bar:
-        task = bar.add_task("", total=len(files))
+        shown = bar.add_task("", total=len(files))
         for batch in read_batches(files, preprocessing, batch_size):
             good = [image for _, image in batch if isinstance(image, Tensor)]
             rows = iter(())
             if good:
                 images = preprocessing.normalise(torch.stack(good)).to(device, memory_format=torch.channels_last)
-                rows = iter(classify(model, images, several))
+                rows = iter(classify(model, images, task))
             for path, image in batch:
                 if isinstance(image, Tensor):
                     write(prediction(str(path), next(rows), classes, top_k, several))
@@ -114,17 +117,16 @@ def predict(
                     failed += 1
                     write({"file": str(path), "error": str(image)})
             sys.stdout.flush()
-            bar.advance(task, len(batch))
+            bar.advance(shown, len(batch))
     if failed:
         print(f"finetune: {failed} of {len(files)} image(s) could not be read", file=sys.stderr)
     return 1 if failed else 0
 
 
 @torch.inference_mode()
-def classify(model: nn.Module, images: Tensor, several: bool) -> Tensor:
+def classify(model: nn.Module, images: Tensor, task: Task) -> Tensor:
     """(batch, classes) probabilities, on the CPU; of several labels each on its own."""
-    logits = model(images)
-    return (logits.sigmoid() if several else logits.softmax(dim=1)).cpu()
+    return task.probabilities(model(images)).cpu()
 
 
 def prediction(file: str, probabilities: Tensor, classes: list[str], top_k: int, several: bool) -> dict[str, Any]:

@@ -95,6 +95,13 @@ def find_head(build: Callable[[int], nn.Module]) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
+def replaced_layers(head_paths: list[str], kind: str) -> list[str]:
+    """Which layers of the stock architecture a head of this kind goes in the place of."""
+    if kind == "keep":
+        return []
+    return head_paths[-1:] if kind == "append" else head_paths
+
+
 def _like(old: nn.Module, path: str, out_features: int, dropout: float) -> Standardised:
     """A new layer in place of `old`."""
     if isinstance(old, nn.Linear):

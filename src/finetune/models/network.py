@@ -12,7 +12,7 @@ from finetune.files import copy_file, link_or_copy, read_json, sha256_of_file, w
 from finetune.models import huggingface
 from finetune.models.backbones import Backbone, build_shapes
 from finetune.models.freeze import Rule
-from finetune.models.heads import attach_head, find_head, has_auxiliary_heads
+from finetune.models.heads import attach_head, find_head, has_auxiliary_heads, replaced_layers
 from finetune.models.weights import Weights, load_backbone_weights, locate, read_weights, stock_names
 
 
@@ -83,9 +83,8 @@ def build_network(
         if state is not None:
             # An old head that stays must be whole; one that goes may be missing.
             load_backbone_weights(module, state, head_paths[:-1] if head == "append" else head_paths, source)
-        if head != "keep":
-            for path in head_paths[-1:] if head == "append" else head_paths:
-                attach_head(module, path, head, class_count, dropout, head_width)
+        for path in replaced_layers(head_paths, head):
+            attach_head(module, path, head, class_count, dropout, head_width)
     return Network(module, head_paths, head, old_class_count)
 
 
@@ -156,10 +155,13 @@ def load_frozen(folder: Path) -> tuple[str, dict[str, Tensor] | None]:
     record = read_json(folder / "frozen.json", "record of the frozen weights")
     if record["kind"] == "none":
         return "none", None
-    path = folder / record["file"] if record["file"] else locate(record["reference"])
-    if not path.exists():
-        raise RunError(f"frozen weights {path} are gone; put the file with sha256 {record['sha256']} there")
-    found = huggingface.hash_of_folder(path) if path.is_dir() else sha256_of_file(path)
+    if record["file"]:
+        path = folder / record["file"]
+        if not path.exists():
+            raise RunError(f"frozen weights {path} are gone; put the file with sha256 {record['sha256']} there")
+        found = huggingface.hash_of_folder(path) if path.is_dir() else sha256_of_file(path)
+    else:
+        path, found = locate(record["reference"])
     if found != record["sha256"]:
         raise RunError(
             f"frozen weights {path} are not those of this run: sha256 {found}, expected {record['sha256']}; "

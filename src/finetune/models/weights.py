@@ -84,13 +84,11 @@ def choose_weights(backbone_name: str, weights: str) -> tuple[Backbone, Weights 
         member = _find_member(backbone_name, weights)
         if member is not None:
             reference = f"torchvision:{backbone_name}:{member.name}"
-            path = locate(reference)
-            backbone = torchvision_backbone(backbone_name, member)
-            return backbone, Weights(path, sha256_of_file(path), reference, member.name)
+            return torchvision_backbone(backbone_name, member), Weights(*locate(reference), reference, member.name)
     elif weights == "default":
         if backbone_name in BUNDLED:
-            path = bundled_weights(backbone_name)
-            return backbone, Weights(path, sha256_of_file(path), f"bundled:{backbone_name}", backbone_name)
+            reference = f"bundled:{backbone_name}"
+            return backbone, Weights(*locate(reference), reference, backbone_name)
         path = huggingface.folder_of(backbone_name)
         has_own = (path / huggingface.PREPROCESSOR_FILE).is_file()
         origin = f"its {huggingface.PREPROCESSOR_FILE}" if has_own else "mean and deviation 0.5"
@@ -141,15 +139,16 @@ def _prepared_for_file(backbone: Backbone, path: Path, sha256: str) -> tuple[Bac
     return backbone, f"{backbone.name}'s own weights"
 
 
-def locate(reference: str) -> Path:
-    """The file that a `Weights.reference` names; torchvision's are downloaded where they are not cached.
+def locate(reference: str) -> tuple[Path, str]:
+    """The file that a `Weights.reference` names, and its sha256; torchvision's are downloaded where not cached.
 
     Raises:
         RunError: it cannot be had, or is damaged.
     """
     kind, name, *rest = reference.split(":")
     if kind == "bundled":
-        return bundled_weights(name)
+        path = bundled_weights(name)
+        return path, sha256_of_file(path)
     member = next(member for member in members(name) if member.name == rest[0])
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / member.url.rsplit("/", 1)[-1]
@@ -164,9 +163,10 @@ def locate(reference: str) -> Path:
                 f"--weights {member.name}: not cached and cannot be fetched ({one_line(error, 150)}); put {member.url} "
                 f"into {folder}, or take --backbone bundled/vgg, whose weights ship with the kit"
             ) from None
-    if not (found := sha256_of_file(path)).startswith(expected):
+    found = sha256_of_file(path)
+    if not found.startswith(expected):
         raise RunError(f"{path} is damaged: sha256 {found}, expected {expected}...; delete it, it is then fetched anew")
-    return path
+    return path, found
 
 
 # ---- Reading ----------------------------------------------------------------------------------------------------
