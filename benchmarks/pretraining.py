@@ -51,7 +51,7 @@ def features_of(source: ArraySource, backbone_name: str, weights: str) -> torch.
     rows = []
     with torch.inference_mode():
         for indices in batches_from(torch.arange(len(source.targets)), 256):
-            images = pipeline.fetch(Request(indices.tolist())).images
+            images = pipeline.fetch(Request(indices.tolist())).inputs
             rows.append(model(images.to(memory_format=torch.channels_last)))
     return torch.cat(rows)
 

@@ -26,6 +26,14 @@ from finetune.train import Settings
 from finetune.watch.progress import Terminal, make_console
 
 
+@pytest.fixture(scope="session", autouse=True)
+def features_folder(tmp_path_factory) -> Path:
+    """Features are kept for the tests alone, never with the user's own."""
+    folder = tmp_path_factory.mktemp("features")
+    os.environ["FINETUNE_CACHE"] = str(folder)
+    return folder
+
+
 def make_network(recipe: Recipe, class_count: int = 10) -> Network:
     """The recipe's network with its pretrained weights and a fresh head."""
     return new_network(recipe, *find_pretrained(recipe), class_count)

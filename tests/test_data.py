@@ -31,7 +31,7 @@ def all_batches(workers: int, start_method: str = "auto") -> str:
     requests = [Request(data.split.train[start : start + 30].tolist(), augment_epoch=4) for start in (0, 30, 60)]
     sha256 = hashlib.sha256()
     for batch in loader.batches(requests):
-        sha256.update(batch.images.numpy().tobytes() + batch.targets.numpy().tobytes())
+        sha256.update(batch.inputs.numpy().tobytes() + batch.targets.numpy().tobytes())
     return sha256.hexdigest()
 
 
@@ -50,11 +50,11 @@ def test_fetching_in_this_process_leaves_the_global_generator_alone():
 
 def test_a_samples_augmentation_depends_on_seed_epoch_and_index_not_on_its_batch():
     pipeline = open_data(small_recipe(), find_backbone("bundled/vgg")).pipeline
-    together = pipeline.fetch(Request([7, 8, 9], augment_epoch=1)).images
-    alone = pipeline.fetch(Request([8], augment_epoch=1)).images
+    together = pipeline.fetch(Request([7, 8, 9], augment_epoch=1)).inputs
+    alone = pipeline.fetch(Request([8], augment_epoch=1)).inputs
     assert torch.equal(together[1], alone[0])
-    other_epoch = pipeline.fetch(Request([8], augment_epoch=2)).images
-    plain = pipeline.fetch(Request([8])).images
+    other_epoch = pipeline.fetch(Request([8], augment_epoch=2)).inputs
+    plain = pipeline.fetch(Request([8])).inputs
     assert not torch.equal(alone, other_epoch) and not torch.equal(alone, plain)
 
 

@@ -35,7 +35,7 @@ def test_stock_torchvision_loads_the_export_strictly_and_gives_the_runs_logits(t
     run = train_run(tmp_path / "run", recipe, save_every_steps=0)
     report = export(run, "best", tmp_path / "out" / f"model.{format}")
     data = open_data(recipe, find_backbone(backbone))
-    images = data.pipeline.fetch(Request(data.split.validation[:40].tolist())).images
+    images = data.pipeline.fetch(Request(data.split.validation[:40].tolist())).inputs
     network, _ = trained_network(run, "best")
     with torch.inference_mode():
         ours = network.module(images)

@@ -83,11 +83,11 @@ def test_a_folded_head_gives_the_same_logits(backbone, kind):
     recipe = small_recipe(backbone, head=kind, augment="none")
     data = open_data(recipe, find_backbone(backbone))
     network = make_network(recipe)
-    standardise(network.module, [data.pipeline.fetch(Request(data.split.train.tolist())).images])
+    standardise(network.module, [data.pipeline.fetch(Request(data.split.train.tolist())).inputs])
     plain = find_backbone(backbone).build(network.old_class_count)
     plain_head(plain, network.head_paths[-1], kind, data.class_count, recipe.model.head_width)
     plain.load_state_dict(folded_state(network.module), strict=True)
-    images = data.pipeline.fetch(Request(data.split.validation[:32].tolist())).images
+    images = data.pipeline.fetch(Request(data.split.validation[:32].tolist())).inputs
     with torch.inference_mode():
         ours, theirs = network.module.eval()(images), plain.eval()(images)
     assert ours.std() > 0.01

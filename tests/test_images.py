@@ -399,7 +399,7 @@ def test_mixing_depends_on_seed_epoch_and_batch_only(tmp_path):
     pipeline = open_data(recipe, find_pretrained(recipe)[0]).pipeline
 
     def batch(indices, epoch):
-        return pipeline.fetch(Request(indices, augment_epoch=epoch)).images
+        return pipeline.fetch(Request(indices, augment_epoch=epoch)).inputs
 
     assert torch.equal(batch([1, 2, 9], 0), batch([1, 2, 9], 0))
     assert not torch.equal(batch([1, 2, 9], 0), batch([1, 2, 9], 1))

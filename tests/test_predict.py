@@ -60,7 +60,7 @@ def test_predictions_are_those_of_the_validation_pipeline(model, trained, tmp_pa
     main(["predict", str(model), str(tmp_path / "digits"), "--top-k", "10"])
     lines = lines_of(capsys)
     pipeline = open_data(small_recipe(data=Images("digits")), find_backbone("bundled/vgg")).pipeline
-    images = pipeline.fetch(Request([0, 1, 2, 3, 4])).images
+    images = pipeline.fetch(Request([0, 1, 2, 3, 4])).inputs
     with torch.inference_mode():
         probabilities = finetune.load(model)(images).softmax(1)
     for line, row in zip(lines, probabilities, strict=True):

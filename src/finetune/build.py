@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from finetune.checkpoint import read_checkpoint
@@ -26,10 +27,42 @@ from finetune.run import RunFolder
 
 @dataclass(frozen=True)
 class Numerics:
-    """Choices that change the last bits, saved with the run."""
+    """Choices that change the last bits, saved with the run.
+
+    Attributes:
+        precision: of the arithmetic.
+        deterministic: deterministic algorithms only.
+        backbone_precision: of the frozen part before what trains; "" = the same.
+        cache: whether features may be kept.
+    """
 
     precision: str = "fp32"
     deterministic: bool = True
+    backbone_precision: str = ""
+    cache: bool = True
+
+    @property
+    def of_backbone(self) -> str:
+        """The precision of the frozen part."""
+        return self.backbone_precision or self.precision
+
+    @property
+    def splits(self) -> bool:
+        """Whether the frozen part computes in another precision than the rest."""
+        return self.of_backbone != self.precision
+
+
+def check_precision(numerics: Numerics, device: torch.device) -> None:
+    """Refuse a precision that the device has no arithmetic for.
+
+    Raises:
+        UsageError: names the option.
+    """
+    for option in ("precision", "backbone_precision"):
+        if getattr(numerics, option) == "fp16" and device.type != "cuda":
+            raise UsageError(
+                f"--{option.replace('_', '-')} fp16: not on {device.type}; allowed there are fp32 and bf16"
+            )
 
 
 @dataclass(frozen=True)
@@ -37,11 +70,13 @@ class Data:
     """The opened data set, split, and its pipeline.
 
     Attributes:
+        whole: the split before broken images were left out.
         skipped: names of images that were left out because they are broken.
     """
 
     source: Source
     split: Split
+    whole: Split
     pipeline: ImagePipeline
     skipped: tuple[str, ...] = ()
 
@@ -111,7 +146,8 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
         raise UsageError(f"--images {spec.images}: has {several} an image, which is no {recipe.task.kind} task")
     if spec.augment == "glyphs" and spec.images != "glyphs":
         raise UsageError("--augment glyphs: is for --images glyphs only; give none, light or standard")
-    data = Data(source, split_data(source, recipe), make_pipeline(source, spec, backbone, recipe.seed))
+    whole = split_data(source, recipe)
+    data = Data(source, whole, whole, make_pipeline(source, spec, backbone, recipe.seed))
     data = data.leave_out(skipped)
     data.check()
     return data

@@ -28,6 +28,7 @@ finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit fo
   finetune predict FILE INPUT...         classify images, folders or a csv with an export: JSON lines, or --csv
   finetune evaluate RUN [--images DATA]  loss, accuracy, F1 by class, confusion matrix, calibration
   finetune summary RECIPE [options]      layers, what trains, the size of a checkpoint
+  finetune cache [clear]                 features that frozen backbones computed: list, or delete
   finetune new NAME FILE                 copy a shipped recipe to a file of your own
   finetune COMMAND --help                a command's options
 
@@ -43,10 +44,13 @@ class MachineOptions:
 
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch."""
-    workers: int = 0
-    """Processes that read and augment images ahead; 0 = none."""
+    workers: int | None = None
+    """Processes that read and augment images ahead; 0 = none; default: for image files one a core, 8 at most."""
     worker_start: Literal["auto", "fork", "forkserver", "spawn"] = "auto"
     """How worker processes start; auto = the platform's way."""
+    cache_limit: str = ""
+    """How much disk new features may take, like 20GB; default: a quarter of what is free. More = the backbone runs in
+    every epoch."""
     quiet: bool = False
     """Print the last line only."""
 
@@ -79,6 +83,10 @@ class RunOptions(SavingOptions, MachineOptions):
     """RUN, RUN:best or RUN:latest: start from that run's weights."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the network's arithmetic; fp16 on CUDA only."""
+    backbone_precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of the frozen part alone; default: as --precision. bf16 halves the time and size of its features."""
+    cache: bool = True
+    """Keep what the frozen backbone computes, so that it runs only once."""
     deterministic: bool = True
     """Deterministic algorithms; without them a resume is not exact on CUDA."""
     log_every_steps: int = 10
@@ -156,8 +164,18 @@ class EvaluateOptions:
     """Print one JSON object instead of tables."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch."""
-    workers: int = 0
-    """Processes that read images ahead; 0 = none."""
+    workers: int | None = None
+    """Processes that read images ahead; 0 = none; default: for image files one a core, 8 at most."""
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Options of `finetune cache`."""
+
+    action: Annotated[Literal["list", "clear"], tyro.conf.Positional] = "list"
+    """list what is kept, or clear it; what a run uses just now stays."""
+    entries: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Only entries whose names begin so; default: all."""
 
 
 # ---- A recipe's signature as options ------------------------------------------------------------------------------
@@ -261,6 +279,15 @@ def command_summary(arguments: Sequence[str]) -> int:
     return commands.summarise(recipe)
 
 
+def command_cache(arguments: Sequence[str]) -> int:
+    options = tyro.cli(
+        CacheOptions, prog="finetune cache", description="Kept features of frozen backbones.", args=list(arguments)
+    )
+    from finetune.cache_command import list_or_clear
+
+    return list_or_clear(options.action, options.entries)
+
+
 def command_new(arguments: Sequence[str]) -> int:
     if len(arguments) != 2:
         raise UsageError(
@@ -283,6 +310,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "predict": command_predict,
     "evaluate": command_evaluate,
     "summary": command_summary,
+    "cache": command_cache,
     "new": command_new,
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 from finetune import checkpoint as checkpoints
 from finetune import launch
 from finetune.build import Numerics, determining_config
+from finetune.cache import parse_size
 from finetune.errors import UsageError
 from finetune.job import Machine
 from finetune.plain import differences
@@ -33,20 +34,22 @@ def check_saving(saving: dict[str, Any]) -> dict[str, Any]:
     return saving
 
 
-def check_workers(workers: int) -> int:
-    if workers < 0:
+def check_workers(workers: int | None) -> int | None:
+    if workers is not None and workers < 0:
         raise UsageError(f"--workers {workers}: not allowed; give 0 (none) or more")
     return workers
 
 
 def make_machine(options: Any) -> Machine:
-    return Machine(options.device, check_workers(options.workers), options.worker_start)
+    if options.cache_limit:
+        parse_size(options.cache_limit)
+    return Machine(options.device, check_workers(options.workers), options.worker_start, options.cache_limit)
 
 
 def train_recipe(path: Path, recipe: Recipe, options: Any) -> int:
     """`finetune RECIPE`."""
     terminal = make_terminal(options.quiet)
-    numerics = Numerics(options.precision, options.deterministic)
+    numerics = Numerics(options.precision, options.deterministic, options.backbone_precision or "", options.cache)
     if options.log_every_steps < 1:
         raise UsageError(f"--log-every-steps {options.log_every_steps}: not allowed; give 1 or more")
     saving = check_saving(options.given())

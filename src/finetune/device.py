@@ -11,16 +11,6 @@ from finetune.errors import UsageError
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that the device cannot train in.
-
-    Raises:
-        UsageError: the device has no such arithmetic.
-    """
-    if precision == "fp16" and device.type != "cuda":
-        raise UsageError(f"--precision fp16: not on {device.type}; allowed there are fp32 and bf16")
-
-
 def pick_device(name: str) -> torch.device:
     """ "auto" = CUDA, else Apple's MPS, else the CPU.
 
@@ -50,11 +40,15 @@ def set_numerics(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def to_device(images: Tensor, device: torch.device) -> Tensor:
-    return images.to(device, memory_format=torch.channels_last, non_blocking=True)
+def to_device(inputs: Tensor, device: torch.device) -> Tensor:
+    """Images, in the memory format that convolutions are fastest in; or rows of features."""
+    if inputs.dim() != 4:
+        return inputs.to(device, non_blocking=True)
+    return inputs.to(device, memory_format=torch.channels_last, non_blocking=True)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Compute in a precision; "fp32" also within a block of another."""
     if precision == "fp32":
-        return contextlib.nullcontext()
+        return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, dtype=PRECISIONS[precision])

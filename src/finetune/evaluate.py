@@ -20,8 +20,10 @@ from finetune.data.source import PARTS, Source
 from finetune.data.table import TABLE_SUFFIXES
 from finetune.device import autocast, pick_device, set_numerics, to_device
 from finetune.errors import RunError, UsageError
+from finetune.job import count_workers
 from finetune.metrics import Calibration
 from finetune.models.backbones import backbone_from_plain
+from finetune.phase import trained_forward
 from finetune.recipe import Images, ImageTable, Recipe
 from finetune.run import RunFolder
 from finetune.tasks import ConfusionTally, MultiLabelTally, make_task
@@ -32,7 +34,7 @@ SHOWN_MISTAKES = 10
 
 
 def evaluate(
-    run: RunFolder, which: str, images: str, table: ImageTable, device_name: str, workers: int
+    run: RunFolder, which: str, images: str, table: ImageTable, device_name: str, workers: int | None
 ) -> dict[str, Any]:
     """Figures of a checkpoint, as plain values.
 
@@ -53,8 +55,10 @@ def evaluate(
     classes = state["data"]["classes"]
     judged = _data_to_judge_on(run, recipe, state["data"], images, table)
     pipeline = make_pipeline(judged.source, recipe.data, backbone, recipe.seed)
+    workers = count_workers(judged.source) if workers is None else workers
     loader = Loader(pipeline, workers, "auto", device.type == "cuda", judged.contents)
-    model = network.module.to(device, memory_format=torch.channels_last).eval()
+    network.module.to(device, memory_format=torch.channels_last)
+    forward = trained_forward(network, recipe, numerics, state["frozen"]["epoch"], backbone, device)
     task = make_task(recipe.task, torch.zeros(len(classes), dtype=torch.int64), 0)
     tally, calibration, broken = task.tally(device), Calibration(device), list[str]()
     batches = batches_from(judged.indices, BATCH_SAMPLES)
@@ -62,7 +66,7 @@ def evaluate(
         for batch in loader.batches(Request(indices.tolist(), tolerant=True) for indices in batches):
             broken += [reason for _, reason in batch.broken]
             if len(batch.indices):
-                logits, targets = model(to_device(batch.images, device)), batch.targets.to(device)
+                logits, targets = forward(to_device(batch.inputs, device)), batch.targets.to(device)
                 tally.add(logits, targets)
                 calibration.add(*task.decisions(logits, targets))
     if not tally.samples():

@@ -164,7 +164,7 @@ def comparison_images(recipe: Recipe, state: dict[str, Any]) -> Tensor:
     backbone = backbone_from_plain(state["network"]["backbone"])
     try:
         data = open_data(recipe, backbone, state["data"]["skipped"])
-        return data.pipeline.fetch(Request(data.split.validation[:COMPARED_IMAGES].tolist())).images
+        return data.pipeline.fetch(Request(data.split.validation[:COMPARED_IMAGES].tolist())).inputs
     except FinetuneError:
         size = backbone.preprocessing.image_size
         return torch.randn(COMPARED_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))

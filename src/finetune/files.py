@@ -19,6 +19,7 @@ TRAILER_MAGIC = b"\nfinetune-sha256:"
 TRAILER_BYTES = len(TRAILER_MAGIC) + 64
 TEMPORARY_SUFFIX = ".tmp"
 READ_BLOCK_BYTES = 1 << 20
+LARGEST_HEADER_BYTES = 1 << 24
 # Worker processes of a killed run hold its lock until they notice that their parent is gone, at most this long.
 STALE_LOCK_WAIT_SECONDS = 15.0
 
@@ -95,6 +96,20 @@ def read_json(path: Path, what: str) -> Any:
         raise RunError(f"{what} {path} does not exist; check the path") from None
     except (ValueError, RecursionError) as error:
         raise BadFile(f"{what} {path} is damaged ({error}); restore it from a copy") from None
+
+
+def read_safetensors_header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors; nothing else is read.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(min(length, LARGEST_HEADER_BYTES)))
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} has no header")
+    return header
 
 
 def link_or_copy(source: Path, path: Path) -> None:

@@ -1,5 +1,6 @@
 """A training, ready to go: recipe, data, network and machine put together; and what a person is told of it."""
 
+import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,13 +9,18 @@ import torch
 from finetune.build import Data, Numerics, determining_config
 from finetune.data.contents import Contents
 from finetune.data.loader import Loader
-from finetune.data.source import FileSource
-from finetune.look import CHECKED_FILES
+from finetune.data.source import FileSource, Source
 from finetune.models.backbones import Backbone
 from finetune.models.freeze import frozen_tensors
 from finetune.models.network import Network
 from finetune.recipe import Recipe
 from finetune.run import RunFolder
+
+# To start a process takes about as long as to decode this many small files.
+WORTH_WORKERS_FILES = 500
+MOST_WORKERS = 8
+# So many files are decoded before the first step; of a larger data set the rest in its first epoch.
+CHECKED_FILES = 20_000
 
 
 @dataclass(frozen=True)
@@ -23,13 +29,15 @@ class Machine:
 
     Attributes:
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        workers: processes that fetch batches ahead.
+        workers: processes that fetch batches ahead; None = as many as there are cores to decode image files, up to 8.
         worker_start: how they start.
+        cache_limit: how much of the disk new features may take, as in "20GB"; "" = a quarter of what is free.
     """
 
     device: str = "auto"
-    workers: int = 0
+    workers: int | None = None
     worker_start: str = "auto"
+    cache_limit: str = ""
 
 
 class Loaders(NamedTuple):
@@ -41,9 +49,15 @@ class Loaders(NamedTuple):
 
 def make_loaders(data: Data, machine: Machine, device: torch.device, contents: Contents) -> Loaders:
     pin_memory = device.type == "cuda"
-    return Loaders(
-        *(Loader(data.pipeline, machine.workers, machine.worker_start, pin_memory, contents) for _ in range(2))
-    )
+    workers = count_workers(data.source) if machine.workers is None else machine.workers
+    return Loaders(*(Loader(data.pipeline, workers, machine.worker_start, pin_memory, contents) for _ in range(2)))
+
+
+def count_workers(source: Source) -> int:
+    """How many processes are worth their start: none for images in memory, or few of them."""
+    if isinstance(source, FileSource) and len(source.paths) >= WORTH_WORKERS_FILES:
+        return min(os.cpu_count() or 1, MOST_WORKERS)
+    return 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,7 @@ class Job:
 
     recipe: Recipe
     numerics: Numerics
+    machine: Machine
     backbone: Backbone
     network: Network
     data: Data

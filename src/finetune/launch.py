@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from finetune import checkpoint as checkpoints
 from finetune.build import (
     Numerics,
+    check_precision,
     check_same_config,
     find_pretrained,
     network_from_run,
@@ -21,10 +24,10 @@ from finetune.build import (
 from finetune.data.contents import Contents
 from finetune.data.order import key
 from finetune.data.source import class_counts
-from finetune.device import check_precision, pick_device, set_numerics
-from finetune.errors import RunError, UsageError
+from finetune.device import pick_device, set_numerics
+from finetune.errors import RunError, StoppedEarly, UsageError
 from finetune.files import hold_lock, remove_leftovers
-from finetune.guard import listen_for_signals
+from finetune.guard import StopRequest, listen_for_signals
 from finetune.job import Job, Machine, describe, describe_freeze, make_loaders
 from finetune.look import leave_out_broken, look
 from finetune.models.backbones import backbone_from_plain
@@ -32,6 +35,7 @@ from finetune.models.freeze import frozen_tensors
 from finetune.models.network import store_frozen
 from finetune.models.weights import Weights
 from finetune.optim import find_optimizer
+from finetune.phase import Phase, start_phase
 from finetune.recipe import Recipe
 from finetune.run import RunFolder, make_folder, next_folder
 from finetune.state import Progress, environment_differences, progress_from_plain, progress_to_plain, seed_generators
@@ -70,8 +74,9 @@ def start(
     Raises:
         FinetuneError: see `train`.
     """
-    # Everything that can be wrong is looked at before a folder is made.
-    job, weights = new_job(recipe, numerics, machine, init_from, skip_broken, terminal)
+    # What can be wrong is looked at before a folder is made, but for the images themselves: that may take hours, and
+    # a run that is killed there is gone on with like any other.
+    job, weights = new_job(recipe, numerics, machine, init_from)
     record = {
         "name": name,
         "config": job.identity["config"],
@@ -82,32 +87,42 @@ def start(
     }
     run = RunFolder(path or next_folder(name))
     run.make()
-    with hold_lock(run.path):
+    with hold_lock(run.path), removed_if_failed(run), listen_for_signals() as stop:
         shutil.rmtree(run.frozen, ignore_errors=True)
         make_folder(run, record, list(code))
         frozen = frozen_tensors(job.network.module, job.network.rules(recipe.trainable.rules), 0)
         store_frozen(run.frozen, weights, frozen, copy_frozen)
-        job.loaders.train.contents.save(run.contents_file)
-        seed_generators(key("train", recipe.seed))
-        progress = Progress(history=[{"event": "start", "step": 0, "epoch": 0}])
-        return run, run_job(run, job, progress, None, settings, terminal)
+        with closing(start_phase(job, 0, terminal, stop)) as phase:
+            # Another run's weights come with that run's measured features, and these stay.
+            broken = look(job, phase.feed, measure=not init_from, all_files=skip_broken, terminal=terminal)
+            job = dataclasses.replace(job, data=leave_out_broken(job.data, broken, skip_broken, terminal))
+            job.loaders.train.contents.save(run.contents_file)
+            seed_generators(key("train", recipe.seed))
+            progress = Progress(history=[{"event": "start", "step": 0, "epoch": 0}])
+            return run, run_job(run, job, phase, progress, None, settings, terminal, stop)
 
 
-def new_job(
-    recipe: Recipe,
-    numerics: Numerics,
-    machine: Machine,
-    init_from: str,
-    skip_broken: bool,
-    terminal: Terminal,
-) -> tuple[Job, Weights | None]:
-    """The job of a new run, its data looked at; and the file that its frozen tensors are of, if it is one.
+@contextmanager
+def removed_if_failed(run: RunFolder) -> Iterator[None]:
+    """Leave no folder behind of a run that failed before there was anything to go on from."""
+    try:
+        yield
+    except StoppedEarly:
+        raise
+    except Exception:
+        if not checkpoints.step_files(run.checkpoints):
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
+def new_job(recipe: Recipe, numerics: Numerics, machine: Machine, init_from: str) -> tuple[Job, Weights | None]:
+    """The job of a new run, and the file that its frozen tensors are of, if it is one.
 
     Raises:
         FinetuneError: whatever is wrong with the recipe, the data, the weights or the device.
     """
     device = pick_device(machine.device)
-    check_precision(numerics.precision, device)
+    check_precision(numerics, device)
     find_optimizer(recipe.optimizer.name)
     set_numerics(numerics.deterministic)
     if init_from:
@@ -126,12 +141,8 @@ def new_job(
         network = new_network(recipe, backbone, weights, data.class_count)
     network.module.to(device, memory_format=torch.channels_last)
     loaders = make_loaders(data, machine, device, Contents(data.source))
-    # Another run's weights come with that run's measured features, and these stay.
-    broken = look(
-        data, loaders.train, network.module, device, measure=not init_from, all_files=skip_broken, terminal=terminal
-    )
-    data = leave_out_broken(data, broken, skip_broken, terminal)
-    return Job(recipe, numerics, backbone, network, data, loaders, device, weights_text, preprocessing_of), weights
+    job = Job(recipe, numerics, machine, backbone, network, data, loaders, device, weights_text, preprocessing_of)
+    return job, weights
 
 
 # ---- An old run --------------------------------------------------------------------------------------------------
@@ -165,7 +176,7 @@ def resume(
     record = run.read_recipe()
     recipe, numerics = split_config(record["config"])
     run_settings = Settings(**record["settings"] | settings)
-    with hold_lock(run.path):
+    with hold_lock(run.path), listen_for_signals() as stop:
         state = find_checkpoint(run, record["config"], from_file, terminal)
         if state is not None:
             progress = progress_from_plain(state)
@@ -185,7 +196,8 @@ def resume(
             where = f"step {progress.step} (epoch {progress.epoch + 1}, sample {progress.position_samples})"
             terminal.say(f"resuming {run.path} at {where}")
             progress.history.append({"event": "resume", "step": progress.step, "epoch": progress.epoch})
-            return run_job(run, job, progress, state, run_settings, terminal)
+            phase = start_phase(job, state["frozen"]["epoch"], terminal, stop, state["frozen"])
+            return run_job(run, job, phase, progress, state, run_settings, terminal, stop)
     terminal.say(f"{run.path} has no checkpoint yet: starting over")
     _, progress = start(
         run.path,
@@ -246,7 +258,7 @@ def resumed_job(
         RunError: other data, or a network that does not fit.
     """
     device = pick_device(machine.device)
-    check_precision(numerics.precision, device)
+    check_precision(numerics, device)
     set_numerics(numerics.deterministic)
     located = dataclasses.replace(recipe.data, images=images or recipe.data.images)
     backbone = backbone_from_plain(state["network"]["backbone"])
@@ -258,7 +270,8 @@ def resumed_job(
         terminal.say(f"not bit for bit from here on: {line}")
     network.module.to(device, memory_format=torch.channels_last)
     loaders = make_loaders(data, machine, device, Contents(data.source, run.contents_file))
-    return Job(recipe, numerics, backbone, network, data, loaders, device, f"as kept in {run.frozen}", "the run")
+    kept = f"as kept in {run.frozen}"
+    return Job(recipe, numerics, machine, backbone, network, data, loaders, device, kept, "the run")
 
 
 def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_samples: int) -> bool:
@@ -294,10 +307,12 @@ def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_sam
 def run_job(
     run: RunFolder,
     job: Job,
+    phase: Phase,
     progress: Progress,
     resumed: dict[str, Any] | None,
     settings: Settings,
     terminal: Terminal,
+    stop: StopRequest,
 ) -> Progress:
     """Show what is about to happen, then train."""
     data, recipe = job.data, job.recipe
@@ -307,22 +322,23 @@ def run_job(
     _, _, end_step = count_steps(recipe, len(data.split.train), progress)
     epoch = resumed["frozen"]["epoch"] if resumed else 0
     terminal.begin(describe(run, job), describe_freeze(job, epoch), progress.step, end_step)
-    with listen_for_signals() as stop:
-        return train(
-            run,
-            recipe,
-            job.identity,
-            job.network.module,
-            rules,
-            *job.loaders,
-            data.split.train,
-            data.split.validation,
-            task,
-            progress,
-            resumed,
-            job.device,
-            job.numerics.precision,
-            settings,
-            terminal,
-            stop,
-        )
+    return train(
+        run,
+        recipe,
+        job.identity,
+        job.network.module,
+        rules,
+        phase,
+        lambda epoch: start_phase(job, epoch, terminal, stop),
+        job.loaders.train.contents,
+        data.split.train,
+        data.split.validation,
+        task,
+        progress,
+        resumed,
+        job.device,
+        job.numerics.precision,
+        settings,
+        terminal,
+        stop,
+    )

@@ -5,22 +5,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.build import Data
-from finetune.data.images import Batch, Request
-from finetune.data.loader import Loader
+from finetune.data.images import Batch, Request, without
 from finetune.data.order import batches_from
 from finetune.data.source import FileSource
 from finetune.device import to_device
 from finetune.errors import RunError
+from finetune.job import CHECKED_FILES, Job
 from finetune.models.heads import standardise, standardised_layers
+from finetune.phase import Feed
 from finetune.watch.progress import Terminal
 
 # Enough samples for a mean and a deviation; more would only cost time.
 MEASURED_SAMPLES = 2_048
-# So many files are decoded before the first step; of a larger data set the rest in its first epoch.
-CHECKED_FILES = 20_000
 BATCH_SAMPLES = 64
 SHOWN_FILES = 10
 
@@ -40,34 +39,50 @@ def spread(indices: Tensor, count: int) -> Tensor:
     return indices[torch.arange(count) * len(indices) // count]
 
 
-def look(
-    data: Data,
-    loader: Loader,
-    module: nn.Module,
-    device: torch.device,
-    *,
-    measure: bool,
-    all_files: bool,
-    terminal: Terminal,
-) -> list[BrokenFile]:
-    """Read images once, without augmentation: those that the head's features are measured on, then the others.
+def look(job: Job, feed: Feed, *, measure: bool, all_files: bool, terminal: Terminal) -> list[BrokenFile]:
+    """Measure the head's features, and find broken files, without augmentation. What is kept of both is not read again.
 
     Args:
-        module: on `device`.
-        measure: measure what enters the standardised layers of `module`.
+        measure: measure what enters the standardised layers of the network.
         all_files: read every file, however many there are.
 
     Returns:
         The broken ones.
     """
+    data, module = job.data, job.network.module
     measure &= any(True for _ in standardised_layers(module))
     measured = spread(data.split.train, MEASURED_SAMPLES if measure else 0)
-    others = torch.zeros(0, dtype=torch.int64)
-    if isinstance(data.source, FileSource):
-        everything = torch.cat(data.split)
-        others = everything[~torch.isin(everything, measured)]
-        if not all_files:
-            others = spread(others, max(CHECKED_FILES - len(measured), 0))
+    if feed.features is not None:
+        broken = feed.features.broken
+        if measure:
+            view = 0 if job.recipe.data.views else None
+            batches = batches_from(without(measured, broken), BATCH_SAMPLES)
+            rows = (feed.features.read(batch, view).to(job.device) for batch in batches)
+            standardise(module, rows, feed.forward)
+        rest = spread_rest(data, torch.cat([data.split.train, data.split.validation]), all_files)
+        return [_why_broken(data, index) for index in broken] + _read(job, torch.zeros(0).long(), rest, terminal)
+    return _read(job, measured, spread_rest(data, measured, all_files), terminal)
+
+
+def spread_rest(data: Data, looked_at: Tensor, all_files: bool) -> Tensor:
+    """Which files to look at besides."""
+    if not isinstance(data.source, FileSource):
+        return torch.zeros(0, dtype=torch.int64)
+    everything = torch.cat(data.split)
+    rest = everything[~torch.isin(everything, looked_at)]
+    return rest if all_files else spread(rest, max(CHECKED_FILES - len(looked_at), 0))
+
+
+def _why_broken(data: Data, index: int) -> BrokenFile:
+    """What is wrong with an image that could not be read when its features were computed."""
+    broken = data.pipeline.fetch(Request([index], tolerant=True)).broken
+    reason = broken[0][1] if broken else f"image {data.source.name(index)} could not be read before"
+    return BrokenFile(data.source.name(index), reason)
+
+
+def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal) -> list[BrokenFile]:
+    """Read images: those that the head's features are measured on, then others; return the broken ones."""
+    data, loader = job.data, job.loaders.train
     first, second = (list(batches_from(part, BATCH_SAMPLES)) for part in (measured, others))
     batches = loader.batches(Request(batch.tolist(), tolerant=True) for batch in [*first, *second])
     broken: list[BrokenFile] = []
@@ -80,11 +95,11 @@ def look(
         for batch in itertools.islice(batches, len(first)):
             take(batch)
             if len(batch.indices):
-                yield to_device(batch.images, device)
+                yield to_device(batch.inputs, job.device)
 
     with terminal.track("first look at the images", len(measured) + len(others)) as advance:
-        if measure:
-            standardise(module, inputs())
+        if first:
+            standardise(job.network.module, inputs())
         for batch in batches:
             take(batch)
     return broken

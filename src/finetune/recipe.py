@@ -41,6 +41,8 @@ class Images:
         image_size: edge in pixels; 0 = the size that the backbone was trained at.
         augment: "none", "light", "standard" or "glyphs".
         mixup, cutmix: alpha of the blending of two images; 0 = off.
+        views: so many augmented views of each image are made once, epoch e sees view e mod views; 0 = a new one in
+            every epoch.
         validation_fraction: share of each class that validates, where the data has no validation part of its own.
         train_samples: train on so many only, each class in its share; 0 = all.
         fonts: folder of fonts for "glyphs"; "" = those that matplotlib ships.
@@ -55,6 +57,7 @@ class Images:
     augment: str = "none"
     mixup: float = 0.0
     cutmix: float = 0.0
+    views: int = 0
     validation_fraction: float = 0.2
     train_samples: int = 0
     fonts: str = ""
@@ -213,6 +216,7 @@ def check_ranges(recipe: Recipe) -> None:
         ("augment", data.augment, data.augment in AUGMENTATIONS, f"one of {', '.join(AUGMENTATIONS)}"),
         ("mixup", data.mixup, data.mixup >= 0, "0 (off) or more"),
         ("cutmix", data.cutmix, data.cutmix >= 0, "0 (off) or more"),
+        ("views", data.views, data.views >= 0, "0 (a new one in every epoch) or more"),
         ("validation-fraction", data.validation_fraction, 0 < data.validation_fraction < 1, "between 0 and 1"),
         ("dropout", recipe.model.dropout, 0 <= recipe.model.dropout < 1, "0 up to, not including, 1"),
         ("head-width", recipe.model.head_width, recipe.model.head_width >= 1, "1 or more"),
@@ -232,6 +236,12 @@ def check_ranges(recipe: Recipe) -> None:
     for name, value, allowed, range_text in rules:
         if not allowed:
             raise UsageError(f"--{name} {value}: not allowed; give {range_text}")
+    if data.views and data.augment == "none":
+        raise UsageError(f"--views {data.views}: without --augment they would all be the same; give --augment light")
+    if data.views and (data.mixup or data.cutmix):
+        raise UsageError(
+            f"--views {data.views}: not together with --mixup or --cutmix, which make other images in every epoch"
+        )
 
 
 @dataclass(frozen=True)
@@ -270,6 +280,8 @@ class Training:
         validation_fraction: share of each class that validates, where the images come without a validation part.
         mixup: blend each image with another, by a share drawn from Beta(alpha, alpha); 0 = off.
         cutmix: paste a piece of another image into each; 0 = off; with mixup, each batch gets one of the two.
+        views: with augment: keep so many augmented views of each image, so that a frozen backbone runs once over each;
+            0 = a new view in every epoch, and the backbone runs in every epoch.
     """
 
     optimizer: str = "adamw"
@@ -286,6 +298,7 @@ class Training:
     validation_fraction: float = 0.2
     mixup: float = 0.0
     cutmix: float = 0.0
+    views: int = 0
 
 
 def image_head(
@@ -338,6 +351,7 @@ def image_head(
             augment=augment,
             mixup=training.mixup,
             cutmix=training.cutmix,
+            views=training.views,
             validation_fraction=training.validation_fraction,
             train_samples=training.train_samples,
         ),

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,28 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from finetune.checkpoint import write_checkpoint
+from finetune.data.contents import Contents
 from finetune.data.images import Batch, Request
-from finetune.data.loader import Loader
-from finetune.data.order import batches_from, epoch_order
+from finetune.data.order import batches_from, epoch_order, reading_order
 from finetune.device import autocast, to_device
 from finetune.errors import RunError, StoppedEarly
 from finetune.guard import StopRequest
-from finetune.models.freeze import (
-    Rule,
-    apply_freeze,
-    changeable_tensors,
-    frozen_tensors,
-    hash_tensors,
-    phase_of,
-    set_modes,
-)
-from finetune.optim import (
-    build_optimizer,
-    load_optimizer_state,
-    optimizer_state,
-    schedule_factor,
-    set_learning_rate,
-)
+from finetune.models.freeze import Rule, changeable_tensors, frozen_tensors, hash_tensors, phase_of, set_modes
+from finetune.optim import load_optimizer_state, optimizer_state, schedule_factor, set_learning_rate
+from finetune.phase import Feed, Phase
 from finetune.recipe import Recipe
 from finetune.run import MetricsFile, RunFolder
 from finetune.state import (
@@ -65,14 +52,15 @@ class Settings:
 
 
 def validate(
-    model: nn.Module, batches: Iterable[Batch], task: Task, device: torch.device, precision: str
+    model: nn.Module, feed: Feed, indices: Tensor, batch_size: int, task: Task, device: torch.device, precision: str
 ) -> dict[str, float]:
-    """The task's figures over `batches`, everything in eval mode."""
+    """The task's figures over the samples `indices`, everything in eval mode."""
     model.eval()
     tally = task.tally(device)
+    requests = (Request(batch.tolist()) for batch in batches_from(indices, batch_size))
     with torch.inference_mode(), autocast(device, precision):
-        for batch in batches:
-            tally.add(model(to_device(batch.images, device)), batch.targets.to(device))
+        for batch in feed.validation.batches(requests):
+            tally.add(feed.forward(to_device(batch.inputs, device)), batch.targets.to(device))
     return {f"val/{name}": value for name, value in tally.figures().items()}
 
 
@@ -114,74 +102,15 @@ def count_steps(recipe: Recipe, train_samples: int, progress: Progress) -> tuple
     return steps_per_epoch, horizon, end
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training between two thaws.
-
-    Attributes:
-        epoch: its first one (or any other of the same phase).
-        number: thaws before it.
-        trainable: names of the parameters that train.
-        frozen_sha256: over everything else.
-        held_in_eval: paths of the modules in eval mode.
-    """
-
-    epoch: int
-    number: int
-    trainable: list[str]
-    optimizer: torch.optim.Optimizer
-    frozen_sha256: str
-    held_in_eval: list[str]
-
-    def to_plain(self, model: nn.Module) -> dict[str, Any]:
-        """The checkpoint key `frozen`."""
-        return {
-            "parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
-            "trainable": self.trainable,
-            "modules_in_eval": self.held_in_eval,
-            "epoch": self.epoch,
-            "phase": self.number,
-            "sha256": self.frozen_sha256,
-        }
-
-
-def start_phase(model: nn.Module, rules: tuple[Rule, ...], recipe: Recipe, epoch: int) -> Phase:
-    """requires_grad, modes and a new optimizer over exactly what trains from `epoch` on."""
-    names = apply_freeze(model, rules, epoch)
-    parameters = dict(model.named_parameters())
-    spec = recipe.optimizer
-    optimizer = build_optimizer(
-        {name: parameters[name] for name in names}, spec.name, spec.lr, spec.weight_decay, spec.momentum
-    )
-    held = set_modes(model, rules, recipe.trainable.batchnorm, epoch)
-    sha256 = hash_tensors(frozen_tensors(model, rules, epoch))
-    return Phase(epoch, phase_of(rules, epoch), names, optimizer, sha256, held)
-
-
-def check_phase(phase: Phase, saved: dict[str, Any]) -> None:
-    """Hold a phase against the one in a checkpoint.
-
-    Raises:
-        RunError: something else trains, or something else is frozen.
-    """
-    if phase.trainable != saved["trainable"]:
-        other = sorted(set(phase.trainable) ^ set(saved["trainable"]))
-        raise RunError(f"what trains now is not what trained when the checkpoint was written: {', '.join(other)}")
-    if phase.frozen_sha256 != saved["sha256"]:
-        raise RunError(
-            f"the frozen tensors have sha256 {phase.frozen_sha256}, "
-            f"the run trained on {saved['sha256']}; restore frozen/"
-        )
-
-
 def train(
     run: RunFolder,
     recipe: Recipe,
     identity: dict[str, Any],
     model: nn.Module,
     rules: tuple[Rule, ...],
-    loader: Loader,
-    validation_loader: Loader,
+    phase: Phase,
+    next_phase: Callable[[int], Phase],
+    contents: Contents,
     train_indices: Tensor,
     validation_indices: Tensor,
     task: Task,
@@ -197,6 +126,9 @@ def train(
 
     Args:
         identity: what a checkpoint belongs to: config, data, network; a resume refuses others.
+        phase: the one to begin in; of a resumed run, that of its checkpoint.
+        next_phase: epoch -> the phase that begins there.
+        contents: what the image files held when they were first read.
         resumed: the checkpoint to go on from, already loaded into `model`, or None for a fresh start.
 
     Raises:
@@ -211,10 +143,9 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     last_saved = time.monotonic()
 
-    # A checkpoint at the very end of an epoch already names the next one, but was written in the phase before it.
-    phase = start_phase(model, rules, recipe, resumed["frozen"]["epoch"] if resumed else progress.epoch)
+    train_indices, validation_indices = reading_order(train_indices), reading_order(validation_indices)
+
     if resumed:
-        check_phase(phase, resumed["frozen"])
         load_optimizer_state(phase.optimizer, resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
 
@@ -232,7 +163,7 @@ def train(
         nonlocal last_saved
         finite_epoch_loss()
         metrics_file.sync()
-        loader.contents.save(run.contents_file)
+        contents.save(run.contents_file)
         state = (
             identity
             | progress_to_plain(progress)
@@ -256,8 +187,7 @@ def train(
     def run_validation() -> bool:
         """Validate, record, and say whether it is the best so far."""
         epoch_loss = finite_epoch_loss()
-        requests = (Request(batch.tolist()) for batch in batches_from(validation_indices, recipe.batch_size * 4))
-        values = validate(model, validation_loader.batches(requests), task, device, precision)
+        values = validate(model, phase.feed, validation_indices, recipe.batch_size * 4, task, device, precision)
         set_modes(model, rules, batchnorm, phase.epoch)
         epoch = math.ceil(progress.step / steps_per_epoch)
         metrics_file.write({"step": progress.step, "epoch": epoch, "train/epoch_loss": epoch_loss} | values)
@@ -278,7 +208,9 @@ def train(
         order = train_indices[epoch_order(recipe.seed, progress.epoch, samples)]
         batches = batches_from(order, recipe.batch_size, progress.position_samples)
         batches = itertools.islice(batches, end_step - progress.step)
-        return loader.batches(Request(batch.tolist(), augment_epoch=progress.epoch) for batch in batches)
+        view = progress.epoch % recipe.data.views if recipe.data.views else progress.epoch
+        augment_epoch = view if recipe.data.views or not phase.feed.is_kept else None
+        return phase.feed.train.batches(Request(batch.tolist(), augment_epoch) for batch in batches)
 
     metrics_file = MetricsFile(run.metrics_file, progress.step if resumed else -1)
     # Last of all: whatever was built above may have drawn random numbers.
@@ -290,7 +222,8 @@ def train(
             # ---- Thaw -------------------------------------------------------------------------------------------
             if phase_of(rules, progress.epoch) != phase.number:
                 carried = optimizer_state(phase.optimizer)
-                phase = start_phase(model, rules, recipe, progress.epoch)
+                phase.close()
+                phase = next_phase(progress.epoch)
                 load_optimizer_state(phase.optimizer, carried)
                 progress.history.append({"event": "thaw", "step": progress.step, "epoch": progress.epoch})
                 terminal.say(f"epoch {progress.epoch + 1}: thawed, {len(phase.trainable)} tensors train now")
@@ -299,15 +232,15 @@ def train(
             set_modes(model, rules, batchnorm, phase.epoch)
             for batch in batches_of_epoch():
                 # ---- One optimizer step -------------------------------------------------------------------------
-                images, targets = to_device(batch.images, device), batch.targets.to(device, non_blocking=True)
+                inputs, targets = to_device(batch.inputs, device), batch.targets.to(device, non_blocking=True)
                 lr = learning_rate(recipe, progress, steps_per_epoch, horizon_steps)
                 set_learning_rate(optimizer, lr)
                 batch_weight = task.weight(targets)
                 batch_loss = torch.zeros((), device=device)
                 # The parts of a batch are weighed by the whole batch, so any number of parts gives the same mean.
-                for part_images, part_targets in zip(images.chunk(parts), targets.chunk(parts), strict=True):
+                for part_inputs, part_targets in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
                     with autocast(device, precision):
-                        outputs = model(part_images)
+                        outputs = phase.feed.forward(part_inputs)
                     loss = training_losses(task, outputs, part_targets).sum() / batch_weight
                     scaler.scale(loss).backward()
                     batch_loss += loss.detach()
@@ -364,4 +297,5 @@ def train(
     finally:
         terminal.end()
         metrics_file.close()
+        phase.close()
     return progress

@@ -71,21 +71,27 @@ class Loader:
         self._pipeline = pipeline
         self.contents = contents
         self._requests = _Requests()
+        self._workers, self._start_method, self._pin_memory = workers, start_method, pin_memory
+        self._loader: DataLoader | None = None
+
+    def _with_workers(self) -> DataLoader:
+        method = None if self._start_method == "auto" else self._start_method
+        return DataLoader(
+            _PipelineDataset(self._pipeline),
+            batch_size=None,
+            sampler=self._requests,  # type: ignore[arg-type]
+            num_workers=self._workers,
+            multiprocessing_context=multiprocessing.get_context(method),
+            worker_init_fn=_prepare_worker,
+            persistent_workers=True,
+            pin_memory=self._pin_memory,
+            # Its own, or each pass would draw a seed from the global one.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def close(self) -> None:
+        """End the worker processes; the next batches start others."""
         self._loader = None
-        if workers:
-            method = None if start_method == "auto" else start_method
-            self._loader = DataLoader(
-                _PipelineDataset(pipeline),
-                batch_size=None,
-                sampler=self._requests,  # type: ignore[arg-type]
-                num_workers=workers,
-                multiprocessing_context=multiprocessing.get_context(method),
-                worker_init_fn=_prepare_worker,
-                persistent_workers=True,
-                pin_memory=pin_memory,
-                # Its own, or each pass would draw a seed from the global one.
-                generator=torch.Generator().manual_seed(0),
-            )
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """The batches of `requests`, in their order.
@@ -100,11 +106,13 @@ class Loader:
             yield batch
 
     def _fetched(self, requests: Iterable[Request]) -> Iterator[Batch | FinetuneError]:
-        if self._loader is None:
+        if not self._workers:
             for request in requests:
                 with one_thread():
                     batch = self._pipeline.fetch(request)
                 yield batch
         else:
+            if self._loader is None:
+                self._loader = self._with_workers()
             self._requests.requests = requests
             yield from self._loader

@@ -7,8 +7,14 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# From so many samples on the order jumps about within a window only, so that rows on a disk are read front to back.
+LARGE_SAMPLES = 65_536
+BLOCK_SAMPLES = 4_096
+WINDOW_SAMPLES = 8 * BLOCK_SAMPLES
 
 
 def key(*parts: str | int) -> int:
@@ -18,8 +24,40 @@ def key(*parts: str | int) -> int:
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order of epoch `epoch`: a permutation of `count` indices, int64."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(key("order", seed, epoch)))
+    """The order of epoch `epoch`: a permutation of `count` positions in `reading_order`, int64.
+
+    Many samples are shuffled in blocks: the blocks among each other, then the samples within each window of blocks.
+    """
+    generator = torch.Generator().manual_seed(key("order", seed, epoch))
+    if not shuffles_in_blocks(count):
+        return torch.randperm(count, generator=generator)
+    blocks = torch.arange(count).split(BLOCK_SAMPLES)
+    order = torch.cat([blocks[block] for block in torch.randperm(len(blocks), generator=generator).tolist()])
+    windows = order.split(WINDOW_SAMPLES)
+    return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])
+
+
+def shuffles_in_blocks(count: int) -> bool:
+    """Whether `epoch_order` stays within windows."""
+    return count > LARGE_SAMPLES
+
+
+def reading_order(indices: Tensor) -> Tensor:
+    """Samples as they lie side by side: sorted; many of them scattered by a hash, for data sets come sorted by class,
+    and then a window would hold a few classes only.
+
+    Of any two sets, those in both come in the same order (splitmix64: Steele, Lea and Flood, "Fast splittable
+    pseudorandom number generators", OOPSLA 2014).
+
+    Args:
+        indices: (samples,) sorted int64.
+    """
+    if not shuffles_in_blocks(len(indices)):
+        return indices
+    mixed = indices.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return indices[torch.from_numpy(np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable"))]
 
 
 def batches_from(order: Tensor, batch_size: int, position_samples: int = 0) -> Iterator[Tensor]:

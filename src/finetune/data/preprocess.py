@@ -55,7 +55,7 @@ class Preprocessing:
         return dataclasses.replace(self, image_size=image_size, resize_size=resize_size)
 
     def resize(self, image: Tensor) -> Tensor:
-        """(3, height, width) uint8 to (3, image_size, image_size) uint8."""
+        """(..., 3, height, width) uint8 to (..., 3, image_size, image_size) uint8."""
         mode = InterpolationMode(self.interpolation)
         height, width = image.shape[-2:]
         if self.keep_proportions and max(height, width) <= MAX_ASPECT * min(height, width):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.data.decode import decode, read_bytes
+from finetune.data.decode import BrokenImage, decode, read_bytes
 from finetune.errors import UsageError
 
 # The fixed parts that a data set may bring along, by what people call their folders.
@@ -79,14 +79,32 @@ class FileSource:
         """
         path = self.folder / self.paths[index]
         content = read_bytes(path)
-        digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
-        return decode(content, path), digest or 1
+        return decode(content, path), digest_of(content)
+
+    def digest(self, index: int) -> int:
+        """The digest that `read` gives, without decoding; 0 = the file cannot be read."""
+        try:
+            return digest_of(read_bytes(self.folder / self.paths[index]))
+        except BrokenImage:
+            return 0
+
+    def modified_ns(self, index: int) -> int:
+        """When the file was last changed; -1 = there is none."""
+        try:
+            return os.stat(os.path.join(self.folder, self.paths[index])).st_mtime_ns
+        except (OSError, ValueError):
+            return -1
 
     def name(self, index: int) -> str:
         return self.paths[index]
 
 
 Source = ArraySource | FileSource
+
+
+def digest_of(content: bytes) -> int:
+    """A positive int64."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1 or 1
 
 
 def make_file_source(

@@ -5,6 +5,7 @@ weight and bias, so that what is shipped is a plain `nn.Linear` (or, for Squeeze
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,14 +153,16 @@ def standardised_layers(model: nn.Module) -> Iterator[tuple[str, Standardised]]:
 
 
 @torch.no_grad()
-def standardise(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def standardise(model: nn.Module, batches: Iterable[Tensor], forward: Callable[[Tensor], Any] | None = None) -> None:
     """Measure mean and deviation of what enters each standardised layer, and store them in its buffers.
 
     One pass in eval mode; sums in float64.
 
     Args:
-        batches: model inputs, on the model's device.
+        batches: inputs, on the model's device.
+        forward: runs a batch through the model; None = the model itself.
     """
+    forward = forward or model
     sums: dict[str, list] = {}
     hooks = []
     layers = dict(standardised_layers(model))
@@ -177,8 +180,8 @@ def standardise(model: nn.Module, batches: Iterable[Tensor]) -> None:
     model.eval()
     model.training = has_auxiliary_heads(model)  # the root's own switch: else they would not be computed
     try:
-        for images in batches:
-            model(images)
+        for inputs in batches:
+            forward(inputs)
     finally:
         model.training = False
         for hook in hooks:

@@ -1,0 +1,294 @@
+"""Kept features: the frozen prefix runs once over the images, its rows lie in a file, and training reads them.
+
+The pass is cut into fixed batches of the sorted samples, broken ones included, so that a row comes out the same in
+every bit whether it is computed at first, after a kill, or again because its block was damaged.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.cache import Entry, disk_limit, entry, parse_size, size_text
+from finetune.data.images import Batch, Request
+from finetune.data.loader import Loader
+from finetune.data.order import WINDOW_SAMPLES, reading_order, shuffles_in_blocks
+from finetune.data.source import FileSource, Source
+from finetune.errors import StoppedEarly
+from finetune.guard import StopRequest
+from finetune.rows import BATCH_ROWS, Layout, RowFile, RowReader
+from finetune.watch.progress import Terminal
+
+# For rows in memory, all entries of a run together; smaller data lies there as a whole.
+MEMORY_BYTES = 512 << 20
+BROKEN = -1
+SCHEMA = 1
+
+
+class CannotKeep(Exception):
+    """Why features cannot be kept."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The frozen backbone on its way over the images.
+
+    Attributes:
+        compute: prepared images (batch, 3, height, width) on the CPU -> rows (batch, width) on the CPU.
+        width, dtype: of the rows.
+        identity: plain values; all that a row depends on besides its image.
+        loader: reads the images.
+        about: what runs over what, for people.
+    """
+
+    compute: Callable[[Tensor], Tensor]
+    width: int
+    dtype: torch.dtype
+    identity: dict[str, Any]
+    source: Source
+    loader: Loader
+    about: str
+
+
+class KeptRows:
+    """The rows of some samples under one view of each.
+
+    Attributes:
+        samples: (rows,) int64 sample indices, in the order of the rows.
+        view: number of the augmented view, or None for the plain images.
+        broken: samples whose image could not be read.
+    """
+
+    def __init__(self, run: Pass, samples: Tensor, view: int | None):
+        self.run, self.samples, self.view = run, samples, view
+        about = run.about if view is None else f"{run.about}, view {view + 1}"
+        self.layout = Layout(len(samples), run.width, run.dtype, about)
+        self.entry: Entry = entry(self._key())
+        self._row_of_sample = torch.full((int(samples.max()) + 1,), -1)
+        self._row_of_sample[samples] = torch.arange(len(samples))
+        self._opened: RowFile | None = None
+        self._reader: RowReader | None = None
+
+    def _key(self) -> str:
+        chosen = hashlib.sha256(self.samples.numpy().astype("<i8").tobytes()).hexdigest()
+        rows = {"block": self.layout.block_rows, "batch": BATCH_ROWS, "type": str(self.layout.dtype)}
+        parts = self.run.identity | {"schema": SCHEMA, "rows": rows, "samples": chosen, "view": self.view}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    @property
+    def missing_bytes(self) -> int:
+        """What its file still has to grow by, about."""
+        return max(self.layout.file_bytes - self.entry.stored_bytes(), 0)
+
+    @property
+    def file(self) -> RowFile:
+        assert self._opened is not None, "open() comes first"
+        return self._opened
+
+    @property
+    def broken(self) -> list[int]:
+        return self.samples[torch.from_numpy(self.file.digests == BROKEN)].tolist()
+
+    def open(self) -> int:
+        """Open the file and hold what it was computed from against what is there now; the entry's fill lock is held.
+
+        Returns:
+            How many rows have to be computed.
+        """
+        self._opened = RowFile(self.entry.path, self.layout)
+        self._discard_changed()
+        return sum(len(self.file.rows_of(block)) for block in self.file.missing())
+
+    def _discard_changed(self) -> None:
+        """Give up the blocks of image files that changed. Only files with another time are read."""
+        file, source = self.file, self.run.source
+        if not isinstance(source, FileSource):
+            return
+        for block in range(self.layout.blocks):
+            for row in file.rows_of(block) if file.is_written(block) else ():
+                index = int(self.samples[row])
+                modified_ns = source.modified_ns(index)
+                if modified_ns == file.modified_ns[row]:
+                    continue
+                if source.digest(index) != file.digests[row]:
+                    file.discard(block)
+                    break
+                file.touch(row, modified_ns)
+        known = np.repeat((file.checksums != 0).all(0), file.layout.block_rows)[: file.layout.count]
+        known &= file.digests != BROKEN
+        self.run.loader.contents.note(self.samples[known], torch.from_numpy(file.digests[known].astype(np.int64)))
+
+    def fill(self, blocks: list[int], advance: Callable[[int], None], stop: StopRequest | None = None) -> None:
+        """Compute blocks and write each as soon as it is whole.
+
+        Raises:
+            StoppedEarly: asked for; whole blocks are kept.
+        """
+        file, run, modified_ns = self.file, self.run, np.zeros(len(self.samples), dtype=np.int64)
+
+        def requests() -> Iterator[Request]:
+            for block in blocks:
+                numbers = file.rows_of(block)
+                for start in range(numbers.start, numbers.stop, BATCH_ROWS):
+                    batch = self.samples[start : min(start + BATCH_ROWS, numbers.stop)].tolist()
+                    if isinstance(run.source, FileSource):
+                        # Before they are read: a file that is changed meanwhile will then seem older than it is.
+                        modified_ns[start : start + len(batch)] = [run.source.modified_ns(index) for index in batch]
+                    yield Request(batch, augment_epoch=self.view, tolerant=True)
+
+        batches = run.loader.batches(requests())
+        for block in blocks:
+            numbers = file.rows_of(block)
+            rows = torch.zeros(len(numbers), run.width, dtype=run.dtype)
+            digests = np.full(len(numbers), BROKEN, dtype=np.int64)
+            for _ in range(numbers.start, numbers.stop, BATCH_ROWS):
+                batch = next(batches)
+                if len(batch.indices):
+                    places = self._row_of_sample[batch.indices] - numbers.start
+                    rows[places] = run.compute(batch.inputs)
+                    digests[places.numpy()] = batch.digests.numpy()
+                advance(len(batch.indices) + len(batch.broken))
+                if stop is not None and stop.requested:
+                    raise StoppedEarly(
+                        f"stopped by {stop.signal_name} while the frozen backbone runs; its rows are kept"
+                    )
+            file.write(block, rows, digests, modified_ns[numbers.start : numbers.stop])
+        file.sync()
+
+    def read(self, indices: Tensor, memory_bytes: int, window_samples: int) -> Tensor:
+        """Rows (n, width) of samples (n,)."""
+        if self._reader is None:
+            self._reader = RowReader(self.file, self._remake, memory_bytes, window_samples)
+        return self._reader.read(self._row_of_sample[indices])
+
+    def _remake(self, block: int) -> None:
+        self.fill([block], lambda _count: None)
+
+
+class Features:
+    """Everything that a run reads in place of images. Used by one process, in one phase of training.
+
+    Args:
+        parts: sorted samples by view.
+        train_samples: how many an epoch goes through.
+    """
+
+    def __init__(self, run: Pass, parts: dict[int | None, Tensor], train_samples: int):
+        self._run = run
+        self._parts = {view: KeptRows(run, reading_order(samples), view) for view, samples in parts.items()}
+        self._resources = ExitStack()
+        # The order jumps about within a window of training samples; between those lie the samples that validate.
+        share = max(len(samples) for samples in parts.values()) / max(train_samples, 1)
+        self._window = int(WINDOW_SAMPLES * max(share, 1)) if shuffles_in_blocks(train_samples) else 0
+
+    @property
+    def _folder(self) -> Path:
+        return next(iter(self._parts.values())).entry.path.parent
+
+    @property
+    def broken(self) -> list[int]:
+        """Samples whose image could not be read, under any view."""
+        return sorted({index for part in self._parts.values() for index in part.broken})
+
+    def check_size(self, limit: str) -> None:
+        """Whether there is room for what is not there yet.
+
+        Args:
+            limit: as `--cache-limit` takes it; "" = a quarter of the free disk.
+
+        Raises:
+            CannotKeep: there is not.
+        """
+        wanted = sum(part.missing_bytes for part in self._parts.values())
+        allowed = parse_size(limit) if limit else disk_limit(self._folder)
+        if wanted > allowed:
+            which = f"--cache-limit {limit}" if limit else "a quarter of the free disk"
+            text = f"they would take {size_text(wanted)} in {self._folder}, more than {which}"
+            raise CannotKeep(text if limit else f"{text}, {size_text(allowed)}")
+
+    def fill(self, terminal: Terminal, stop: StopRequest) -> None:
+        """Open every part and compute what is missing.
+
+        Raises:
+            CannotKeep: the disk is full, or the folder cannot be written.
+            StoppedEarly: asked for; whole blocks are kept.
+        """
+        # In the order of their names, so that two runs never wait for each other.
+        parts = sorted(self._parts.values(), key=lambda part: part.entry.key)
+        waits = _waiting(terminal, stop)
+        try:
+            with ExitStack() as locks:
+                for part in parts:
+                    self._resources.enter_context(part.entry.in_use())
+                    locks.enter_context(part.entry.filling(waits))
+                self._fill(terminal, stop)
+        except OSError as error:
+            self.close()
+            for part in parts:
+                part.entry.clear()
+            raise CannotKeep(f"they cannot be written to {self._folder} ({error.strerror or error})") from None
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._run.loader.close()
+
+    def _fill(self, terminal: Terminal, stop: StopRequest) -> None:
+        """The entries' locks are held."""
+        missing, count = 0, 0
+        for part in self._parts.values():
+            missing, count = missing + part.open(), count + part.layout.count
+            self._resources.callback(part.file.close)
+        terminal.say(f"features: {self._how(missing, count)}")
+        if missing:
+            with terminal.track("the frozen backbone runs over the images", count) as advance:
+                advance(count - missing)
+                for part in self._parts.values():
+                    part.fill(part.file.missing(), advance, stop)
+
+    def _how(self, missing: int, count: int) -> str:
+        """For people: what is kept, how large, and what the backbone still has to do."""
+        views = sum(view is not None for view in self._parts)
+        what = f"{views} fixed views of each image are kept" if views else "kept"
+        size = size_text(sum(part.layout.file_bytes for part in self._parts.values()))
+        if not missing:
+            return f"{what} from before, so the frozen backbone does not run ({count:,} rows, {size} in {self._folder})"
+        once = f"the frozen backbone runs over {count:,} images once"
+        if missing < count:
+            once = f"the frozen backbone runs over {missing:,} images, {count - missing:,} rows are there"
+        return f"{what}; {once} ({size} in {self._folder})"
+
+    def read(self, indices: Tensor, view: int | None) -> Tensor:
+        """Rows (n, width) of samples (n,) under a view."""
+        return self._parts[view].read(indices, MEMORY_BYTES // len(self._parts), self._window)
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """What a `Loader` gives, with rows in place of images: one gather a batch."""
+        for request in requests:
+            indices = torch.tensor(request.indices, dtype=torch.int64)
+            rows = self.read(indices, request.augment_epoch)
+            yield Batch(rows, self._run.source.targets[indices], indices, torch.zeros_like(indices), [])
+
+    def close(self) -> None:
+        self._resources.close()
+
+
+def _waiting(terminal: Terminal, stop: StopRequest) -> Callable[[], None]:
+    """What to do while another process fills an entry."""
+    said: list[bool] = []
+
+    def wait() -> None:
+        if not said:
+            terminal.say("another process computes the same features: waiting for it")
+            said.append(True)
+        if stop.requested:
+            raise StoppedEarly(f"stopped by {stop.signal_name} while waiting for another process's features")
+
+    return wait

@@ -1,0 +1,262 @@
+"""The model cut where training begins: a frozen prefix, whose outputs never change, and the suffix that trains.
+
+torchvision's models are traced with torch.fx. What trains is *live*, and so is everything computed from it; what is
+computed from the images and not live is the prefix. The tensors that live operations take from it are the whole state,
+and lie side by side in one row a sample. Of a model of transformers, whose forward cannot be traced, the head is cut
+off: the row is what enters it.
+
+The suffix runs the very modules of the model, so parameters, optimizer and checkpoint know nothing of the cut.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torchvision.models.feature_extraction import NodePathTracer
+
+# The two parts do the same operations; but a kernel may choose its algorithm by the memory layout of what it gets.
+ALLOWED_DIFFERENCE = 1e-5
+
+
+class CannotSplit(Exception):
+    """Why a model has no frozen prefix that could be computed once."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model in two: `suffix(prefix(images))` are its outputs.
+
+    Attributes:
+        prefix: images (batch, 3, height, width) -> rows (batch, width). Wants inference mode.
+        suffix: rows -> what the model returns. It trains, or does not, as the model's modules are set.
+        places: the operations whose outputs lie in a row, by their paths in the model.
+        shapes: of those outputs, a sample each.
+    """
+
+    prefix: Callable[[Tensor], Tensor]
+    suffix: Callable[[Tensor], Any]
+    places: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return sum(map(_numel, self.shapes))
+
+
+def split(model: nn.Module, images: Tensor) -> Split:
+    """Cut a model whose `requires_grad` and modes are those of its training, and try the cut on `images`.
+
+    Args:
+        images: (batch, 3, height, width) on the model's device, in the memory format of training; two or more.
+
+    Raises:
+        CannotSplit: nothing is frozen before what trains, or the parts do not compute what the whole does.
+    """
+    if not any(map(_is_live, model.modules())):
+        raise CannotSplit("nothing trains")
+    is_of_transformers = type(model).__module__.startswith("transformers.")
+    with torch.inference_mode():
+        found, rows = _split_off_head(model, images) if is_of_transformers else _split_traced(model, images)
+        with _in_eval(model):
+            _hold_against(model(images), found.suffix(rows))
+    return found
+
+
+def _hold_against(whole: Tensor, parts: Tensor) -> None:
+    """Raises: CannotSplit: the parts do not give what the whole model gives."""
+    if whole.shape != parts.shape:
+        raise CannotSplit("what trains is not at the end of the model")
+    difference = ((whole - parts).abs().max() / whole.abs().max().clamp(min=1e-12)).item()
+    if not difference <= ALLOWED_DIFFERENCE:
+        raise CannotSplit(f"its two parts differ from the whole by {difference:.1e} of the largest output")
+
+
+@contextmanager
+def _in_eval(model: nn.Module) -> Iterator[None]:
+    """Everything in eval mode; afterwards as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _is_live(module: nn.Module) -> bool:
+    """Whether any of a module trains, or behaves as in training."""
+    return any(parameter.requires_grad for parameter in module.parameters()) or any(
+        part.training for part in module.modules()
+    )
+
+
+def _is_mixed(module: nn.Module) -> bool:
+    """Whether a part of a module trains and another does not."""
+    return _is_live(module) and not all(parameter.requires_grad for parameter in module.parameters())
+
+
+# ---- Rows ---------------------------------------------------------------------------------------------------------
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _to_rows(values: Sequence[Tensor]) -> Tensor:
+    """(batch, ...) tensors side by side: (batch, width)."""
+    flat = [value.flatten(1) for value in values]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+
+
+def _from_rows(rows: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """What `_to_rows` was given; pictures in the memory format that the model computes in."""
+    parts = rows.split([_numel(shape) for shape in shapes], dim=1)
+    values = [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value for value in values]
+
+
+# ---- torchvision ----------------------------------------------------------------------------------------------------
+
+
+class _Tracer(NodePathTracer):
+    """Looks into a module only where a part of it trains and another does not: all else is one operation, which keeps
+    its own mode."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualname: str) -> bool:
+        return fx.Tracer.is_leaf_module(self, m, module_qualname) or not _is_mixed(m)
+
+
+class _Traced:
+    """The operations of a model: which are live, and which carry the state from the prefix to them.
+
+    Attributes:
+        boundary: computed from the images by what is frozen, and taken by live operations.
+    """
+
+    def __init__(self, model: nn.Module):
+        tracer = _Tracer()
+        try:
+            graph = tracer.trace(model)
+        except Exception as error:  # a forward that cannot be traced raises whatever it stumbles over
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            raise CannotSplit(f"its forward cannot be traced ({reason})") from None
+        self.model = model
+        self.nodes = _needed_for([next(node for node in graph.nodes if node.op == "output")])
+        self.place = tracer.node_to_qualname
+        self.of_images: set[fx.Node] = set()
+        self.live: set[fx.Node] = set()
+        for node in self.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "placeholder" or not self.of_images.isdisjoint(inputs):
+                self.of_images.add(node)
+            if node.op == "output" or not self.live.isdisjoint(inputs) or self._is_live_itself(node):
+                self.live.add(node)
+        taken = {value for node in self.live for value in node.all_input_nodes}
+        self.boundary = [node for node in self.nodes if node in taken & self.of_images - self.live]
+
+    def _is_live_itself(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return _is_live(self.model.get_submodule(str(node.target)))
+        if node.op == "get_attr":
+            path, _, name = str(node.target).rpartition(".")
+            return bool(getattr(getattr(self.model.get_submodule(path), name), "requires_grad", False))
+        return False
+
+    def prefix(self) -> fx.GraphModule:
+        """images -> the tensors of the boundary."""
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in _needed_for(self.boundary):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output([copies[node] for node in self.boundary])
+        return fx.GraphModule(self.model, graph)
+
+    def suffix(self, places: Sequence[str]) -> fx.GraphModule:
+        """The tensors at `places` -> the model's outputs."""
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        inputs = {place: graph.placeholder(f"value_{number}") for number, place in enumerate(places)}
+        for node in self.nodes:
+            if node in self.boundary:
+                copies[node] = inputs[self.place[node]]
+            elif node in self.live or node not in self.of_images:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        return fx.GraphModule(self.model, graph)
+
+
+def _needed_for(outputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """What `outputs` are computed from, and they themselves, in the order of the graph. Leaves checks of shapes out."""
+    needed, waiting = set[fx.Node](), list(outputs)
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting.extend(node.all_input_nodes)
+    return [node for node in outputs[0].graph.nodes if node in needed]
+
+
+def _split_traced(model: nn.Module, images: Tensor) -> tuple[Split, Tensor]:
+    training = _Traced(model)
+    if not training.boundary or training.boundary[0].op == "placeholder":
+        raise CannotSplit("what trains begins at the images")
+    places = tuple(training.place[node] for node in training.boundary)
+    take = training.prefix()
+    values = take(images)
+    for place, value in zip(places, values, strict=True):
+        if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != len(images):
+            raise CannotSplit(f"{place} carries something else than a tensor a sample")
+    shapes = tuple(tuple(value.shape[1:]) for value in values)
+    graphs = {model.training: training.suffix(places)}
+    if model.training:
+        # The root's own switch: auxiliary heads are computed in training only.
+        model.training = False
+        try:
+            graphs[False] = _Traced(model).suffix(places)
+        except KeyError as error:
+            raise CannotSplit(f"outside of training it also needs {error}") from None
+        finally:
+            model.training = True
+
+    def suffix(rows: Tensor) -> Any:
+        return graphs[model.training](*_from_rows(rows, shapes))
+
+    return Split(lambda batch: _to_rows(take(batch)), suffix, places, shapes), _to_rows(values)
+
+
+# ---- transformers ---------------------------------------------------------------------------------------------------
+
+
+def _split_off_head(model: nn.Module, images: Tensor) -> tuple[Split, Tensor]:
+    """What trains must be one module, and nothing may come after it."""
+    live = [
+        name.rpartition(".")[0]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    ]
+    levels = zip(*(place.split(".") for place in live), strict=False)
+    place = ".".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
+    if not place:
+        raise CannotSplit("of a model of transformers only the head can be cut off, and more than that trains")
+    head = model.get_submodule(place)
+
+    def prefix(batch: Tensor) -> Tensor:
+        entered = []
+        hook = head.register_forward_pre_hook(lambda _module, inputs: entered.append(inputs[0]))
+        try:
+            model(batch)
+        finally:
+            hook.remove()
+        return entered[0]
+
+    features = prefix(images)
+    if len(features) != len(images) or features.dim() < 2:
+        raise CannotSplit(f"{place} takes something else than a tensor a sample")
+    shapes = (tuple(features.shape[1:]),)
+
+    def suffix(rows: Tensor) -> Any:
+        return head(*_from_rows(rows, shapes))
+
+    return Split(lambda batch: _to_rows([prefix(batch)]), suffix, (place,), shapes), _to_rows([features])
