@@ -39,7 +39,7 @@ def make_network(recipe: Recipe, class_count: int = 10) -> Network:
     return new_network(recipe, *find_pretrained(recipe), class_count)
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a process that ends without a word: nothing is saved."""
 
 
@@ -80,6 +80,8 @@ def train_run(
     recipe: Recipe,
     *,
     precision: str = "fp32",
+    cache: bool = True,
+    backbone_precision: str = "",
     workers: int = 0,
     die_after_steps: int = 0,
     save_every_steps: int = 1,
@@ -89,7 +91,7 @@ def train_run(
         path,
         "test",
         recipe,
-        Numerics(precision=precision),
+        Numerics(precision=precision, cache=cache, backbone_precision=backbone_precision),
         Machine(device="cpu", workers=workers),
         Settings(save_every_steps=save_every_steps, log_every_steps=1),
         DyingTerminal(die_after_steps),

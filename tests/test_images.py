@@ -9,7 +9,6 @@ import torch
 from conftest import (
     DyingTerminal,
     assert_equal_runs,
-    make_network,
     metrics_lines,
     read,
     resume_run,
@@ -19,8 +18,8 @@ from conftest import (
 )
 from PIL import Image
 
-from finetune import Images, ImageTable, MultiLabel, Training, UsageError, image_head, look
-from finetune.build import find_pretrained, open_data
+from finetune import Images, ImageTable, MultiLabel, Training, UsageError, image_head, launch, look
+from finetune.build import Numerics, find_pretrained, open_data
 from finetune.cli import main
 from finetune.data.augment import augment, mix
 from finetune.data.contents import Contents
@@ -30,7 +29,9 @@ from finetune.data.loader import Loader
 from finetune.data.order import keyed_generator, stratified_split
 from finetune.data.table import Columns
 from finetune.errors import RunError
+from finetune.job import Machine
 from finetune.models.backbones import find_backbone, members, torchvision_backbone
+from finetune.phase import Feed
 
 CPU = torch.device("cpu")
 FORMATS = ("jpg", "png", "webp", "bmp", "gif")
@@ -484,18 +485,16 @@ def test_of_a_large_data_set_files_beyond_the_first_look_are_met_in_the_first_ep
     monkeypatch.setattr(look, "MEASURED_SAMPLES", 4)
     folder = make_folder(tmp_path / "data", {"a": 30, "b": 30})
     recipe = folder_recipe(folder)
-    data = open_data(recipe, find_pretrained(recipe)[0])
-    contents = Contents(data.source)
-    loader = Loader(data.pipeline, 0, "auto", False, contents)
-    network = make_network(recipe, 2).module
-    terminal = DyingTerminal()
-    assert not look.look(data, loader, network, CPU, measure=True, all_files=False, terminal=terminal)
+    job, _ = launch.new_job(recipe, Numerics(cache=False), Machine("cpu", workers=0), "")
+    data, contents = job.data, job.loaders.train.contents
+    feed = Feed(job.network.module, *job.loaders)
+    assert not look.look(job, feed, measure=True, all_files=False, terminal=DyingTerminal())
     assert (contents.digests != 0).sum() == 6
     unread = [index for index in data.split.train.tolist() if contents.digests[index] == 0]
     (folder / data.source.name(unread[0])).write_bytes(b"broken")
     with pytest.raises(RunError, match=r"image .* cannot be decoded"):
-        train_run(tmp_path / "run", recipe)
-    run = train_run(tmp_path / "other", recipe, skip_broken=True)
+        train_run(tmp_path / "run", recipe, cache=False)
+    run = train_run(tmp_path / "other", recipe, skip_broken=True, cache=False)
     assert read(run)["data"]["skipped"] == [data.source.name(unread[0])]
 
 

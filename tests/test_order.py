@@ -3,7 +3,17 @@ import random
 import numpy as np
 import torch
 
-from finetune.data.order import batches_from, epoch_order, key, keyed_generator, stratified_split
+from finetune.data.order import (
+    BLOCK_SAMPLES,
+    LARGE_SAMPLES,
+    WINDOW_SAMPLES,
+    batches_from,
+    epoch_order,
+    key,
+    keyed_generator,
+    reading_order,
+    stratified_split,
+)
 
 
 def test_an_epochs_order_holds_every_sample_once_and_depends_on_seed_and_epoch_only():
@@ -62,3 +72,39 @@ def test_fewer_training_samples_are_dealt_evenly_and_leave_the_validation_set_al
     train, same_validation = stratified_split(targets, 0.2, seed=0, train_samples=50)
     assert torch.bincount(targets[train]).tolist() == [5] * 10
     assert torch.equal(validation, same_validation)
+
+
+# ---- Many samples: in blocks ----------------------------------------------------------------------------------------
+
+
+def test_a_large_epoch_is_a_permutation_that_stays_within_windows_of_blocks():
+    count = 3 * WINDOW_SAMPLES + 5_000
+    order = epoch_order(0, 1, count)
+    assert torch.equal(order.sort().values, torch.arange(count))
+    assert torch.equal(order, epoch_order(0, 1, count)) and not torch.equal(order, epoch_order(0, 2, count))
+    for window in order[: 3 * WINDOW_SAMPLES].split(WINDOW_SAMPLES):
+        # The last block is short, so a window may reach into one more.
+        assert len((window // BLOCK_SAMPLES).unique()) <= WINDOW_SAMPLES // BLOCK_SAMPLES + 1
+        assert len((window[:64] // BLOCK_SAMPLES).unique()) > 1
+
+
+def test_up_to_the_limit_an_epoch_is_shuffled_as_a_whole():
+    order = epoch_order(0, 0, LARGE_SAMPLES)
+    assert len((order[:200] // BLOCK_SAMPLES).unique()) == LARGE_SAMPLES // BLOCK_SAMPLES
+    assert torch.equal(reading_order(torch.arange(LARGE_SAMPLES)), torch.arange(LARGE_SAMPLES))
+
+
+def test_many_samples_lie_scattered_so_that_a_window_of_sorted_classes_holds_them_all():
+    classes = torch.arange(200_000) // 2_000  # a hundred, sorted
+    lying = reading_order(torch.arange(200_000))
+    assert torch.equal(lying.sort().values, torch.arange(200_000))
+    for block in lying.split(BLOCK_SAMPLES):
+        assert len(classes[block].unique()) == 100
+    shares = torch.bincount(classes[lying[:20_000]], minlength=100)
+    assert shares.min() > 140 and shares.max() < 260
+
+
+def test_samples_of_two_sets_lie_in_the_same_order_in_both():
+    whole = torch.arange(300_000)
+    some = whole[whole % 5 != 0]
+    assert torch.equal(reading_order(some), (lying := reading_order(whole))[lying % 5 != 0])

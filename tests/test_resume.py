@@ -110,7 +110,7 @@ def test_the_interrupted_epoch_sees_each_sample_exactly_once(tmp_path):
     run = RunFolder(tmp_path / "run")
     process = finetune(
         "vgg_head", "--epochs", "1", "--batch-size", str(BATCH), "--train-samples", str(TRAIN_SAMPLES),
-        "--save-every-steps", "1", "--keep", "100", "--device", "cpu", "--run", str(run.path), env=environment,
+        "--augment", "light", "--save-every-steps", "1", "--keep", "100", "--device", "cpu", "--run", str(run.path), env=environment,
     )  # fmt: skip
     kill_after_progress(process, run, 7)
     _, state, _ = checkpoint.newest_good(run.checkpoints)

@@ -80,7 +80,7 @@ class Entry:
         """What it takes on the disk; 0 = not there. A file that is only half filled takes only that."""
         try:
             found = self.path.stat()
-        except FileNotFoundError:
+        except OSError:
             return 0
         return found.st_blocks * 512 if hasattr(found, "st_blocks") else found.st_size
 

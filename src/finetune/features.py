@@ -21,7 +21,6 @@ from finetune.data.images import Batch, Request
 from finetune.data.loader import Loader
 from finetune.data.order import WINDOW_SAMPLES, reading_order, shuffles_in_blocks
 from finetune.data.source import FileSource, Source
-from finetune.errors import StoppedEarly
 from finetune.guard import StopRequest
 from finetune.rows import BATCH_ROWS, Layout, RowFile, RowReader
 from finetune.watch.progress import Terminal
@@ -156,9 +155,7 @@ class KeptRows:
                     digests[places.numpy()] = batch.digests.numpy()
                 advance(len(batch.indices) + len(batch.broken))
                 if stop is not None and stop.requested:
-                    raise StoppedEarly(
-                        f"stopped by {stop.signal_name} while the frozen backbone runs; its rows are kept"
-                    )
+                    raise stop.stopped("while the frozen backbone runs; what it has computed is kept")
             file.write(block, rows, digests, modified_ns[numbers.start : numbers.stop])
         file.sync()
 
@@ -289,6 +286,6 @@ def _waiting(terminal: Terminal, stop: StopRequest) -> Callable[[], None]:
             terminal.say("another process computes the same features: waiting for it")
             said.append(True)
         if stop.requested:
-            raise StoppedEarly(f"stopped by {stop.signal_name} while waiting for another process's features")
+            raise stop.stopped("while waiting for another process's features")
 
     return wait

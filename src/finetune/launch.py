@@ -87,7 +87,7 @@ def start(
     }
     run = RunFolder(path or next_folder(name))
     run.make()
-    with hold_lock(run.path), removed_if_failed(run), listen_for_signals() as stop:
+    with hold_lock(run.path), removed_if_failed(run), listen_for_signals(f"finetune resume {run.path}") as stop:
         shutil.rmtree(run.frozen, ignore_errors=True)
         make_folder(run, record, list(code))
         frozen = frozen_tensors(job.network.module, job.network.rules(recipe.trainable.rules), 0)
@@ -176,7 +176,7 @@ def resume(
     record = run.read_recipe()
     recipe, numerics = split_config(record["config"])
     run_settings = Settings(**record["settings"] | settings)
-    with hold_lock(run.path), listen_for_signals() as stop:
+    with hold_lock(run.path), listen_for_signals(f"finetune resume {run.path}") as stop:
         state = find_checkpoint(run, record["config"], from_file, terminal)
         if state is not None:
             progress = progress_from_plain(state)

@@ -40,7 +40,9 @@ def spread(indices: Tensor, count: int) -> Tensor:
 
 
 def look(job: Job, feed: Feed, *, measure: bool, all_files: bool, terminal: Terminal) -> list[BrokenFile]:
-    """Measure the head's features, and find broken files, without augmentation. What is kept of both is not read again.
+    """Measure the head's features, and find broken files. What is kept of both is not read again.
+
+    No augmentation, but where the views of an image are fixed: then the head is measured on the first.
 
     Args:
         measure: measure what enters the standardised layers of the network.
@@ -84,7 +86,10 @@ def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal) -> lis
     """Read images: those that the head's features are measured on, then others; return the broken ones."""
     data, loader = job.data, job.loaders.train
     first, second = (list(batches_from(part, BATCH_SAMPLES)) for part in (measured, others))
-    batches = loader.batches(Request(batch.tolist(), tolerant=True) for batch in [*first, *second])
+    view = 0 if job.recipe.data.views else None
+    requests = [Request(batch.tolist(), view, tolerant=True) for batch in first]
+    requests += [Request(batch.tolist(), tolerant=True) for batch in second]
+    batches = loader.batches(requests)
     broken: list[BrokenFile] = []
 
     def take(batch: Batch) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finetune.files import BadFile, read_safetensors_header
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 20
 # Blocks are whole batches of the pass that fills them, and short enough that little is lost with one.
 BATCH_ROWS = 64
 LARGEST_BLOCK_ROWS = 4_096
@@ -30,7 +30,7 @@ WRITTEN = 1 << 32  # above the 32 bits of a checksum: 0 = not written
 
 
 def rows_per_block(row_bytes: int) -> int:
-    """About 4 MB, in whole batches."""
+    """About 1 MB, in whole batches: so much of the work is lost at most when a pass is killed."""
     return BATCH_ROWS * min(max(BLOCK_BYTES // (row_bytes * BATCH_ROWS), 1), LARGEST_BLOCK_ROWS // BATCH_ROWS)
 
 

@@ -15,7 +15,7 @@ from finetune.data.contents import Contents
 from finetune.data.images import Batch, Request
 from finetune.data.order import batches_from, epoch_order, reading_order
 from finetune.device import autocast, to_device
-from finetune.errors import RunError, StoppedEarly
+from finetune.errors import RunError
 from finetune.guard import StopRequest
 from finetune.models.freeze import Rule, changeable_tensors, frozen_tensors, hash_tensors, phase_of, set_modes
 from finetune.optim import load_optimizer_state, optimizer_state, schedule_factor, set_learning_rate
@@ -288,10 +288,7 @@ def train(
                 if progress.status != "running":
                     break
                 if stop.requested:
-                    raise StoppedEarly(
-                        f"stopped by {stop.signal_name} at step {progress.step} of {end_step}, saved; "
-                        f"go on with: finetune resume {run.path}"
-                    )
+                    raise stop.stopped(f"at step {progress.step} of {end_step}, saved")
         if hash_tensors(frozen_tensors(model, rules, phase.epoch)) != phase.frozen_sha256:
             raise RunError("frozen tensors changed while training; this is a fault of finetune: please report it")
     finally:

@@ -8,7 +8,6 @@ off: the row is what enters it.
 The suffix runs the very modules of the model, so parameters, optimizer and checkpoint know nothing of the cut.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -230,33 +229,75 @@ def _split_traced(model: nn.Module, images: Tensor) -> tuple[Split, Tensor]:
 
 
 def _split_off_head(model: nn.Module, images: Tensor) -> tuple[Split, Tensor]:
-    """What trains must be one module, and nothing may come after it."""
-    live = [
-        name.rpartition(".")[0]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad
-    ]
-    levels = zip(*(place.split(".") for place in live), strict=False)
-    place = ".".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
-    if not place:
-        raise CannotSplit("of a model of transformers only the head can be cut off, and more than that trains")
-    head = model.get_submodule(place)
+    """Rows are what enters the modules that train. The suffix is the stock forward with a stub in the encoder's place:
+    its outputs have the right shapes, and what matters of them is put in where it enters what trains."""
+    encoder = model.get_submodule(model.base_model_prefix)
+    if _is_live(encoder):
+        raise CannotSplit(
+            "of a model of transformers only what comes after its encoder can be cut off, and more trains"
+        )
+    places, output = _entered_first(model, encoder, images)
+    modules = [model.get_submodule(place) for place in places]
 
-    def prefix(batch: Tensor) -> Tensor:
-        entered = []
-        hook = head.register_forward_pre_hook(lambda _module, inputs: entered.append(inputs[0]))
-        try:
+    def take(batch: Tensor) -> list[Tensor]:
+        taken: dict[nn.Module, Tensor] = {}
+        with _entering(modules, lambda module, inputs: taken.__setitem__(module, inputs[0])):
             model(batch)
-        finally:
-            hook.remove()
-        return entered[0]
+        return [taken[module] for module in modules]
 
-    features = prefix(images)
-    if len(features) != len(images) or features.dim() < 2:
-        raise CannotSplit(f"{place} takes something else than a tensor a sample")
-    shapes = (tuple(features.shape[1:]),)
+    values = take(images)
+    if any(len(value) != len(images) or value.dim() < 2 for value in values):
+        raise CannotSplit(f"{', '.join(places)} takes something else than a tensor a sample")
+    shapes = tuple(tuple(value.shape[1:]) for value in values)
 
     def suffix(rows: Tensor) -> Any:
-        return head(*_from_rows(rows, shapes))
+        given = dict(zip(modules, _from_rows(rows, shapes), strict=True))
+        stub = {name: value.new_zeros(()).expand(len(rows), *value.shape[1:]) for name, value in output.items()}
+        with _entering(modules, lambda module, _inputs: (given[module],)), _replaced(encoder, type(output)(**stub)):
+            return model(rows)
 
-    return Split(lambda batch: _to_rows([prefix(batch)]), suffix, (place,), shapes), _to_rows([features])
+    return Split(lambda batch: _to_rows(take(batch)), suffix, places, shapes), _to_rows(values)
+
+
+def _entered_first(model: nn.Module, encoder: nn.Module, images: Tensor) -> tuple[tuple[str, ...], Any]:
+    """Paths of the trained modules that are fed by frozen ones only, and what the encoder returns."""
+    paths = {
+        module: path
+        for path, module in model.named_modules()
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    }
+    entered: list[str] = []
+    outputs: list[Any] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not inputs[0].requires_grad:
+            entered.append(paths[module])
+
+    hook = encoder.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), _entering(list(paths), note):
+            model(images)
+    finally:
+        hook.remove()
+    return tuple(entered), outputs[0]
+
+
+@contextmanager
+def _entering(modules: Sequence[nn.Module], hook: Callable[[nn.Module, Any], Any]) -> Iterator[None]:
+    """Within the block `hook` sees, or replaces, the inputs of `modules`."""
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _replaced(module: nn.Module, output: Any) -> Iterator[None]:
+    """Within the block the module does nothing and returns `output`."""
+    module.forward = lambda *_args, **_kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
