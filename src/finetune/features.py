@@ -7,7 +7,7 @@ every bit whether it is computed at first, after a kill, or again because its bl
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,8 @@ class Features:
         except OSError as error:
             self.close()
             for part in parts:
-                part.entry.clear()
+                with suppress(OSError):
+                    part.entry.clear()
             raise CannotKeep(f"they cannot be written to {self._folder} ({error.strerror or error})") from None
         except BaseException:
             self.close()

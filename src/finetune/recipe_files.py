@@ -1,6 +1,7 @@
 """Recipe files: found by path or name, run, called; and what of them is kept with a run. Imports no torch."""
 
 import difflib
+import functools
 import importlib.util
 import inspect
 import os
@@ -101,11 +102,13 @@ def local_modules(path: Path) -> list[Path]:
     """The recipe file and every module that it imported from its own folder or below."""
     folder = path.resolve().parent
     files = {path.resolve()}
+    # Thousands of modules lie in a few hundred folders.
+    is_below = functools.cache(lambda parent: Path(parent).resolve().is_relative_to(folder))
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
         if isinstance(module, types.ModuleType) and file:
             # torch gives some of its inner modules a relative name that is no file at all.
-            if not os.path.isabs(file) or not os.path.isfile(file):
+            if not os.path.isabs(file) or not is_below(os.path.dirname(file)) or not os.path.isfile(file):
                 continue
             file_path = Path(file).resolve()
             inside = file_path.is_relative_to(folder) and file_path.suffix == ".py"

@@ -1,0 +1,124 @@
+"""A head on a frozen backbone, whole process: ours against the trainers that people use, and against 30 lines by hand.
+
+    python benchmarks/head.py --epochs 10
+    python benchmarks/head.py --epochs 30
+
+Ours runs twice: with nothing kept, and again, when the features are there. See peers.py for what the others do.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from common import (
+    finetune_command,
+    interleaved,
+    median,
+    our_options,
+    peer_command,
+    prepare_work,
+    report,
+    run_process,
+    verdict,
+    workplace,
+)
+
+OTHERS = {"raw": "loop by hand", "lightning": "Lightning", "huggingface": "HF Trainer", "fastai": "fastai"}
+# Of the fastest peer's time.
+TARGETS = {10: {"first": 0.20, "second": 0.10}, 30: {"first": 0.08}}
+
+
+@dataclass
+class Options:
+    backbone: str = "resnet18"
+    """A model of torchvision that ends in a linear layer."""
+    image_size: int = 64
+    """Edge in pixels."""
+    epochs: int = 10
+    """Passes over the training data."""
+    repeats: int = 1
+    """Rounds; medians count."""
+    output: str = ""
+    """JSON file; default: benchmarks/results/head-EPOCHS.json."""
+
+
+@dataclass
+class Outcome:
+    seconds: float
+    peak_mb: float
+    checkpoint_bytes: int
+    accuracy: float
+
+
+def ours(work: Path, epochs: int, environment: dict[str, str]) -> Outcome:
+    run = work / "run"
+    number = len(list(work.glob("run*")))
+    run = work / f"run{number}"
+    words = ["resnet_head", *our_options(work, "--epochs", str(epochs), "--run", str(run), "--quiet")]
+    process = run_process(finetune_command(*words), environment)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    accuracy = [line["val/accuracy"] for line in lines if "val/accuracy" in line][-1]
+    size = (run / "checkpoints" / "latest.pt").stat().st_size
+    return Outcome(process.seconds, process.peak_mb, size, accuracy)
+
+
+def peer(name: str, work: Path, epochs: int) -> Outcome:
+    result = work / f"{name}.json"
+    process = run_process(peer_command(name, work, "--epochs", str(epochs), "--result", str(result)), {})
+    found = json.loads(result.read_text())
+    return Outcome(process.seconds, process.peak_mb, found["checkpoint_bytes"], found["accuracy"])
+
+
+def main(options: Options) -> None:
+    with workplace() as folder:
+        work = prepare_work(folder, options.backbone, options.image_size)
+        kept = {"FINETUNE_CACHE": str(folder / "kept")}
+
+        def first() -> Outcome:
+            """With nothing kept: a cache of its own each time."""
+            number = len(list(folder.glob("fresh*")))
+            fresh = folder / f"fresh{number}"
+            fresh.mkdir()
+            return ours(work, options.epochs, {"FINETUNE_CACHE": str(fresh)})
+
+        ours(work, 1, kept)  # what the second runs find
+        competitors = {name: lambda name=name: peer(name, work, options.epochs) for name in OTHERS}
+        competitors |= {
+            "floor": lambda: peer("floor", work, options.epochs),
+            "first": first,
+            "second": lambda: ours(work, options.epochs, kept),
+        }
+        results = interleaved(options.repeats, competitors)
+    outcomes = {
+        name: Outcome(*(median([getattr(one, field.name) for one in found]) for field in dataclasses.fields(Outcome)))
+        for name, found in results.items()
+    }
+    fastest = min(outcomes[name].seconds for name in OTHERS)
+    labels = OTHERS | {"floor": "features by hand (floor)", "first": "finetune", "second": "finetune, second run"}
+    rows = [
+        {
+            "": labels[name],
+            "of fastest peer": outcome.seconds / fastest,
+            "seconds": round(outcome.seconds, 1),
+            "peak MB": round(outcome.peak_mb),
+            "checkpoint bytes": int(outcome.checkpoint_bytes),
+            "accuracy": round(outcome.accuracy, 4),
+        }
+        for name, outcome in outcomes.items()
+    ]
+    verdicts = {
+        name: verdict(outcomes[name].seconds / fastest, target)
+        for name, target in TARGETS.get(options.epochs, {}).items()
+    }
+    best = max(outcomes[name].accuracy for name in OTHERS)
+    verdicts["accuracy"] = f"{'met' if outcomes['first'].accuracy >= best else 'MISSED'} (best peer {best:.4f})"
+    title = f"{options.backbone} at {options.image_size} px on the digits, {options.epochs} epochs, whole process"
+    report(f"head-{options.epochs}", title, rows, options.output, options=dataclasses.asdict(options), targets=verdicts)
+    for name, text in verdicts.items():
+        print(f"target {name}: {text}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
