@@ -124,9 +124,8 @@ def finetune(work: str, count: int) -> float:
 
     class Ready:
         def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-            for request, (images, targets) in zip(requests, itertools.cycle(ready), strict=False):
-                indices = torch.tensor(request.indices)
-                yield Batch(images[: len(indices)], targets[: len(indices)], indices, indices, [])
+            for _request, (images, targets) in zip(requests, itertools.cycle(ready), strict=False):
+                yield Batch(images, targets, targets, targets, [])
 
     class Timed(Terminal):
         watch = Stopwatch()

@@ -3,7 +3,7 @@ import torch
 
 from finetune import Classification, MultiLabel
 from finetune.metrics import Calibration, ClassCounts, accuracy, confusion_matrix
-from finetune.tasks import ClassificationTask, MultiLabelTask, make_task, training_losses
+from finetune.tasks import ClassificationTask, MultiLabelTask, make_task, training_loss
 
 TARGETS = torch.tensor([0, 0, 0, 1, 1, 2])
 PREDICTED = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -48,16 +48,16 @@ def test_the_losses_of_parts_add_up_to_torchs_weighted_and_smoothed_mean():
     logits, weights = torch.randn(6, 3), torch.tensor([1.0, 2.0, 5.0])
     task = ClassificationTask(3, weights)
     whole = torch.nn.functional.cross_entropy(logits, TARGETS, weight=weights)
-    torch.testing.assert_close(task.losses(logits, TARGETS).sum() / task.weight(TARGETS), whole)
-    smoothed = ClassificationTask(3, None, 0.1).losses(logits, TARGETS)
-    torch.testing.assert_close(smoothed.mean(), torch.nn.functional.cross_entropy(logits, TARGETS, label_smoothing=0.1))
+    torch.testing.assert_close(task.loss_sum(logits, TARGETS) / task.weight(TARGETS), whole)
+    smoothed = ClassificationTask(3, None, 0.1).loss_sum(logits, TARGETS) / len(TARGETS)
+    torch.testing.assert_close(smoothed, torch.nn.functional.cross_entropy(logits, TARGETS, label_smoothing=0.1))
 
 
 def test_mixed_targets_that_are_pure_give_the_loss_and_the_weight_of_the_classes_themselves():
     torch.manual_seed(0)
     logits, task = torch.randn(6, 3), ClassificationTask(3, torch.tensor([1.0, 2.0, 5.0]), 0.1)
     pure = torch.nn.functional.one_hot(TARGETS, 3).float()
-    torch.testing.assert_close(task.losses(logits, pure), task.losses(logits, TARGETS))
+    torch.testing.assert_close(task.loss_sum(logits, pure), task.loss_sum(logits, TARGETS))
     torch.testing.assert_close(task.weight(pure), task.weight(TARGETS))
 
 
@@ -76,8 +76,8 @@ def test_balanced_multi_label_weights_make_yes_and_no_weigh_the_same_within_a_cl
 def test_auxiliary_heads_add_three_tenths_of_their_loss():
     torch.manual_seed(0)
     task, logits = ClassificationTask(3), torch.randn(3, 6, 3)
-    together = training_losses(task, (logits[0], logits[1], None, logits[2]), TARGETS)
-    main, first, second = (task.losses(part, TARGETS) for part in logits)
+    together = training_loss(task, (logits[0], logits[1], None, logits[2]), TARGETS)
+    main, first, second = (task.loss_sum(part, TARGETS) for part in logits)
     torch.testing.assert_close(together, main + 0.3 * first + 0.3 * second)
 
 

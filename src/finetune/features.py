@@ -179,7 +179,9 @@ class Features:
 
     def __init__(self, run: Pass, parts: dict[int | None, Tensor], train_samples: int):
         self._run = run
-        self._parts = {view: KeptRows(run, reading_order(samples), view) for view, samples in parts.items()}
+        self._parts = {
+            view: KeptRows(run, reading_order(samples, train_samples), view) for view, samples in parts.items()
+        }
         self._resources = ExitStack()
         # The order jumps about within a window of training samples; between those lie the samples that validate.
         share = max(len(samples) for samples in parts.values()) / max(train_samples, 1)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from finetune.errors import UsageError
 
+FUSED_ON = ("cpu", "cuda")
+
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """The class of torch.optim with that name, in any case.
@@ -44,7 +46,9 @@ def build_optimizer(
     kind = find_optimizer(name)
     takes = inspect.signature(kind).parameters
     offered = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-    arguments = {key: value for key, value in offered.items() if key in takes}
+    arguments: dict[str, Any] = {key: value for key, value in offered.items() if key in takes}
+    if "fused" in takes and all(value.device.type in FUSED_ON for value in parameters.values()):
+        arguments["fused"] = True  # one kernel in place of ten
     decaying = [key for key, value in parameters.items() if value.ndim >= 2]
     flat = [key for key, value in parameters.items() if value.ndim < 2]
     groups: list[dict[str, Any]] = []

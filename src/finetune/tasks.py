@@ -29,15 +29,15 @@ class ClassificationTask:
     class_weights: Tensor | None = None
     label_smoothing: float = 0.0
 
-    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Weighted losses (batch,). A batch's loss is their sum over the batch's `weight`.
+    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The samples' weighted losses, added up. A batch's loss is that over the batch's `weight`.
 
         Args:
             logits: (batch, classes).
             targets: (batch,) int64, or (batch, classes) shares of mixed images.
         """
         return functional.cross_entropy(
-            logits.float(), targets, self.class_weights, reduction="none", label_smoothing=self.label_smoothing
+            logits.float(), targets, self.class_weights, reduction="sum", label_smoothing=self.label_smoothing
         )
 
     def weight(self, targets: Tensor) -> Tensor | int:
@@ -72,13 +72,13 @@ class MultiLabelTask:
     class_weights: Tensor | None = None
     label_smoothing: float = 0.0
 
-    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Losses (batch,). Targets: (batch, classes), 0 to 1."""
+    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The samples' losses, added up. Targets: (batch, classes), 0 to 1."""
         wanted = targets.float() * (1 - self.label_smoothing) + self.label_smoothing / 2
-        losses = functional.binary_cross_entropy_with_logits(
-            logits.float(), wanted, pos_weight=self.class_weights, reduction="none"
+        total = functional.binary_cross_entropy_with_logits(
+            logits.float(), wanted, pos_weight=self.class_weights, reduction="sum"
         )
-        return losses.mean(1)
+        return total / self.class_count
 
     def weight(self, targets: Tensor) -> int:
         return len(targets)
@@ -122,16 +122,16 @@ def to_device(task: Task, device: torch.device) -> Task:
     return task if weights is None else dataclasses.replace(task, class_weights=weights.to(device))
 
 
-def training_losses(task: Task, outputs: Any, targets: Tensor) -> Tensor:
-    """Losses (batch,) of what a network returns while it trains: logits, or logits and those of auxiliary heads."""
+def training_loss(task: Task, outputs: Any, targets: Tensor) -> Tensor:
+    """Losses, added up, of what a network returns while it trains: logits, or logits and those of auxiliary heads."""
     if isinstance(outputs, Tensor):
-        return task.losses(outputs, targets)
+        return task.loss_sum(outputs, targets)
     logits, *auxiliary = outputs
-    losses = task.losses(logits, targets)
+    loss = task.loss_sum(logits, targets)
     for extra in auxiliary:
         if extra is not None:
-            losses = losses + AUXILIARY_SHARE * task.losses(extra, targets)
-    return losses
+            loss = loss + AUXILIARY_SHARE * task.loss_sum(extra, targets)
+    return loss
 
 
 # ---- Figures, added up batch by batch without making a device wait --------------------------------------------------
@@ -146,7 +146,7 @@ class ConfusionTally:
         self.confusion = torch.zeros(task.class_count, task.class_count, dtype=torch.int64, device=device)
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        self.loss_sum += self.task.losses(logits, targets).sum()
+        self.loss_sum += self.task.loss_sum(logits, targets)
         self.confusion += confusion_matrix(logits.argmax(1), targets, self.task.class_count)
 
     def counts(self) -> ClassCounts:
@@ -176,7 +176,7 @@ class MultiLabelTally:
         self.sample_count = 0
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        self.loss_sum += self.task.losses(logits, targets).sum()
+        self.loss_sum += self.task.loss_sum(logits, targets)
         predicted, actual = logits > 0, targets != 0
         self.sums += torch.stack([(predicted & actual).sum(0), predicted.sum(0), actual.sum(0)])
         self.exact += (predicted == actual).all(1).sum()

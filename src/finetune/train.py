@@ -29,7 +29,7 @@ from finetune.state import (
     progress_to_plain,
     restore_generators,
 )
-from finetune.tasks import Task, training_losses
+from finetune.tasks import Task, training_loss
 from finetune.watch.progress import Terminal
 
 LOWER_IS_BETTER = ("loss",)
@@ -143,7 +143,9 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     last_saved = time.monotonic()
 
-    train_indices, validation_indices = reading_order(train_indices), reading_order(validation_indices)
+    train_indices, validation_indices = (
+        reading_order(indices, samples) for indices in (train_indices, validation_indices)
+    )
 
     if resumed:
         load_optimizer_state(phase.optimizer, resumed["optimizer"])
@@ -235,15 +237,15 @@ def train(
                 inputs, targets = to_device(batch.inputs, device), batch.targets.to(device, non_blocking=True)
                 lr = learning_rate(recipe, progress, steps_per_epoch, horizon_steps)
                 set_learning_rate(optimizer, lr)
-                batch_weight = task.weight(targets)
-                batch_loss = torch.zeros((), device=device)
+                batch_samples, batch_weight = len(targets), task.weight(targets)
+                part_losses = []
                 # The parts of a batch are weighed by the whole batch, so any number of parts gives the same mean.
                 for part_inputs, part_targets in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
                     with autocast(device, precision):
                         outputs = phase.feed.forward(part_inputs)
-                    loss = training_losses(task, outputs, part_targets).sum() / batch_weight
+                    loss = training_loss(task, outputs, part_targets) / batch_weight
                     scaler.scale(loss).backward()
-                    batch_loss += loss.detach()
+                    part_losses.append(loss.detach())
                 if recipe.optimizer.clip_norm:
                     scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(
@@ -252,19 +254,20 @@ def train(
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
+                batch_loss = sum(part_losses[1:], start=part_losses[0])
 
                 # ---- Where we are now ---------------------------------------------------------------------------
                 progress.step += 1
-                progress.position_samples += len(targets)
-                progress.loss_sum = progress.loss_sum.to(device) + batch_loss * len(targets)
-                progress.loss_samples += len(targets)
+                progress.position_samples += batch_samples
+                progress.loss_sum = progress.loss_sum.to(device).add(batch_loss, alpha=batch_samples)
+                progress.loss_samples += batch_samples
                 epoch_number = progress.epoch + 1
                 epoch_done = progress.position_samples >= samples
                 if progress.step % settings.log_every_steps == 0:
                     metrics_file.write(
                         {"step": progress.step, "epoch": epoch_number, "train/loss": batch_loss.item(), "lr": lr}
                     )
-                terminal.step(progress.step, epoch_number, epochs, len(targets))
+                terminal.step(progress.step, epoch_number, epochs, batch_samples)
 
                 # ---- Validate -----------------------------------------------------------------------------------
                 every = recipe.validate_every_steps

@@ -42,17 +42,18 @@ def shuffles_in_blocks(count: int) -> bool:
     return count > LARGE_SAMPLES
 
 
-def reading_order(indices: Tensor) -> Tensor:
-    """Samples as they lie side by side: sorted; many of them scattered by a hash, for data sets come sorted by class,
-    and then a window would hold a few classes only.
+def reading_order(indices: Tensor, train_samples: int) -> Tensor:
+    """Samples as they lie side by side: sorted; where training stays within windows, scattered by a hash, for data sets
+    come sorted by class, and a window would hold a few classes only.
 
     Of any two sets, those in both come in the same order (splitmix64: Steele, Lea and Flood, "Fast splittable
     pseudorandom number generators", OOPSLA 2014).
 
     Args:
-        indices: (samples,) sorted int64.
+        indices: (samples,) sorted int64: those that train, that validate, or both.
+        train_samples: how many train.
     """
-    if not shuffles_in_blocks(len(indices)):
+    if not shuffles_in_blocks(train_samples):
         return indices
     mixed = indices.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
