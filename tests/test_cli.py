@@ -1,10 +1,13 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from conftest import finetune, finish
 
 from finetune.cli import main
 
@@ -195,3 +198,29 @@ def test_summary_shows_what_trains_and_how_large_a_checkpoint_is(tmp_path, monke
     assert main(["vgg_head", "--epochs", "1", "--train-samples", "100", "--device", "cpu", "--quiet"]) == 0
     real = Path("runs/vgg_head-1/checkpoints/latest.pt").stat().st_size
     assert abs(said - real) / real < 0.25
+
+
+def test_a_run_on_images_imports_no_library_that_it_does_not_need(tmp_path):
+    code = (
+        "import sys; from finetune.cli import main\n"
+        f"main(['vgg_head', '--epochs', '1', '--train-samples', '50', '--quiet', '--run', {str(tmp_path / 'run')!r}])\n"
+        "unwanted = {'transformers', 'torchmetrics', 'matplotlib', 'tensorboard', 'sklearn', 'pandas', 'scipy'}\n"
+        "assert not unwanted & set(sys.modules), unwanted & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_worker_processes_end_with_the_command(tmp_path):
+    process = finetune(
+        "vgg_head", "--epochs", "1", "--train-samples", "50", "--augment", "light", "--workers", "2", "--quiet",
+        "--run", str(tmp_path / "run"),
+    )  # fmt: skip
+    finish(process)
+    deadline = time.monotonic() + 2
+    while True:
+        try:
+            os.killpg(process.pid, 0)  # the workers belong to its group
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < deadline, "somebody of the process group is still alive"
+        time.sleep(0.05)

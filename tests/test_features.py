@@ -385,6 +385,12 @@ def test_broken_images_are_named_before_anything_is_made_or_left_out(tmp_path, p
     with pytest.raises(RunError, match=rf"1 broken image\(s\)[^\n]*--skip-broken\n.*{broken.name}"):
         train_run(tmp_path / "run", photo_recipe(photos))
     assert not (tmp_path / "run").exists()
+    own = tmp_path / "own" / "notes.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+    with pytest.raises(RunError, match="1 broken image"):
+        train_run(own.parent, photo_recipe(photos))
+    assert own.read_text() == "mine"  # a folder that was there before stays
     fetched.clear()
     unbroken = train_run(tmp_path / "unbroken", photo_recipe(photos), skip_broken=True)
     # Read once more, to say what is wrong with it.

@@ -86,8 +86,9 @@ def start(
         "skip_broken": skip_broken,
     }
     run = RunFolder(path or next_folder(name))
+    ours = not run.path.exists() or not any(run.path.iterdir())
     run.make()
-    with hold_lock(run.path), removed_if_failed(run), listen_for_signals(f"finetune resume {run.path}") as stop:
+    with removed_if_failed(run, ours), hold_lock(run.path), listen_for_signals(f"finetune resume {run.path}") as stop:
         shutil.rmtree(run.frozen, ignore_errors=True)
         make_folder(run, record, list(code))
         frozen = frozen_tensors(job.network.module, job.network.rules(recipe.trainable.rules), 0)
@@ -103,14 +104,18 @@ def start(
 
 
 @contextmanager
-def removed_if_failed(run: RunFolder) -> Iterator[None]:
-    """Leave no folder behind of a run that failed before there was anything to go on from."""
+def removed_if_failed(run: RunFolder, ours: bool) -> Iterator[None]:
+    """Leave no folder behind of a run that failed before there was anything to go on from.
+
+    Args:
+        ours: whether the folder was empty, or not there, before.
+    """
     try:
         yield
     except StoppedEarly:
         raise
     except Exception:
-        if not checkpoints.step_files(run.checkpoints):
+        if ours and not checkpoints.step_files(run.checkpoints):
             shutil.rmtree(run.path, ignore_errors=True)
         raise
 
