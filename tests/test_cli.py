@@ -224,3 +224,14 @@ def test_worker_processes_end_with_the_command(tmp_path):
             break
         assert time.monotonic() < deadline, "somebody of the process group is still alive"
         time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_output_that_cannot_be_written_is_an_error(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "finetune.cli", "new", "vgg_head", str(tmp_path / "my.py")],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+    assert process.returncode == 1 and "standard output cannot be written" in process.stderr

@@ -32,6 +32,8 @@ from PIL import Image
 from finetune import Images, Model, Optimizer, Trainable, UsageError, launch
 from finetune.build import Numerics, trained_network
 from finetune.cache import entries
+from finetune.data import source
+from finetune.data.decode import BrokenImage
 from finetune.data.digits import load_digits
 from finetune.data.images import ImagePipeline, Request
 from finetune.errors import RunError
@@ -388,9 +390,9 @@ def test_broken_images_are_named_before_anything_is_made_or_left_out(tmp_path, p
     own = tmp_path / "own" / "notes.txt"
     own.parent.mkdir()
     own.write_text("mine")
-    with pytest.raises(RunError, match="1 broken image"):
+    with pytest.raises(UsageError, match=r"holds other files \(notes.txt\); give a new folder"):
         train_run(own.parent, photo_recipe(photos))
-    assert own.read_text() == "mine"  # a folder that was there before stays
+    assert [path.name for path in own.parent.iterdir() if path.is_file() and "lock" not in path.name] == ["notes.txt"]
     fetched.clear()
     unbroken = train_run(tmp_path / "unbroken", photo_recipe(photos), skip_broken=True)
     # Read once more, to say what is wrong with it.
@@ -398,6 +400,112 @@ def test_broken_images_are_named_before_anything_is_made_or_left_out(tmp_path, p
     assert len(read(unbroken)["data"]["skipped"]) == 1
     interrupted = train_with_deaths(tmp_path / "run", photo_recipe(photos), [2, 4], skip_broken=True)
     assert_equal_runs(interrupted, unbroken)
+
+
+def test_images_that_can_no_longer_be_read_stop_a_resume_that_computes_again(tmp_path, photos, folder):
+    with pytest.raises(Killed):
+        train_run(tmp_path / "run", photo_recipe(photos), die_after_steps=3)
+    shutil.rmtree(folder)
+    some = sorted(photos.rglob("*.png"))[0]
+    some.write_bytes(b"x" * some.stat().st_size)
+    with pytest.raises(RunError, match=rf"{some.name} .*though it could be read when the run began"):
+        resume_run(RunFolder(tmp_path / "run"))
+
+
+def test_a_damaged_block_is_not_made_again_of_images_that_are_gone(tmp_path, photos):
+    job, _ = launch.new_job(photo_recipe(photos), Numerics(), Machine("cpu", workers=0), "")
+    phase = start_phase(job, 0, DyingTerminal(), StopRequest())
+    path = entries()[0].path
+    content = bytearray(path.read_bytes())
+    content[3_000] ^= 1
+    path.write_bytes(content)
+    shutil.rmtree(photos)
+    with pytest.raises(RunError, match="does not exist"):
+        phase.feed.features.read(job.data.split.train, None)
+    phase.close()
+
+
+def test_other_pictures_of_the_same_names_sizes_and_times_are_other_features(tmp_path, photos):
+    runs = []
+    for name, grey in (("a", 0), ("b", 255)):
+        for path in photos.rglob("*.png"):
+            other = tmp_path / name / path.parent.name / (path.stem + ".bmp")
+            other.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(path) as image:
+                Image.eval(image, lambda value, grey=grey: abs(grey - value)).save(other)
+            os.utime(other, (1e9, 1e9))
+        runs.append(train_run(tmp_path / f"run {name}", photo_recipe(tmp_path / name)))
+    uncached = train_run(tmp_path / "uncached", photo_recipe(tmp_path / "b"), cache=False)
+    losses = [read(run)["metrics"]["last_validation"]["val/loss"] for run in (*runs, uncached)]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-3) and losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_run_keeps_reading_its_rows_while_another_begins_with_changed_images(tmp_path, photos):
+    job, _ = launch.new_job(photo_recipe(photos), Numerics(), Machine("cpu", workers=0), "")
+    phase = start_phase(job, 0, DyingTerminal(), StopRequest())
+    rows = phase.feed.features.read(job.data.split.train, None)
+    some = sorted(photos.rglob("*.png"))[2]
+    some.write_bytes(some.read_bytes()[:-1] + b"\0")  # behind the picture: it still decodes
+    other, _ = launch.new_job(photo_recipe(photos), Numerics(), Machine("cpu", workers=0), "")
+    second = start_phase(other, 0, DyingTerminal(), StopRequest())
+    assert torch.equal(second.feed.features.read(job.data.split.train, None), rows)
+    inodes = [one.feed.features._parts[None].file._stream for one in (phase, second)]
+    assert os.fstat(inodes[0].fileno()).st_ino != os.fstat(inodes[1].fileno()).st_ino
+    phase.close(), second.close()
+
+
+def test_an_image_that_could_not_be_read_once_is_tried_again(tmp_path, photos, monkeypatch):
+    some = sorted(photos.rglob("*.png"))[3]
+    read_once = source.read_bytes
+
+    def failing(path):
+        if path.name == some.name:
+            raise BrokenImage(f"image {path} cannot be read (too many open files)")
+        return read_once(path)
+
+    monkeypatch.setattr(source, "read_bytes", failing)
+    with pytest.raises(RunError, match="1 broken image"):
+        train_run(tmp_path / "first", photo_recipe(photos))
+    monkeypatch.setattr(source, "read_bytes", read_once)
+    assert not read(train_run(tmp_path / "second", photo_recipe(photos)))["data"]["skipped"]
+
+
+@pytest.mark.parametrize("augment", ["none", "light"])
+def test_a_signal_to_the_whole_group_stops_politely_though_workers_get_it_too(tmp_path, photos, folder, augment):
+    for number in range(20):
+        for path in list(photos.glob(f"*/{'[0-9]' * 2}.png")):
+            os.link(path, path.with_name(f"{path.stem}-{number}.png"))
+    run = RunFolder(tmp_path / "run")
+    words = ["--images", str(photos), "--augment", augment, "--workers", "2", "--image-size", "64", "--epochs", "50"]
+    process = finetune("vgg_head", "--backbone", "resnet18", "--weights", "none", *words, "--run", str(run.path))
+    started = (lambda: any(folder.glob("*.safetensors"))) if augment == "none" else run.metrics_file.exists
+    deadline = time.monotonic() + 60
+    while not started() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGTERM)
+    said = finish(process, code=75)
+    assert "Traceback" not in said and run.exists()
+
+
+def test_without_a_checkpoint_a_resume_finds_moved_images_and_refuses_more_epochs(tmp_path, photos):
+    with pytest.raises(Killed):
+        train_run(tmp_path / "run", photo_recipe(photos), die_after_steps=1)
+    moved = photos.rename(tmp_path / "elsewhere")
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(UsageError, match="no checkpoint yet; go on without --epochs and --lr"):
+        resume_run(run, epochs=5)
+    resume_run(run, images=str(moved))
+    assert read(run)["status"] == "finished"
+
+
+def test_a_frozen_head_layer_is_measured_and_thawed_exactly(tmp_path):
+    """Frozen at first, it stands in front of what trains; what is measured on the data belongs to the checkpoint."""
+    rules = (("classifier.1.0", "trainable", 1), ("head", "trainable", 0), ("*", "frozen", 0))
+    recipe = plain_recipe(head="mlp", trainable=Trainable(rules=rules))
+    unbroken = train_run(tmp_path / "unbroken", recipe)
+    assert read(unbroken)["model"]["classifier.1.0.deviation"].std() > 0
+    assert_equal_runs(train_with_deaths(tmp_path / "run", recipe, [3, 9]), unbroken)
 
 
 # ---- Which, and why -------------------------------------------------------------------------------------------------

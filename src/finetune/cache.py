@@ -4,11 +4,11 @@ An entry is named by a hash of all that its content depends on, so it never has 
 is another entry.
 """
 
-import itertools
 import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +25,6 @@ SUFFIX = ".safetensors"
 FREE_SHARE = 0.25
 UNITS = {"": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 WAIT_SECONDS = 0.2
-_counter = itertools.count()
 
 
 def cache_folder() -> Path:
@@ -56,8 +55,12 @@ def size_text(size_bytes: float) -> str:
 
 
 def disk_limit(folder: Path) -> int:
-    """A quarter of what is free on the folder's disk, bytes."""
-    while not folder.exists():
+    """A quarter of what is free on the folder's disk, bytes.
+
+    Raises:
+        OSError: there is no such disk, or its folders cannot be looked into.
+    """
+    while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return int(shutil.disk_usage(folder).free * FREE_SHARE)
 
@@ -106,7 +109,7 @@ class Entry:
     def in_use(self) -> Iterator[None]:
         """While the block runs, nobody clears the entry."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path.with_name(f"{self.key}.use-{os.getpid()}-{next(_counter)}.lock"))
+        lock = FileLock(self.path.with_name(f"{self.key}.use-{uuid.uuid4().hex}.lock"), timeout=0)
         with lock:
             with suppress(FileNotFoundError):
                 os.utime(self.path)  # when it was last used
@@ -134,17 +137,19 @@ class Entry:
         finally:
             lock.release()
 
-    def is_used(self) -> bool:
-        """Whether a live process uses it. Forgets processes that are gone."""
-        for path in self._use_locks():
+    def users(self) -> int:
+        """How many uses there are, in this process or others. Forgets those of processes that are gone."""
+        count = 0
+        for path in list(self._use_locks()):
             try:
                 with FileLock(path, timeout=0):
                     pass
             except Timeout:
-                return True
+                count += 1
+                continue
             with suppress(OSError):
                 path.unlink()
-        return False
+        return count
 
     def clear(self) -> bool:
         """Delete the entry, unless somebody fills or uses it."""
@@ -154,7 +159,7 @@ class Entry:
         except Timeout:
             return False
         try:
-            if self.is_used():
+            if self.users():
                 return False
             with suppress(FileNotFoundError):
                 self.path.unlink()

@@ -44,7 +44,7 @@ def _table(chosen: list[Entry]) -> Table:
         table.add_column(name, justify="right" if name in ("rows", "on disk") else "left", overflow="fold")
     for entry in chosen:
         about, rows = entry.describe()
-        used = "in use" if entry.is_used() else time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_seconds()))
+        used = "in use" if entry.users() else time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_seconds()))
         table.add_row(entry.key[:SHOWN_KEY_LETTERS], Text(about), rows, size_text(entry.stored_bytes()), used)
     return table
 

@@ -363,8 +363,14 @@ def run() -> NoReturn:
     except Exception:
         traceback.print_exc()
         code = 1
-    with suppress(OSError):  # nobody reads any more
+    try:
         sys.stdout.flush()
+    except BrokenPipeError:
+        pass  # nobody reads any more
+    except OSError as error:
+        print(f"finetune: standard output cannot be written ({error.strerror}); give it more room", file=sys.stderr)
+        code = code or 1
+    with suppress(OSError):
         sys.stderr.flush()
     atexit._run_exitfuncs()  # worker processes end, temporary files go
     os._exit(code)

@@ -7,7 +7,7 @@ every bit whether it is computed at first, after a kill, or again because its bl
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,33 @@ from finetune.data.images import Batch, Request
 from finetune.data.loader import Loader
 from finetune.data.order import WINDOW_SAMPLES, reading_order, shuffles_in_blocks
 from finetune.data.source import FileSource, Source
+from finetune.errors import RunError
 from finetune.guard import StopRequest
-from finetune.rows import BATCH_ROWS, Layout, RowFile, RowReader
+from finetune.rows import BATCH_ROWS, Layout, RowFile, RowReader, written_blocks
 from finetune.watch.progress import Terminal
 
 # For rows in memory, all entries of a run together; smaller data lies there as a whole.
 MEMORY_BYTES = 512 << 20
-BROKEN = -1
+# In the place of a digest; that of a broken file is stored negative.
+UNREADABLE = 1
 SCHEMA = 1
 
 
 class CannotKeep(Exception):
     """Why features cannot be kept."""
+
+
+@contextmanager
+def keeping(folder: Path) -> Iterator[None]:
+    """What cannot be written within the block is no reason to stop.
+
+    Raises:
+        CannotKeep: why.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CannotKeep(f"they cannot be written to {folder} ({error.strerror or error})") from None
 
 
 @dataclass(frozen=True)
@@ -83,8 +98,9 @@ class KeptRows:
 
     @property
     def missing_bytes(self) -> int:
-        """What its file still has to grow by, about."""
-        return max(self.layout.file_bytes - self.entry.stored_bytes(), 0)
+        """What still has to be written."""
+        missing = self.layout.blocks - written_blocks(self.entry.path, self.layout)
+        return self.layout.file_bytes * missing // self.layout.blocks
 
     @property
     def file(self) -> RowFile:
@@ -93,71 +109,110 @@ class KeptRows:
 
     @property
     def broken(self) -> list[int]:
-        return self.samples[torch.from_numpy(self.file.digests == BROKEN)].tolist()
+        return self.samples[torch.from_numpy(self.file.digests < 0)].tolist()
 
-    def open(self) -> int:
+    def open(self, terminal: Terminal, stop: StopRequest) -> int:
         """Open the file and hold what it was computed from against what is there now; the entry's fill lock is held.
 
         Returns:
             How many rows have to be computed.
         """
         self._opened = RowFile(self.entry.path, self.layout)
-        self._discard_changed()
+        changed = self._changed_blocks(terminal, stop)
+        if changed and self.entry.users() > 1:
+            # Another run goes on with what it has read: it keeps that file, we begin another.
+            self.close()
+            self.entry.path.unlink()
+            self._opened = RowFile(self.entry.path, self.layout)
+        for block in changed:
+            self.file.discard(block)
+        known = np.repeat((self.file.checksums != 0).all(0), self.layout.block_rows)[: self.layout.count]
+        known &= self.file.digests > 0
+        self.run.loader.contents.note(self.samples[known], torch.from_numpy(self.file.digests[known].astype(np.int64)))
         return sum(len(self.file.rows_of(block)) for block in self.file.missing())
 
-    def _discard_changed(self) -> None:
-        """Give up the blocks of image files that changed. Only files with another time are read."""
-        file, source = self.file, self.run.source
+    def _changed_blocks(self, terminal: Terminal, stop: StopRequest) -> list[int]:
+        """The blocks of image files that have another content now. Only files with another time are read."""
+        file, source, changed, said = self.file, self.run.source, [], False
         if not isinstance(source, FileSource):
-            return
+            return changed
         for block in range(self.layout.blocks):
+            if stop.requested:
+                raise stop.stopped("while image files were compared")
             for row in file.rows_of(block) if file.is_written(block) else ():
-                index = int(self.samples[row])
-                modified_ns = source.modified_ns(index)
-                if modified_ns == file.modified_ns[row]:
+                index, digest = int(self.samples[row]), abs(int(file.digests[row]))
+                changed_ns = source.changed_ns(index)
+                if changed_ns == file.changed_ns[row] and digest != UNREADABLE:
                     continue
-                if source.digest(index) != file.digests[row]:
-                    file.discard(block)
+                if not said:
+                    terminal.say("image files look newer than their features: their content is compared")
+                    said = True
+                if (source.digest(index) or UNREADABLE) != digest:
+                    changed.append(block)
                     break
-                file.touch(row, modified_ns)
-        known = np.repeat((file.checksums != 0).all(0), file.layout.block_rows)[: file.layout.count]
-        known &= file.digests != BROKEN
-        self.run.loader.contents.note(self.samples[known], torch.from_numpy(file.digests[known].astype(np.int64)))
+                file.touch(row, changed_ns)
+        return changed
 
-    def fill(self, blocks: list[int], advance: Callable[[int], None], stop: StopRequest | None = None) -> None:
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+
+    def fill(self, blocks: list[int], advance: Callable[[int], None], stop: StopRequest) -> None:
         """Compute blocks and write each as soon as it is whole.
 
         Raises:
             StoppedEarly: asked for; whole blocks are kept.
+            CannotKeep: it cannot be written.
         """
-        file, run, modified_ns = self.file, self.run, np.zeros(len(self.samples), dtype=np.int64)
+        file, run = self.file, self.run
+        changed_ns = np.zeros(len(self.samples), dtype=np.int64)
 
         def requests() -> Iterator[Request]:
-            for block in blocks:
-                numbers = file.rows_of(block)
-                for start in range(numbers.start, numbers.stop, BATCH_ROWS):
-                    batch = self.samples[start : min(start + BATCH_ROWS, numbers.stop)].tolist()
-                    if isinstance(run.source, FileSource):
-                        # Before they are read: a file that is changed meanwhile will then seem older than it is.
-                        modified_ns[start : start + len(batch)] = [run.source.modified_ns(index) for index in batch]
-                    yield Request(batch, augment_epoch=self.view, tolerant=True)
+            for start, stop_at in self._batches(blocks):
+                batch = self.samples[start:stop_at].tolist()
+                if isinstance(run.source, FileSource):
+                    # Before they are read: a file that is changed meanwhile will then seem older than it is.
+                    changed_ns[start:stop_at] = [run.source.changed_ns(index) for index in batch]
+                yield Request(batch, augment_epoch=self.view, tolerant=True)
 
         batches = run.loader.batches(requests())
         for block in blocks:
             numbers = file.rows_of(block)
             rows = torch.zeros(len(numbers), run.width, dtype=run.dtype)
-            digests = np.full(len(numbers), BROKEN, dtype=np.int64)
-            for _ in range(numbers.start, numbers.stop, BATCH_ROWS):
+            digests = np.zeros(len(numbers), dtype=np.int64)
+            for _ in self._batches([block]):
                 batch = next(batches)
+                for index, reason in batch.broken:
+                    digests[int(self._row_of_sample[index]) - numbers.start] = -self._digest_of_broken(index, reason)
                 if len(batch.indices):
                     places = self._row_of_sample[batch.indices] - numbers.start
                     rows[places] = run.compute(batch.inputs)
                     digests[places.numpy()] = batch.digests.numpy()
                 advance(len(batch.indices) + len(batch.broken))
-                if stop is not None and stop.requested:
+                if stop.requested:
                     raise stop.stopped("while the frozen backbone runs; what it has computed is kept")
-            file.write(block, rows, digests, modified_ns[numbers.start : numbers.stop])
-        file.sync()
+            with keeping(self.entry.path.parent):
+                file.write(block, rows, digests, changed_ns[numbers.start : numbers.stop])
+        with keeping(self.entry.path.parent):
+            file.sync()
+
+    def _batches(self, blocks: list[int]) -> Iterator[tuple[int, int]]:
+        """(first row, last row + 1) of each batch of the pass."""
+        for block in blocks:
+            numbers = self.file.rows_of(block)
+            for start in range(numbers.start, numbers.stop, BATCH_ROWS):
+                yield start, min(start + BATCH_ROWS, numbers.stop)
+
+    def _digest_of_broken(self, index: int, reason: str) -> int:
+        """Of a file that cannot be decoded, to know it again; `UNREADABLE` where it cannot even be read.
+
+        Raises:
+            RunError: it could be, when the run began.
+        """
+        if self._reader is not None and self.file.digests[int(self._row_of_sample[index])] >= 0:
+            raise RunError(reason)
+        source = self.run.source
+        return (source.digest(index) if isinstance(source, FileSource) else 0) or UNREADABLE
 
     def read(self, indices: Tensor, memory_bytes: int, window_samples: int) -> Tensor:
         """Rows (n, width) of samples (n,)."""
@@ -166,7 +221,8 @@ class KeptRows:
         return self._reader.read(self._row_of_sample[indices])
 
     def _remake(self, block: int) -> None:
-        self.fill([block], lambda _count: None)
+        with self.entry.filling(lambda: None):
+            self.fill([block], lambda _count: None, StopRequest())
 
 
 class Features:
@@ -206,7 +262,8 @@ class Features:
             CannotKeep: there is not.
         """
         wanted = sum(part.missing_bytes for part in self._parts.values())
-        allowed = parse_size(limit) if limit else disk_limit(self._folder)
+        with keeping(self._folder):
+            allowed = parse_size(limit) if limit else disk_limit(self._folder)
         if wanted > allowed:
             which = f"--cache-limit {limit}" if limit else "a quarter of the free disk"
             text = f"they would take {size_text(wanted)} in {self._folder}, more than {which}"
@@ -221,19 +278,21 @@ class Features:
         """
         # In the order of their names, so that two runs never wait for each other.
         parts = sorted(self._parts.values(), key=lambda part: part.entry.key)
+        new = [part for part in parts if not part.entry.path.exists()]
         waits = _waiting(terminal, stop)
         try:
             with ExitStack() as locks:
-                for part in parts:
-                    self._resources.enter_context(part.entry.in_use())
-                    locks.enter_context(part.entry.filling(waits))
+                with keeping(self._folder):
+                    for part in parts:
+                        self._resources.enter_context(part.entry.in_use())
+                        locks.enter_context(part.entry.filling(waits))
                 self._fill(terminal, stop)
-        except OSError as error:
+        except CannotKeep:
             self.close()
-            for part in parts:
+            for part in new:
                 with suppress(OSError):
                     part.entry.clear()
-            raise CannotKeep(f"they cannot be written to {self._folder} ({error.strerror or error})") from None
+            raise
         except BaseException:
             self.close()
             raise
@@ -244,8 +303,9 @@ class Features:
         """The entries' locks are held."""
         missing, count = 0, 0
         for part in self._parts.values():
-            missing, count = missing + part.open(), count + part.layout.count
-            self._resources.callback(part.file.close)
+            self._resources.callback(part.close)
+            with keeping(self._folder):
+                missing, count = missing + part.open(terminal, stop), count + part.layout.count
         terminal.say(f"features: {self._how(missing, count)}")
         if missing:
             with terminal.track("the frozen backbone runs over the images", count) as advance:

@@ -29,7 +29,7 @@ from finetune.errors import RunError, StoppedEarly, UsageError
 from finetune.files import hold_lock, remove_leftovers
 from finetune.guard import StopRequest, listen_for_signals
 from finetune.job import Job, Machine, describe, describe_freeze, make_loaders
-from finetune.look import leave_out_broken, look
+from finetune.look import check_unbroken, leave_out_broken, look
 from finetune.models.backbones import backbone_from_plain
 from finetune.models.freeze import frozen_tensors
 from finetune.models.network import store_frozen
@@ -60,6 +60,7 @@ def start(
     init_from: str = "",
     copy_frozen: bool = False,
     skip_broken: bool = False,
+    images: str = "",
 ) -> tuple[RunFolder, Progress]:
     """Begin a run in a folder that holds none, or one that died before its first checkpoint.
 
@@ -70,13 +71,14 @@ def start(
         init_from: "RUN", "RUN:best" or "RUN:latest": start from that run's weights.
         copy_frozen: copy the frozen weights into the run folder, so that it stands alone.
         skip_broken: look at every image first, and leave broken ones out.
+        images: where the recipe's images lie now, if not where it says.
 
     Raises:
         FinetuneError: see `train`.
     """
     # What can be wrong is looked at before a folder is made, but for the images themselves: that may take hours, and
     # a run that is killed there is gone on with like any other.
-    job, weights = new_job(recipe, numerics, machine, init_from)
+    job, weights = new_job(recipe, numerics, machine, init_from, images)
     record = {
         "name": name,
         "config": job.identity["config"],
@@ -86,9 +88,7 @@ def start(
         "skip_broken": skip_broken,
     }
     run = RunFolder(path or next_folder(name))
-    ours = not run.path.exists() or not any(run.path.iterdir())
-    run.make()
-    with removed_if_failed(run, ours), hold_lock(run.path), listen_for_signals(f"finetune resume {run.path}") as stop:
+    with made_folder(run), listen_for_signals(f"finetune resume {run.path}") as stop:
         shutil.rmtree(run.frozen, ignore_errors=True)
         make_folder(run, record, list(code))
         frozen = frozen_tensors(job.network.module, job.network.rules(recipe.trainable.rules), 0)
@@ -104,23 +104,31 @@ def start(
 
 
 @contextmanager
-def removed_if_failed(run: RunFolder, ours: bool) -> Iterator[None]:
-    """Leave no folder behind of a run that failed before there was anything to go on from.
+def made_folder(run: RunFolder) -> Iterator[None]:
+    """The run's folder, made and locked. If the run fails before there is anything to go on from, it goes again.
 
-    Args:
-        ours: whether the folder was empty, or not there, before.
+    Raises:
+        UsageError: it cannot be made, or holds files that are not of a run.
+        RunError: another process uses it.
     """
-    try:
-        yield
-    except StoppedEarly:
-        raise
-    except Exception:
-        if ours and not checkpoints.step_files(run.checkpoints):
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
+    run.make()
+    with hold_lock(run.path):
+        fresh = not run.exists()
+        if fresh and run.foreign_files():
+            raise UsageError(f"--run {run.path}: holds other files ({run.foreign_files()[0]}); give a new folder")
+        try:
+            yield
+        except StoppedEarly:
+            raise
+        except Exception:
+            if fresh and not checkpoints.step_files(run.checkpoints):
+                run.remove()
+            raise
 
 
-def new_job(recipe: Recipe, numerics: Numerics, machine: Machine, init_from: str) -> tuple[Job, Weights | None]:
+def new_job(
+    recipe: Recipe, numerics: Numerics, machine: Machine, init_from: str, images: str = ""
+) -> tuple[Job, Weights | None]:
     """The job of a new run, and the file that its frozen tensors are of, if it is one.
 
     Raises:
@@ -130,10 +138,11 @@ def new_job(recipe: Recipe, numerics: Numerics, machine: Machine, init_from: str
     check_precision(numerics, device)
     find_optimizer(recipe.optimizer.name)
     set_numerics(numerics.deterministic)
+    located = dataclasses.replace(recipe.data, images=images or recipe.data.images)
     if init_from:
         backbone, network, classes = network_from_run(recipe, init_from)
         weights, weights_text, preprocessing_of = None, f"from {init_from}", init_from
-        data = open_data(recipe, backbone)
+        data = open_data(dataclasses.replace(recipe, data=located), backbone)
         if data.source.classes != classes:
             raise RunError(
                 f"--init-from {init_from}: trained on other classes ({len(classes)}, here {data.class_count})"
@@ -142,7 +151,7 @@ def new_job(recipe: Recipe, numerics: Numerics, machine: Machine, init_from: str
         backbone, weights = find_pretrained(recipe)
         weights_text = weights.text if weights else "random: nothing is pretrained"
         preprocessing_of = weights.preprocessing_of if weights else "its default weights"
-        data = open_data(recipe, backbone)
+        data = open_data(dataclasses.replace(recipe, data=located), backbone)
         network = new_network(recipe, backbone, weights, data.class_count)
     network.module.to(device, memory_format=torch.channels_last)
     loaders = make_loaders(data, machine, device, Contents(data.source))
@@ -201,8 +210,11 @@ def resume(
             where = f"step {progress.step} (epoch {progress.epoch + 1}, sample {progress.position_samples})"
             terminal.say(f"resuming {run.path} at {where}")
             progress.history.append({"event": "resume", "step": progress.step, "epoch": progress.epoch})
-            phase = start_phase(job, state["frozen"]["epoch"], terminal, stop, state["frozen"])
-            return run_job(run, job, phase, progress, state, run_settings, terminal, stop)
+            with closing(start_phase(job, state["frozen"]["epoch"], terminal, stop, state["frozen"])) as phase:
+                check_unbroken(job.data, phase.feed)
+                return run_job(run, job, phase, progress, state, run_settings, terminal, stop)
+    if epochs or lr:
+        raise UsageError(f"{run.path} has no checkpoint yet; go on without --epochs and --lr first")
     terminal.say(f"{run.path} has no checkpoint yet: starting over")
     _, progress = start(
         run.path,
@@ -215,6 +227,7 @@ def resume(
         init_from=record["init_from"],
         copy_frozen=record["copy_frozen"],
         skip_broken=record["skip_broken"],
+        images=images,
     )
     return progress
 
@@ -326,6 +339,16 @@ def run_job(
     rules = job.network.rules(recipe.trainable.rules)
     _, _, end_step = count_steps(recipe, len(data.split.train), progress)
     epoch = resumed["frozen"]["epoch"] if resumed else 0
+
+    def next_phase(epoch: int) -> Phase:
+        begun = start_phase(job, epoch, terminal, stop)
+        try:
+            check_unbroken(data, begun.feed)
+        except RunError:
+            begun.close()
+            raise
+        return begun
+
     terminal.begin(describe(run, job), describe_freeze(job, epoch), progress.step, end_step)
     return train(
         run,
@@ -334,7 +357,7 @@ def run_job(
         job.network.module,
         rules,
         phase,
-        lambda epoch: start_phase(job, epoch, terminal, stop),
+        next_phase,
         job.loaders.train.contents,
         data.split.train,
         data.split.validation,

@@ -110,6 +110,18 @@ def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal) -> lis
     return broken
 
 
+def check_unbroken(data: Data, feed: Feed) -> None:
+    """Features that were computed again must be of the same images.
+
+    Raises:
+        RunError: an image that could be read when the run began cannot be read now.
+    """
+    used = set(torch.cat([data.split.train, data.split.validation]).tolist())
+    for index in feed.features.broken if feed.features is not None else ():
+        if index in used:
+            raise RunError(f"{_why_broken(data, index).reason}, though it could be read when the run began")
+
+
 def leave_out_broken(data: Data, broken: list[BrokenFile], skip_broken: bool, terminal: Terminal) -> Data:
     """The data without its broken images, if that is wanted.
 

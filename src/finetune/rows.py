@@ -66,7 +66,7 @@ class Layout:
         sizes = {
             "rows": (DTYPES[self.dtype], [self.count, self.width], self.count * self.row_bytes),
             "digests": ("I64", [self.count], 8 * self.count),
-            "modified_ns": ("I64", [self.count], 8 * self.count),
+            "changed_ns": ("I64", [self.count], 8 * self.count),
             "checksums": ("I64", [2, self.blocks], 16 * self.blocks),
         }
         header: dict[str, object] = {"__metadata__": {"schema": SCHEMA, "about": self.about}}
@@ -106,7 +106,7 @@ class RowFile:
 
     Attributes:
         digests: (count,) int64, of what a row was computed from; a negative one = nothing could be computed.
-        modified_ns: (count,) int64, when that was last changed.
+        changed_ns: (count,) int64, when that was last changed.
         checksums: (2, blocks) int64, of rows and digests.
     """
 
@@ -117,10 +117,10 @@ class RowFile:
         self._stream = open(path, "r+b", buffering=0)  # noqa: SIM115 - open as long as the rows are used
         self._rows_at = len(layout.header())
         self._digests_at = self._rows_at + layout.count * layout.row_bytes
-        self._modified_at = self._digests_at + 8 * layout.count
-        self._checksums_at = self._modified_at + 8 * layout.count
+        self._changed_at = self._digests_at + 8 * layout.count
+        self._checksums_at = self._changed_at + 8 * layout.count
         self.digests = self._read_table(self._digests_at, layout.count)
-        self.modified_ns = self._read_table(self._modified_at, layout.count)
+        self.changed_ns = self._read_table(self._changed_at, layout.count)
         self.checksums = self._read_table(self._checksums_at, 2 * layout.blocks).reshape(2, layout.blocks)
         for block in range(layout.blocks):
             if self.is_written(block) and self.checksums[1, block] != _checksum(self.digests[self._slice(block)]):
@@ -170,23 +170,23 @@ class RowFile:
         """The blocks that are not written."""
         return [block for block in range(self.layout.blocks) if not self.is_written(block)]
 
-    def write(self, block: int, rows: Tensor, digests: np.ndarray, modified_ns: np.ndarray) -> None:
+    def write(self, block: int, rows: Tensor, digests: np.ndarray, changed_ns: np.ndarray) -> None:
         """Write a whole block: its checksums come last."""
         part, values = self._slice(block), _bytes_of(rows)
-        self.digests[part], self.modified_ns[part] = digests, modified_ns
+        self.digests[part], self.changed_ns[part] = digests, changed_ns
         self._write_at(values, self._rows_at + part.start * self.layout.row_bytes)
         self._write_at(self.digests[part], self._digests_at + 8 * part.start)
-        self._write_at(self.modified_ns[part], self._modified_at + 8 * part.start)
+        self._write_at(self.changed_ns[part], self._changed_at + 8 * part.start)
         self._write_checksums(block, _checksum(values), _checksum(self.digests[part]))
 
     def discard(self, block: int) -> None:
         """Count a block as not written."""
         self._write_checksums(block, 0, 0)
 
-    def touch(self, row: int, modified_ns: int) -> None:
+    def touch(self, row: int, changed_ns: int) -> None:
         """Note that what a row was computed from has another time, but the same content."""
-        self.modified_ns[row] = modified_ns
-        self._write_at(self.modified_ns[row : row + 1], self._modified_at + 8 * row)
+        self.changed_ns[row] = changed_ns
+        self._write_at(self.changed_ns[row : row + 1], self._changed_at + 8 * row)
 
     def _write_checksums(self, block: int, of_rows: int, of_digests: int) -> None:
         self.checksums[:, block] = of_rows, of_digests
@@ -205,6 +205,19 @@ class RowFile:
 
     def sync(self) -> None:
         os.fsync(self._stream.fileno())
+
+
+def written_blocks(path: Path, layout: Layout) -> int:
+    """How many blocks of a file with this layout are written; 0 where there is no such file. Changes nothing."""
+    try:
+        found = read_layout(path)
+        if found != layout:
+            return 0
+        table_bytes = 16 * layout.blocks
+        checksums = np.fromfile(path, dtype="<i8", offset=found.file_bytes - table_bytes)
+    except (OSError, BadFile):
+        return 0
+    return int((checksums.reshape(2, layout.blocks) != 0).all(0).sum())
 
 
 def _bytes_of(rows: Tensor) -> np.ndarray:

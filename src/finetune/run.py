@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,23 @@ class RunFolder:
             self.code.mkdir(exist_ok=True)
         except OSError as error:
             raise UsageError(f"--run {self.path}: cannot be made ({error.strerror}); give another folder") from None
+
+    def foreign_files(self) -> list[str]:
+        """What lies in the folder and is not there because a run is about to begin."""
+        expected = {"lock", "lock.owner"} | {
+            folder.name for folder in (self.checkpoints, self.code) if folder.is_dir() and not any(folder.iterdir())
+        }
+        return sorted(path.name for path in self.path.iterdir() if path.name not in expected)
+
+    def remove(self) -> None:
+        """Delete everything that a run puts here, and then the folder. Its lock must be held."""
+        for folder in (self.checkpoints, self.code, self.frozen):
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in [path for path in self.path.iterdir() if path.is_file()]:
+            with suppress(OSError):
+                path.unlink()
+        with suppress(OSError):
+            self.path.rmdir()
 
     def read_recipe(self) -> dict[str, Any]:
         """recipe.json: {"schema_version", "name", "config", "settings", ...}."""

@@ -42,7 +42,8 @@ class _Requests:
 def _prepare_worker(_worker: int) -> None:
     # Ctrl-C reaches the whole process group; only the run decides what to do about it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # So does `timeout`'s or a scheduler's SIGTERM. A second one is from the run itself, and ends the worker.
+    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
 
 
 @contextmanager

@@ -88,12 +88,16 @@ class FileSource:
         except BrokenImage:
             return 0
 
-    def modified_ns(self, index: int) -> int:
-        """When the file was last changed; -1 = there is none."""
+    def changed_ns(self, index: int) -> int:
+        """When the file was last changed, moved or copied; -1 = there is none.
+
+        The later of two times: a tool that unpacks or copies files sets the one back, never the other.
+        """
         try:
-            return os.stat(os.path.join(self.folder, self.paths[index])).st_mtime_ns
+            found = os.stat(os.path.join(self.folder, self.paths[index]))
         except (OSError, ValueError):
             return -1
+        return max(found.st_mtime_ns, found.st_ctime_ns)
 
     def name(self, index: int) -> str:
         return self.paths[index]

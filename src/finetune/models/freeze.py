@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.errors import UsageError
-from finetune.models.heads import has_auxiliary_heads
+from finetune.models.heads import Standardised, has_auxiliary_heads
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def frozen_tensors(model: nn.Module, rules: Sequence[Rule], epoch: int) -> dict[
     for path, module in model.named_modules():
         if not _is_trainable(rules, path, epoch):
             tensors |= {name: value.detach() for name, value in module.named_parameters(path, recurse=False)}
-            tensors |= dict(module.named_buffers(path, recurse=False))
+            if not isinstance(module, Standardised):  # measured on the data, wherever it stands
+                tensors |= dict(module.named_buffers(path, recurse=False))
     kept = model.state_dict()  # some buffers are computed from the config and never saved
     return {name: value for name, value in tensors.items() if name in kept}
 

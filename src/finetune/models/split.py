@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
 
+from finetune.models.heads import Standardised
+
 # The two parts do the same operations; but a kernel may choose its algorithm by the memory layout of what it gets.
 ALLOWED_DIFFERENCE = 1e-5
 
@@ -88,9 +90,9 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
 
 
 def _is_live(module: nn.Module) -> bool:
-    """Whether any of a module trains, or behaves as in training."""
+    """Whether any of a module trains, behaves as in training, or is measured on the data."""
     return any(parameter.requires_grad for parameter in module.parameters()) or any(
-        part.training for part in module.modules()
+        part.training or isinstance(part, Standardised) for part in module.modules()
     )
 
 
@@ -127,7 +129,8 @@ class _Tracer(NodePathTracer):
     its own mode."""
 
     def is_leaf_module(self, m: nn.Module, module_qualname: str) -> bool:
-        return fx.Tracer.is_leaf_module(self, m, module_qualname) or not _is_mixed(m)
+        is_whole = isinstance(m, Standardised) or not _is_mixed(m)
+        return is_whole or fx.Tracer.is_leaf_module(self, m, module_qualname)
 
 
 class _Traced:
