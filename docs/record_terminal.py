@@ -40,10 +40,10 @@ def run(console: Console, shown: str, words: list[str], folder: Path, kill_after
 def main() -> None:
     console = Console(record=True, width=112, file=io.StringIO(), force_terminal=True)
     with tempfile.TemporaryDirectory() as folder:
-        recipe = ["vgg_head", "--epochs", "10", "--save-every-steps", "10"]
+        recipe = ["vgg_head", "--epochs", "10", "--augment", "light", "--save-every-steps", "10"]
         run(
             console,
-            "finetune recipes/vgg_head.py --epochs 10 --save-every-steps 10",
+            "finetune recipes/vgg_head.py --epochs 10 --augment light --save-every-steps 10",
             recipe,
             Path(folder),
             kill_after_seconds=0.5,

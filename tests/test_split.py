@@ -90,7 +90,13 @@ def test_every_model_is_cut_at_its_head(name):
         assert sorted(shape[-1] for shape in found.shapes) == sorted(head.in_features for head in heads)
 
 
-@pytest.mark.parametrize("name", list(LAST_BLOCKS))
+# A second or more each, and cut like one of the others.
+LARGE = ("vgg11", "vit_b_32", "maxvit_t", "swin_v2_t", "densenet121", "googlenet")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in LAST_BLOCKS]
+)
 def test_a_model_whose_last_block_trains_is_cut_in_the_middle(name):
     model, images = network(name, Rule(LAST_BLOCKS[name]))
     found = assert_equal_parts(model, images)
