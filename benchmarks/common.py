@@ -1,5 +1,6 @@
 """What the benchmarks share: the work, whole processes timed side by side, a table, a JSON file."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -102,8 +103,6 @@ def prepare_work(folder: Path, name: str, image_size: int) -> Path:
     backbone, _ = choose_weights(name, str(work / "backbone.pth"))
     data = open_data(recipe, find_backbone(name))
     preprocessing = backbone.preprocessing.at(image_size)
-    import dataclasses
-
     pipeline = dataclasses.replace(data.pipeline, preprocessing=preprocessing)
     tensors: dict[str, Any] = {"name": name, "image_size": image_size}
     for part in ("train", "validation"):
@@ -119,6 +118,16 @@ def our_options(work: Path, *words: str) -> list[str]:
     return ["--backbone", name, "--weights", str(work / "backbone.pth"), "--image-size", image_size, *words]
 
 
+def processor() -> str:
+    """Its maker's name for it where the system says so, else the instruction set."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def machine() -> dict[str, Any]:
     versions = {}
     for package in PACKAGES:
@@ -129,7 +138,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "cores": os.cpu_count(),
-        "processor": platform.machine(),
+        "processor": processor(),
         "python": platform.python_version(),
         "versions": versions,
     }

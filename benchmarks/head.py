@@ -53,9 +53,7 @@ class Outcome:
 
 
 def ours(work: Path, epochs: int, environment: dict[str, str]) -> Outcome:
-    run = work / "run"
-    number = len(list(work.glob("run*")))
-    run = work / f"run{number}"
+    run = work / f"run{len(list(work.glob('run*')))}"
     words = ["resnet_head", *our_options(work, "--epochs", str(epochs), "--run", str(run), "--quiet")]
     process = run_process(finetune_command(*words), environment)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

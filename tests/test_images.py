@@ -456,6 +456,7 @@ def test_a_broken_image_met_by_a_worker_is_one_line(tmp_path):
     loader = Loader(data.pipeline, 1, "auto", False, Contents(data.source))
     with pytest.raises(RunError, match=r"image .*00\.png cannot be decoded") as error:
         list(loader.batches([Request(list(range(8)))]))
+    loader.close()
     assert "\n" not in str(error.value)
 
 

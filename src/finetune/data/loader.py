@@ -2,8 +2,8 @@
 
 import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -100,13 +100,14 @@ class Loader:
         Raises:
             FinetuneError: an image is broken, or not what it was.
         """
-        for batch in self._fetched(requests):
-            if isinstance(batch, FinetuneError):
-                raise batch
-            self.contents.note(batch.indices, batch.digests)
-            yield batch
+        with closing(self._fetched(requests)) as fetched:
+            for batch in fetched:
+                if isinstance(batch, FinetuneError):
+                    raise batch
+                self.contents.note(batch.indices, batch.digests)
+                yield batch
 
-    def _fetched(self, requests: Iterable[Request]) -> Iterator[Batch | FinetuneError]:
+    def _fetched(self, requests: Iterable[Request]) -> Generator[Batch | FinetuneError, None, None]:
         if not self._workers:
             for request in requests:
                 with one_thread():

@@ -1,0 +1,31 @@
+"""Figures that must hold wherever the benchmarks run; the others depend on the machine and stand in benchmarks/results."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.slow
+def test_a_million_rows_train_in_little_memory_and_in_time_linear_in_their_number(tmp_path):
+    output = tmp_path / "growth.json"
+    command = [sys.executable, BENCHMARKS / "growth.py", "--rows", "250000", "1000000", "--output", output]
+    subprocess.run(command, check=True)
+    few, many = json.loads(output.read_text())["rows"]
+    assert (few["rows"], many["rows"]) == (250_000, 1_000_000)
+    assert many["peak MB beyond imports"] < 1_500
+    # Half as much again is what a shared machine's noise can do to so short a run; a quadratic step would be four times.
+    assert many["µs a row"] < 1.5 * few["µs a row"]
+    assert few["accuracy"] > 0.8 and many["accuracy"] > 0.8
+
+
+def test_the_figures_name_no_folder_of_the_machine_they_were_measured_on():
+    results = sorted((BENCHMARKS / "results").glob("*.json"))
+    assert len(results) >= 6
+    for result in results:
+        assert str(Path.home()) not in result.read_text(), result.name
+        assert str(BENCHMARKS.parent) not in result.read_text(), result.name
