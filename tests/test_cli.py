@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import finetune, finish
+from conftest import finetune, finish, read
 
 from finetune.cli import main
+from finetune.run import RunFolder
 
 
 def test_help_imports_no_torch_and_names_every_command_and_recipe():
@@ -224,6 +225,14 @@ def test_worker_processes_end_with_the_command(tmp_path):
             break
         assert time.monotonic() < deadline, "somebody of the process group is still alive"
         time.sleep(0.05)
+
+
+def test_a_run_goes_on_to_its_end_when_nobody_reads_its_output_any_more(tmp_path):
+    process = finetune("vgg_head", "--epochs", "1", "--train-samples", "100", "--run", str(tmp_path / "run"))
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert read(RunFolder(tmp_path / "run"))["status"] == "finished"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")

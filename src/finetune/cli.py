@@ -366,14 +366,16 @@ def run() -> NoReturn:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        pass  # nobody reads any more
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nobody reads any more, and exit functions flush
     except OSError as error:
         print(f"finetune: standard output cannot be written ({error.strerror}); give it more room", file=sys.stderr)
         code = code or 1
-    with suppress(OSError):
-        sys.stderr.flush()
-    atexit._run_exitfuncs()  # worker processes end, temporary files go
-    os._exit(code)
+    try:
+        with suppress(OSError):
+            sys.stderr.flush()
+        atexit._run_exitfuncs()  # worker processes end, temporary files go
+    finally:
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,18 @@ from rich.table import Table
 from rich.text import Text
 
 
+class PatientConsole(Console):
+    """A console whose reader may go away: rich's own would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def make_console(quiet: bool = False) -> Console:
     """A console on standard output; without colour and width limit where no terminal reads it."""
     plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
     width = None if sys.stdout.isatty() else 120
-    return Console(quiet=quiet, no_color=plain, width=width, highlight=False, soft_wrap=not sys.stdout.isatty())
+    return PatientConsole(quiet=quiet, no_color=plain, width=width, highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 class Terminal:
