@@ -3,7 +3,7 @@
     finetune recipes/resnet_head.py
     finetune resnet_head --images my_photos --augment light --dropout 0.2
 
-Expected on the digits that ship with the kit, with the defaults: 98.3 % in 8 s of training on two cores.
+Expected on the digits that ship with the kit, with the defaults: 98.6 % in 5 s on two cores; once features are kept, 3 s.
 """
 
 from typing import Literal
