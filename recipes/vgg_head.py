@@ -3,7 +3,8 @@
     finetune recipes/vgg_head.py
     finetune vgg_head --images my_photos --augment light --dropout 0.2
 
-Expected on the digits that ship with the kit, with the defaults: 98.9 % in 5 s on two cores; once features are kept, 3 s.
+Expected on the digits that ship with the kit, with the defaults: 98.9 % in 5 s on two cores,
+and in 3 s once the features are kept.
 """
 
 from typing import Literal
