@@ -121,35 +121,31 @@ def test_where_all_trains_there_is_nothing_to_cut_off():
         split(model, images)
 
 
-class Switched(nn.Module):
-    """Drops out by its own switch, which a trace takes for a constant."""
+class StemAndHead(nn.Module):
+    """What the models below have in common."""
 
     def __init__(self):
         super().__init__()
         self.stem, self.head = nn.Linear(12, 8), nn.Linear(8, 2)
+
+
+class Switched(StemAndHead):
+    """Drops out by its own switch, which a trace takes for a constant."""
 
     def forward(self, images):
         return self.head(functional.dropout(self.stem(images.flatten(1)), 0.5, self.training))
 
 
-class Branching(nn.Module):
+class Branching(StemAndHead):
     """Goes by the values that it sees."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.head = nn.Linear(12, 8), nn.Linear(8, 2)
 
     def forward(self, images):
         features = self.stem(images.flatten(1))
         return self.head(features if features.sum() > 0 else -features)
 
 
-class ByTheBatch(nn.Module):
+class ByTheBatch(StemAndHead):
     """Takes one number for the whole batch along."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.head = nn.Linear(12, 8), nn.Linear(8, 2)
 
     def forward(self, images):
         features = self.stem(images.flatten(1))

@@ -153,18 +153,14 @@ class Entry:
 
     def clear(self) -> bool:
         """Delete the entry, unless somebody fills or uses it."""
-        lock = self._fill_lock()
         try:
-            lock.acquire(timeout=0)
+            with self._fill_lock().acquire(timeout=0):
+                if self.users():
+                    return False
+                with suppress(FileNotFoundError):
+                    self.path.unlink()
         except Timeout:
             return False
-        try:
-            if self.users():
-                return False
-            with suppress(FileNotFoundError):
-                self.path.unlink()
-        finally:
-            lock.release()
         return True
 
 

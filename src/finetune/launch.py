@@ -126,6 +126,11 @@ def made_folder(run: RunFolder) -> Iterator[None]:
             raise
 
 
+def located(recipe: Recipe, images: str) -> Recipe:
+    """The recipe with its images where they lie now; "" = where it says."""
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, images=images)) if images else recipe
+
+
 def new_job(
     recipe: Recipe, numerics: Numerics, machine: Machine, init_from: str, images: str = ""
 ) -> tuple[Job, Weights | None]:
@@ -138,11 +143,10 @@ def new_job(
     check_precision(numerics, device)
     find_optimizer(recipe.optimizer.name)
     set_numerics(numerics.deterministic)
-    located = dataclasses.replace(recipe.data, images=images or recipe.data.images)
     if init_from:
         backbone, network, classes = network_from_run(recipe, init_from)
         weights, weights_text, preprocessing_of = None, f"from {init_from}", init_from
-        data = open_data(dataclasses.replace(recipe, data=located), backbone)
+        data = open_data(located(recipe, images), backbone)
         if data.source.classes != classes:
             raise RunError(
                 f"--init-from {init_from}: trained on other classes ({len(classes)}, here {data.class_count})"
@@ -151,7 +155,7 @@ def new_job(
         backbone, weights = find_pretrained(recipe)
         weights_text = weights.text if weights else "random: nothing is pretrained"
         preprocessing_of = weights.preprocessing_of if weights else "its default weights"
-        data = open_data(dataclasses.replace(recipe, data=located), backbone)
+        data = open_data(located(recipe, images), backbone)
         network = new_network(recipe, backbone, weights, data.class_count)
     network.module.to(device, memory_format=torch.channels_last)
     loaders = make_loaders(data, machine, device, Contents(data.source))
@@ -278,9 +282,8 @@ def resumed_job(
     device = pick_device(machine.device)
     check_precision(numerics, device)
     set_numerics(numerics.deterministic)
-    located = dataclasses.replace(recipe.data, images=images or recipe.data.images)
     backbone = backbone_from_plain(state["network"]["backbone"])
-    data = open_data(dataclasses.replace(recipe, data=located), backbone, state["data"]["skipped"])
+    data = open_data(located(recipe, images), backbone, state["data"]["skipped"])
     check_same_config(state["data"], data.facts(), f"the data is not what run {run.path} was trained on")
     network = saved_network(run, recipe, state)
     # Last: which libraries the network needs is known once it is built.

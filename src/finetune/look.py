@@ -57,13 +57,17 @@ def look(job: Job, feed: Feed, *, measure: bool, all_files: bool, terminal: Term
     if feed.features is not None:
         broken = feed.features.broken
         if measure:
-            view = 0 if job.recipe.data.views else None
             batches = batches_from(without(measured, broken), BATCH_SAMPLES)
-            rows = (feed.features.read(batch, view).to(job.device) for batch in batches)
+            rows = (feed.features.read(batch, measured_view(job)).to(job.device) for batch in batches)
             standardise(module, rows, feed.forward)
         rest = spread_rest(data, torch.cat([data.split.train, data.split.validation]), all_files)
         return [_why_broken(data, index) for index in broken] + _read(job, torch.zeros(0).long(), rest, terminal)
     return _read(job, measured, spread_rest(data, measured, all_files), terminal)
+
+
+def measured_view(job: Job) -> int | None:
+    """The view of an image that the head's features are measured on; None = the image as it is."""
+    return 0 if job.recipe.data.views else None
 
 
 def spread_rest(data: Data, looked_at: Tensor, all_files: bool) -> Tensor:
@@ -86,8 +90,7 @@ def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal) -> lis
     """Read images: those that the head's features are measured on, then others; return the broken ones."""
     data, loader = job.data, job.loaders.train
     first, second = (list(batches_from(part, BATCH_SAMPLES)) for part in (measured, others))
-    view = 0 if job.recipe.data.views else None
-    requests = [Request(batch.tolist(), view, tolerant=True) for batch in first]
+    requests = [Request(batch.tolist(), measured_view(job), tolerant=True) for batch in first]
     requests += [Request(batch.tolist(), tolerant=True) for batch in second]
     batches = loader.batches(requests)
     broken: list[BrokenFile] = []
@@ -116,10 +119,11 @@ def check_unbroken(data: Data, feed: Feed) -> None:
     Raises:
         RunError: an image that could be read when the run began cannot be read now.
     """
-    used = set(torch.cat([data.split.train, data.split.validation]).tolist())
-    for index in feed.features.broken if feed.features is not None else ():
-        if index in used:
-            raise RunError(f"{_why_broken(data, index).reason}, though it could be read when the run began")
+    if feed.features is None:
+        return
+    broken = torch.tensor(feed.features.broken, dtype=torch.int64)
+    for index in broken[torch.isin(broken, torch.cat([data.split.train, data.split.validation]))].tolist():
+        raise RunError(f"{_why_broken(data, index).reason}, though it could be read when the run began")
 
 
 def leave_out_broken(data: Data, broken: list[BrokenFile], skip_broken: bool, terminal: Terminal) -> Data:
