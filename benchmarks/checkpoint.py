@@ -121,8 +121,6 @@ def main(options: Options) -> None:
     }
     title = f"One save of the head of {options.backbone}"
     report("checkpoint", title, rows, options.output, options=dataclasses.asdict(options), targets=targets)
-    for name, text in targets.items():
-        print(f"target {name}: {text}")
 
 
 if __name__ == "__main__":

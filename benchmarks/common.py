@@ -15,10 +15,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from finetune.models.freeze import Rule
+    from finetune.phase import Feed
+    from finetune.recipe import Recipe
+    from finetune.state import Progress
+    from finetune.train import Settings
+    from finetune.watch.progress import Terminal
 
 PACKAGES = ("torch", "torchvision", "lightning", "transformers", "accelerate", "fastai", "scikit-learn")
 HERE = Path(__file__).parent
@@ -26,30 +36,36 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Finished:
-    """A process that ended well: seconds as a whole, the largest resident memory, and what it printed."""
+    """A process that ended well: seconds as a whole, the largest resident memory, and its standard output."""
 
     seconds: float
     peak_mb: float
     output: str
 
 
-def run_process(command: Sequence[str], environment: dict[str, str]) -> Finished:
+def run_process(command: Sequence[str], environment: dict[str, str] | None = None) -> Finished:
     """Run to the end.
 
     Raises:
         SystemExit: it failed; shows what it printed.
     """
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment)
+        process = subprocess.Popen(command, stdout=output, stderr=errors, env=os.environ | (environment or {}))
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        text = output.read()
+        for stream in (output, errors):
+            stream.seek(0)
+        text, said = output.read(), errors.read()
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{text[-3000:]}")
+        raise SystemExit(f"{' '.join(command)} failed:\n{text[-3000:]}{said[-3000:]}")
     return Finished(seconds, usage.ru_maxrss / 1024, text)
+
+
+def run_itself(script: str, *words: str) -> Any:
+    """What a benchmark prints when it is called for one part of its work: the last line, as JSON."""
+    return json.loads(run_process([sys.executable, script, *words]).output.splitlines()[-1])
 
 
 def finetune_command(*words: str) -> list[str]:
@@ -58,6 +74,19 @@ def finetune_command(*words: str) -> list[str]:
 
 def peer_command(peer: str, work: Path, *words: str) -> list[str]:
     return [sys.executable, str(HERE / "peers.py"), peer, str(work), *words]
+
+
+def fresh(folder: Path, name: str) -> Path:
+    """A new, empty folder."""
+    path = folder / f"{name}{len(list(folder.glob(f'{name}*')))}"
+    path.mkdir()
+    return path
+
+
+def last_accuracy(run: Path) -> float:
+    """Of a run's last validation."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["val/accuracy"] for line in lines if "val/accuracy" in line][-1]
 
 
 def interleaved(repeats: int, competitors: dict[str, Callable[[], Any]]) -> dict[str, list[Any]]:
@@ -144,14 +173,61 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, title: str, rows: list[dict[str, Any]], output: str, **facts: Any) -> None:
+def train_alone(
+    folder: Path, recipe: "Recipe", model: "nn.Module", rules: "tuple[Rule, ...]", feed: "Feed", contents: Any,
+    train_indices: "Tensor", validation_indices: "Tensor", class_count: int, settings: "Settings",
+    terminal: "Terminal",
+) -> "Progress":  # fmt: skip
+    """Our own loop and nothing around it, on the CPU, with AdamW.
+
+    Args:
+        folder: a new run is made there.
+        feed: gives the batches, in the place of images or kept features.
+        contents: knows of no file.
+    """
+    import torch
+
+    from finetune.guard import StopRequest
+    from finetune.models.freeze import apply_freeze, frozen_tensors, hash_tensors
+    from finetune.optim import build_optimizer
+    from finetune.phase import Phase
+    from finetune.recipe import Classification
+    from finetune.run import RunFolder
+    from finetune.state import Progress
+    from finetune.tasks import make_task
+    from finetune.train import train
+
+    trainable = apply_freeze(model, rules, 0)
+    parameters = {name: value for name, value in model.named_parameters() if name in trainable}
+    optimizer = build_optimizer(parameters, "adamw", recipe.optimizer.lr, 1e-2, 0.9)
+    phase = Phase(0, 0, trainable, optimizer, hash_tensors(frozen_tensors(model, rules, 0)), [], feed)
+    task = make_task(Classification(), torch.ones(class_count, dtype=torch.int64), len(train_indices))
+    run = RunFolder(folder)
+    run.make()
+    return train(
+        run, recipe, {"config": {}, "data": {}, "network": {}}, model, rules, phase, lambda epoch: phase, contents,
+        train_indices, validation_indices, task, Progress(), None, torch.device("cpu"), "fp32", settings, terminal,
+        StopRequest(),
+    )  # fmt: skip
+
+
+def report(
+    name: str,
+    title: str,
+    rows: list[dict[str, Any]],
+    output: str,
+    options: dict[str, Any],
+    targets: dict[str, str] | None = None,
+) -> None:
     """Print a table and write everything as JSON.
 
     Args:
         rows: columns by name; equal names in each.
         output: the file; "" = benchmarks/results/NAME.json.
-        facts: what else goes into the file.
+        options: of the benchmark.
+        targets: name to verdict, of those that are no column.
     """
+    facts = {"options": options} | ({"targets": targets} if targets else {})
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in rows[0]:
         table.add_column(column, justify="left" if column == next(iter(rows[0])) else "right")
@@ -165,6 +241,8 @@ def report(name: str, title: str, rows: list[dict[str, Any]], output: str, **fac
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"benchmark": name, "machine": about, **facts, "rows": rows}, indent=2) + "\n")
     console.print(f"written: {path}")
+    for target, text in (targets or {}).items():
+        print(f"target {target}: {text}")
 
 
 def verdict(ratio: float, target: float) -> str:

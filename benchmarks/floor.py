@@ -7,11 +7,11 @@ Whole processes, nothing kept from before.
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 from common import (
     finetune_command,
+    fresh,
     interleaved,
     median,
     our_options,
@@ -40,14 +40,6 @@ class Options:
     """JSON file; default: benchmarks/results/floor.json."""
 
 
-def fresh(folder: Path, name: str) -> Path:
-    """A new folder."""
-    number = len(list(folder.glob(f"{name}*")))
-    path = folder / f"{name}{number}"
-    path.mkdir()
-    return path
-
-
 def main(options: Options) -> None:
     rows = []
     with workplace() as folder:
@@ -60,9 +52,8 @@ def main(options: Options) -> None:
                 return run_process(finetune_command(*words), {"FINETUNE_CACHE": str(fresh(folder, "features"))}).seconds
 
             def floor(work=work, epochs=epochs) -> float:
-                return run_process(
-                    peer_command("floor", work, *epochs, "--result", str(folder / "result.json")), {}
-                ).seconds
+                words = ["--result", str(folder / "result.json")]
+                return run_process(peer_command("floor", work, *epochs, *words)).seconds
 
             found = interleaved(options.repeats, {"floor": floor, "ours": ours})
             ratio = median(found["ours"]) / median(found["floor"])

@@ -8,10 +8,7 @@ take them in memory. The rows are random and written in place of a backbone's; a
 
 import dataclasses
 import json
-import os
 import resource
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from common import report, workplace
+from common import report, run_itself, train_alone, workplace
 
 WIDTH, CLASSES, BATCH = 2_048, 100, 64
 TARGET_MB = 1_500
@@ -53,15 +50,11 @@ def train_on(count: int, folder: Path) -> dict[str, Any]:
     from finetune.data.source import ArraySource
     from finetune.features import Features, Pass
     from finetune.guard import StopRequest
-    from finetune.models.freeze import Rule, apply_freeze, frozen_tensors, hash_tensors
+    from finetune.models.freeze import Rule
     from finetune.models.heads import StandardisedLinear
-    from finetune.optim import build_optimizer
-    from finetune.phase import Feed, Phase
-    from finetune.recipe import Classification, Images, Model, Optimizer, Recipe
-    from finetune.run import RunFolder
-    from finetune.state import Progress
-    from finetune.tasks import make_task
-    from finetune.train import Settings, train
+    from finetune.phase import Feed
+    from finetune.recipe import Images, Model, Optimizer, Recipe
+    from finetune.train import Settings
     from finetune.watch.progress import Terminal, make_console
 
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports the rest of torch
@@ -100,19 +93,12 @@ def train_on(count: int, folder: Path) -> dict[str, Any]:
     fill_seconds = time.perf_counter() - started
 
     model = torch.nn.Sequential(StandardisedLinear(WIDTH, CLASSES, 0.0))
-    trainable = apply_freeze(model, (Rule("*"),), 0)
-    optimizer = build_optimizer(dict(model.named_parameters()), "adamw", 1e-3, 1e-2, 0.9)
     feed = Feed(lambda rows: model(rows.float()), features, features, features)
-    phase = Phase(0, 0, trainable, optimizer, hash_tensors(frozen_tensors(model, (Rule("*"),), 0)), [], feed)
     recipe = Recipe(Model("none"), Images("none"), optimizer=Optimizer(lr=1e-3), epochs=2, batch_size=BATCH)
-    run = RunFolder(folder / f"run{count}")
-    run.make()
     started = time.perf_counter()
-    progress = train(
-        run, recipe, {"config": {}, "data": {}, "network": {}}, model, (Rule("*"),), phase, lambda epoch: phase,
-        Asked.contents, train_indices, validation_indices,
-        make_task(Classification(), torch.ones(CLASSES, dtype=torch.int64), count), Progress(), None,
-        torch.device("cpu"), "fp32", Settings(log_every_steps=1_000), terminal, StopRequest(),
+    progress = train_alone(
+        folder / f"run{count}", recipe, model, (Rule("*"),), feed, Asked.contents, train_indices, validation_indices,
+        CLASSES, Settings(log_every_steps=1_000), terminal,
     )  # fmt: skip
     seconds = time.perf_counter() - started
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -133,11 +119,7 @@ def main(options: Options) -> None:
     rows = []
     for count in options.rows:
         with workplace() as folder:
-            command = [sys.executable, __file__, "--only", str(count), "--folder", str(folder)]
-            found = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-        if found.returncode:
-            raise SystemExit(found.stderr[-3000:])
-        rows.append(json.loads(found.stdout.splitlines()[-1]))
+            rows.append(run_itself(__file__, "--only", str(count), "--folder", str(folder)))
     per_row = np.array([row["µs a row"] for row in rows])
     targets = {
         "memory": f"{'met' if max(row['peak MB beyond imports'] for row in rows) < TARGET_MB else 'MISSED'}",
@@ -145,8 +127,6 @@ def main(options: Options) -> None:
     }
     title = f"Training on kept rows, {WIDTH:,} wide in bf16, validation and checkpoint in each epoch"
     report("growth", title, rows, options.output, options=dataclasses.asdict(options), targets=targets)
-    for name, text in targets.items():
-        print(f"target {name}: {text}")
 
 
 if __name__ == "__main__":

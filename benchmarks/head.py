@@ -14,7 +14,9 @@ from pathlib import Path
 import tyro
 from common import (
     finetune_command,
+    fresh,
     interleaved,
+    last_accuracy,
     median,
     our_options,
     peer_command,
@@ -53,18 +55,16 @@ class Outcome:
 
 
 def ours(work: Path, epochs: int, environment: dict[str, str]) -> Outcome:
-    run = work / f"run{len(list(work.glob('run*')))}"
+    run = fresh(work, "run")
     words = ["resnet_head", *our_options(work, "--epochs", str(epochs), "--run", str(run), "--quiet")]
     process = run_process(finetune_command(*words), environment)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    accuracy = [line["val/accuracy"] for line in lines if "val/accuracy" in line][-1]
     size = (run / "checkpoints" / "latest.pt").stat().st_size
-    return Outcome(process.seconds, process.peak_mb, size, accuracy)
+    return Outcome(process.seconds, process.peak_mb, size, last_accuracy(run))
 
 
 def peer(name: str, work: Path, epochs: int) -> Outcome:
     result = work / f"{name}.json"
-    process = run_process(peer_command(name, work, "--epochs", str(epochs), "--result", str(result)), {})
+    process = run_process(peer_command(name, work, "--epochs", str(epochs), "--result", str(result)))
     found = json.loads(result.read_text())
     return Outcome(process.seconds, process.peak_mb, found["checkpoint_bytes"], found["accuracy"])
 
@@ -76,10 +76,7 @@ def main(options: Options) -> None:
 
         def first() -> Outcome:
             """With nothing kept: a cache of its own each time."""
-            number = len(list(folder.glob("fresh*")))
-            fresh = folder / f"fresh{number}"
-            fresh.mkdir()
-            return ours(work, options.epochs, {"FINETUNE_CACHE": str(fresh)})
+            return ours(work, options.epochs, {"FINETUNE_CACHE": str(fresh(folder, "features"))})
 
         ours(work, 1, kept)  # what the second runs find
         competitors = {name: lambda name=name: peer(name, work, options.epochs) for name in OTHERS}
@@ -114,8 +111,6 @@ def main(options: Options) -> None:
     verdicts["accuracy"] = f"{'met' if outcomes['first'].accuracy >= best else 'MISSED'} (best peer {best:.4f})"
     title = f"{options.backbone} at {options.image_size} px on the digits, {options.epochs} epochs, whole process"
     report(f"head-{options.epochs}", title, rows, options.output, options=dataclasses.asdict(options), targets=verdicts)
-    for name, text in verdicts.items():
-        print(f"target {name}: {text}")
 
 
 if __name__ == "__main__":

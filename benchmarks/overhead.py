@@ -10,18 +10,16 @@ validation and checkpoints.
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
-from common import interleaved, median, report, verdict
+from common import interleaved, median, report, run_itself, train_alone, verdict
 from torch import nn
 from torch.nn import functional
 
@@ -109,15 +107,10 @@ def finetune(work: str, count: int) -> float:
     from finetune.data.contents import Contents
     from finetune.data.images import Batch, Request
     from finetune.data.source import ArraySource
-    from finetune.guard import StopRequest
-    from finetune.models.freeze import Rule, apply_freeze, frozen_tensors, hash_tensors
-    from finetune.optim import build_optimizer
-    from finetune.phase import Feed, Phase
-    from finetune.recipe import Classification, Images, Model, Optimizer, Recipe, Schedule, Trainable
-    from finetune.run import RunFolder
-    from finetune.state import Progress
-    from finetune.tasks import make_task
-    from finetune.train import Settings, train
+    from finetune.models.freeze import Rule
+    from finetune.phase import Feed
+    from finetune.recipe import Images, Model, Optimizer, Recipe, Schedule, Trainable
+    from finetune.train import Settings
     from finetune.watch.progress import Terminal, make_console
 
     ready = batches(work, count)
@@ -136,26 +129,17 @@ def finetune(work: str, count: int) -> float:
 
     model = build(work)
     rules = (Rule("fc"), Rule("*", trainable=not FROZEN[work]))
-    trainable = apply_freeze(model, rules, 0)
     recipe = Recipe(
         Model("none"), Images("none"), trainable=Trainable(batchnorm=True), optimizer=Optimizer(lr=LEARNING_RATE),
         schedule=Schedule("constant", warmup_fraction=0.0), epochs=1, batch_size=BATCH,
     )  # fmt: skip
     samples = count * BATCH
     source = ArraySource(torch.zeros(samples, 1), torch.zeros(samples, dtype=torch.int64), ["a", "b"], "")
-    feed = Feed(model, Ready(), Ready())
-    parameters = {name: value for name, value in model.named_parameters() if name in trainable}
-    optimizer = build_optimizer(parameters, "adamw", LEARNING_RATE, 1e-2, 0.9)
-    phase = Phase(0, 0, trainable, optimizer, hash_tensors(frozen_tensors(model, rules, 0)), [], feed)
     terminal = Timed(make_console(quiet=True))
     with tempfile.TemporaryDirectory() as folder:
-        run = RunFolder(Path(folder) / "run")
-        run.make()
-        train(
-            run, recipe, {"config": {}, "data": {}, "network": {}}, model, rules, phase, lambda epoch: phase,
-            Contents(source), torch.arange(samples), torch.arange(BATCH),
-            make_task(Classification(), torch.ones(CLASSES, dtype=torch.int64), samples), Progress(), None,
-            torch.device("cpu"), "fp32", Settings(), terminal, StopRequest(),
+        train_alone(
+            Path(folder) / "run", recipe, model, rules, Feed(model, Ready(), Ready()), Contents(source),
+            torch.arange(samples), torch.arange(BATCH), CLASSES, Settings(), terminal,
         )  # fmt: skip
     return terminal.watch.milliseconds()
 
@@ -191,18 +175,10 @@ def lightning(work: str, count: int) -> float:
 
 
 def hf_trainer(work: str, count: int) -> float:
+    from peers import WithLoss
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     watch, model, ready = Stopwatch(), build(work), batches(work, count)
-
-    class WithLoss(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, images, labels):
-            logits = self.model(images)
-            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
 
     class Laps(TrainerCallback):
         def on_step_end(self, *_arguments, **_named):
@@ -222,7 +198,11 @@ def hf_trainer(work: str, count: int) -> float:
             disable_tqdm=True, use_cpu=True, max_grad_norm=0.0,
         )  # fmt: skip
         trainer = WithReadyBatches(
-            WithLoss(), arguments, train_dataset=Ready(), callbacks=[Laps()], optimizers=(optimizer_of(model), None)
+            WithLoss(model),
+            arguments,
+            train_dataset=Ready(),
+            callbacks=[Laps()],
+            optimizers=(optimizer_of(model), None),
         )
         trainer.train()
     return watch.milliseconds()
@@ -254,14 +234,6 @@ def fastai(work: str, count: int) -> float:
 COMPETITORS = dict(zip(PEERS, (bare_loop, finetune, lightning, hf_trainer, fastai), strict=True))
 
 
-def in_a_process(name: str, work: str, steps: int) -> float:
-    command = [sys.executable, __file__, "--only", name, "--work", work, "--steps", str(steps)]
-    found = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    if found.returncode:
-        raise SystemExit(f"{name} failed:\n{found.stderr[-3000:]}")
-    return json.loads(found.stdout.splitlines()[-1])
-
-
 def main(options: Options) -> None:
     if options.only:
         print(json.dumps(COMPETITORS[options.only](options.work, options.steps)))
@@ -271,7 +243,10 @@ def main(options: Options) -> None:
         steps = options.steps if FROZEN[work] else max(options.steps // 10, 20)
         found = interleaved(
             options.repeats,
-            {name: lambda name=name, work=work, steps=steps: in_a_process(name, work, steps) for name in COMPETITORS},
+            {
+                name: partial(run_itself, __file__, "--only", name, "--work", work, "--steps", str(steps))
+                for name in COMPETITORS
+            },
         )
         times = {name: median(values) for name, values in found.items()}
         targets[work] = verdict(times["finetune"] / times["bare loop"], TARGETS[work])
@@ -282,8 +257,6 @@ def main(options: Options) -> None:
         ]
     title = "The median training step, over that of a bare loop"
     report("overhead", title, rows, options.output, options=dataclasses.asdict(options), targets=targets)
-    for name, text in targets.items():
-        print(f"target {name}: {text}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,18 @@ class HeadOnly(nn.Module):
         return self.head(self.features(images))
 
 
+class WithLoss(nn.Module):
+    """A model as the Hugging Face Trainer wants it: it computes its own loss."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, labels=None):
+        logits = self.model(images)
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
 def adamw(model: HeadOnly) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.head.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
@@ -149,15 +161,6 @@ def huggingface(model: HeadOnly, data: dict, epochs: int, folder: Path) -> float
     import numpy as np
     from transformers import Trainer, TrainingArguments
 
-    class WithLoss(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, images, labels=None):
-            logits = self.model(images)
-            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
-
     class Rows(torch.utils.data.Dataset):
         def __init__(self, part):
             self.images, self.targets = data[f"{part}_images"], data[f"{part}_targets"]
@@ -175,7 +178,7 @@ def huggingface(model: HeadOnly, data: dict, epochs: int, folder: Path) -> float
         logging_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = Trainer(
-        WithLoss(), arguments, train_dataset=Rows("train"), eval_dataset=Rows("validation"),
+        WithLoss(model), arguments, train_dataset=Rows("train"), eval_dataset=Rows("validation"),
         optimizers=(adamw(model), None),
         compute_metrics=lambda found: {"accuracy": float(np.mean(found.predictions.argmax(1) == found.label_ids))},
     )  # fmt: skip

@@ -8,14 +8,13 @@ scikit-learn gets standardised features and chooses its regularisation by cross-
 """
 
 import dataclasses
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
-from common import finetune_command, report, run_process, workplace
+from common import finetune_command, fresh, last_accuracy, report, run_process, workplace
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -40,10 +39,9 @@ class Options:
 
 
 def our_accuracy(folder: Path, words: list[str], seed: int) -> float:
-    run = folder / f"run{len(list(folder.glob('run*')))}"
-    run_process(finetune_command(*words, "--seed", str(seed), "--quiet", "--run", str(run)), {})
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["val/accuracy"] for line in lines if "val/accuracy" in line][-1]
+    run = fresh(folder, "run")
+    run_process(finetune_command(*words, "--seed", str(seed), "--quiet", "--run", str(run)))
+    return last_accuracy(run)
 
 
 def kept_features(folder: Path) -> torch.Tensor:

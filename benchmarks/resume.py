@@ -71,7 +71,7 @@ def train_ours(folder: Path) -> Path:
     run = folder / "run"
     words = ["vgg_head", "--images", str(folder / "images"), "--augment", "light", "--epochs", "1", "--run", str(run)]
     words += ["--save-every-steps", "1", "--keep", "1000", "--log-every-steps", "1", "--workers", "0", "--quiet"]
-    run_process(finetune_command(*words), {})
+    run_process(finetune_command(*words))
     return run
 
 
@@ -162,18 +162,8 @@ def lightning(folder: Path, steps: list[int], step: int) -> None:
 
 def huggingface(folder: Path, steps: list[int], step: int) -> None:
     import torch
-    from torch import nn
-    from torch.nn import functional
+    from peers import WithLoss
     from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    class WithLoss(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = their_model()
-
-        def forward(self, images, labels):
-            logits = self.model(images)
-            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
 
     class AtStep(TrainerCallback):
         def on_step_end(self, arguments, state, control, **_named):
@@ -181,7 +171,7 @@ def huggingface(folder: Path, steps: list[int], step: int) -> None:
                 leave()
             control.should_save = state.global_step in steps
 
-    model = WithLoss()
+    model = WithLoss(their_model())
     arguments = TrainingArguments(
         output_dir=str(folder / "hf"), num_train_epochs=1, per_device_train_batch_size=BATCH, save_strategy="no",
         logging_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
@@ -204,7 +194,7 @@ THEIRS = {"lightning": lightning, "huggingface": huggingface}
 
 def their_process(name: str, options: Options, folder: Path, step: int = 0) -> float:
     words = ["--only", name, "--folder", str(folder), "--files", str(options.files), "--step", str(step)]
-    finished = run_process([sys.executable, __file__, *words], {})
+    finished = run_process([sys.executable, __file__, *words])
     if step and "first step" not in finished.output:
         raise SystemExit(f"{name} did not go on at step {step}:\n{finished.output[-2000:]}")
     return finished.seconds
@@ -241,8 +231,6 @@ def main(options: Options) -> None:
     targets = {"equal within noise": f"{'met' if ratio <= spread else 'MISSED'} ({ratio:.3f}, noise {spread:.3f})"}
     title = f"From the start of the process to the next step, in an epoch over {options.files:,} files"
     report("resume", title, rows, options.output, options=dataclasses.asdict(options), targets=targets)
-    for name, text in targets.items():
-        print(f"target {name}: {text}")
 
 
 if __name__ == "__main__":
