@@ -109,8 +109,8 @@ def test_a_checkpoint_of_a_newer_schema_is_refused(tmp_path, trained):
     state = read(trained) | {"schema_version": 999}
     path = tmp_path / "newer.pt"
     write_atomically(path, lambda stream: torch.save(state, stream), trailer=True)
-    with pytest.raises(RunError, match="has schema 999, this finetune reads 2; use the version that wrote it"):
-        checkpoint.read_checkpoint(path)
+    with pytest.raises(RunError, match="has schema 999, this finetune reads 3; use the version that wrote it"):
+        checkpoint.read_checkpoint(path, state["run_id"])
 
 
 def test_a_death_between_the_numbered_file_and_its_names_loses_nothing(tmp_path, monkeypatch):

@@ -1,15 +1,11 @@
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from finetune.errors import RunError
 from finetune.files import (
     TRAILER_BYTES,
     BadFile,
-    hold_lock,
     link_or_copy,
     remove_leftovers,
     sha256_of_file,
@@ -85,21 +81,3 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_bytes(b"")
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["latest.pt", "notes.tmp"]
-
-
-def test_a_second_writer_is_told_who_holds_the_lock(tmp_path):
-    code = (
-        "import sys, pathlib\nfrom finetune.files import hold_lock\n"
-        "with hold_lock(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match=f"in use by process {holder.pid}"), hold_lock(tmp_path):
-            pass
-        holder.kill()  # no clean-up: the lock is stale now
-        holder.wait()
-        with hold_lock(tmp_path):
-            assert (tmp_path / "lock.owner").read_text() == str(os.getpid())
-    assert not (tmp_path / "lock.owner").exists()

@@ -172,14 +172,30 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path):
     assert_equal_runs(interrupted, unbroken)
 
 
-def test_a_checkpoint_of_another_recipe_is_refused_with_what_differs(tmp_path):
+def test_a_recipe_that_was_changed_by_hand_is_refused_with_what_differs(tmp_path):
     run = train_run(tmp_path / "run", small_recipe(epochs=1), save_every_steps=0)
-    other = train_run(tmp_path / "other", small_recipe(epochs=1, seed=4, dropout=0.1), save_every_steps=0)
-    for path in run.checkpoints.iterdir():
-        path.unlink()
-    (run.checkpoints / "latest.pt").write_bytes((other.checkpoints / "latest.pt").read_bytes())
-    with pytest.raises(RunError, match=r"model\.dropout: 0\.3 in the run, 0\.1 now; seed: 3 in the run, 4 now"):
+    record = json.loads(run.recipe_file.read_text())
+    record["config"]["seed"], record["config"]["model"]["dropout"] = 4, 0.1
+    run.recipe_file.write_text(json.dumps(record))
+    with pytest.raises(RunError, match=r"recipe\.json is damaged: its content does not match its checksum"):
         resume_run(run)
+    run.recipe_file.write_text(json.dumps(record | {"checksum": ""}))
+    with pytest.raises(RunError, match=r"model\.dropout: 0\.1 in the run, 0\.3 now; seed: 4 in the run, 3 now"):
+        resume_run(run)
+
+
+def test_a_checkpoint_of_another_run_of_the_same_recipe_is_passed_over(tmp_path):
+    run = train_run(tmp_path / "run", small_recipe(epochs=1))
+    other = train_run(tmp_path / "other", small_recipe(epochs=1))
+    (run.checkpoints / "step-000007.pt").unlink()
+    (run.checkpoints / "step-000007.pt").write_bytes((other.checkpoints / "step-000007.pt").read_bytes())
+    lines = resume_run(run)
+    assert "step-000007.pt is of another run" in lines[0] and "finished at step 7" in lines[1]
+    (run.checkpoints / "latest.pt").unlink()
+    (run.checkpoints / "latest.pt").write_bytes((other.checkpoints / "latest.pt").read_bytes())
+    (run.checkpoints / "step-000007.pt").unlink()
+    lines = resume_run(run)
+    assert "latest.pt is of another run" in lines[0] and any("resuming" in line and "step 6" in line for line in lines)
 
 
 def test_other_data_is_refused(tmp_path):

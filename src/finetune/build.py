@@ -123,7 +123,7 @@ class Data:
 def open_source(spec: Images, classes: Sequence[str] | None = None) -> Source:
     """The data that the recipe names, not split yet."""
     columns = Columns(spec.image_column, spec.label_column, spec.split_column, spec.separator)
-    return open_images(spec.images, spec.fonts, columns, classes)
+    return open_images(spec.images, spec.fonts, columns, classes, spec.allow_outside)
 
 
 def make_pipeline(source: Source, spec: Images, backbone: Backbone, seed: int) -> ImagePipeline:
@@ -275,7 +275,7 @@ def saved_network(run: RunFolder, recipe: Recipe, state: dict[str, Any]) -> Netw
     network = build_network(
         backbone,
         tensors if kind == "source" else None,
-        f"frozen weights of {run.path}",
+        f"frozen weights of {run}",
         head=recipe.model.head,
         class_count=class_count,
         dropout=recipe.model.dropout,
@@ -284,7 +284,7 @@ def saved_network(run: RunFolder, recipe: Recipe, state: dict[str, Any]) -> Netw
         old_class_count=state["network"]["old_class_count"],
     )
     module = network.module
-    what = f"checkpoint of {run.path} does not fit its recipe"
+    what = f"checkpoint of {run} does not fit its recipe"
     if kind == "tensors" and tensors is not None:
         _put(module, tensors, what)
     frozen = frozen_tensors(module, network.rules(recipe.trainable.rules), state["frozen"]["epoch"])
@@ -310,8 +310,8 @@ def trained_network(run: RunFolder, which: str) -> tuple[Network, dict[str, Any]
     recipe, _ = split_config(record["config"])
     path = run.checkpoints / f"{which}.pt"
     if not path.exists():
-        raise RunError(f"run {run.path} has no {which} checkpoint yet; train it first: finetune resume {run.path}")
-    state = read_checkpoint(path)
+        raise RunError(f"run {run} has no {which} checkpoint yet; train it first: finetune resume {run}")
+    state = read_checkpoint(path, record["id"])
     check_same_config(record["config"], state["config"], f"{path} is not of the recipe in {run.recipe_file}")
     network = saved_network(run, recipe, state)
     network.module.eval()

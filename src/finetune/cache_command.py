@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.cache import Entry, cache_folder, entries, size_text
-from finetune.errors import UsageError
+from finetune.errors import UsageError, printable
 from finetune.watch.progress import make_console
 
 SHOWN_KEY_LETTERS = 12
@@ -45,7 +45,9 @@ def _table(chosen: list[Entry]) -> Table:
     for entry in chosen:
         about, rows = entry.describe()
         used = "in use" if entry.users() else time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_seconds()))
-        table.add_row(entry.key[:SHOWN_KEY_LETTERS], Text(about), rows, size_text(entry.stored_bytes()), used)
+        table.add_row(
+            entry.key[:SHOWN_KEY_LETTERS], Text(printable(about)), rows, size_text(entry.stored_bytes()), used
+        )
     return table
 
 

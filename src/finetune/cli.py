@@ -10,8 +10,9 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, NoReturn
@@ -19,7 +20,8 @@ from typing import Annotated, Any, Literal, NoReturn
 import docstring_parser
 import tyro
 
-from finetune.errors import FinetuneError, StoppedEarly, UsageError
+from finetune.errors import FinetuneError, StoppedEarly, UsageError, is_out_of_memory, one_line, printable
+from finetune.guard import exit_on_signals
 from finetune.recipe import ImageTable, Recipe, image_head
 from finetune.recipe_files import call_recipe, find_recipe_file, load_recipe_function, shipped_recipes
 
@@ -36,6 +38,7 @@ finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit fo
   finetune cache [clear]                 features that frozen backbones computed: list, or delete
   finetune new NAME FILE                 copy a shipped recipe to a file of your own
   finetune COMMAND --help                a command's options
+  finetune COMMAND ... --debug           where an error came from
 
 Which value holds: the recipe's default, then the command line. At a resume the run's saved values hold; only what
 does not change the result can be given anew (--device, --workers, how often to save, where the data lies).
@@ -148,6 +151,8 @@ class PredictOptions:
     """Print csv instead of JSON lines."""
     image_column: str = ""
     """Column of a csv that holds the image's path; default: image, path, file, ..."""
+    allow_outside: bool = False
+    """Read images outside the folders too: behind links, paths with .. or from the root."""
     batch_size: int = 64
     """Images computed at once."""
     device: str = "auto"
@@ -226,9 +231,31 @@ def parse_recipe(name: str, arguments: Sequence[str]) -> tuple[Path, Recipe, Run
         frozen=True,
     )
     summary = docstring_parser.parse(inspect.getdoc(function) or "").short_description or ""
-    parsed = tyro.cli(both, prog=f"finetune {name}", description=summary, args=list(arguments))
+    parsed = parse(both, name, summary, arguments)
     options = {field.name: getattr(parsed.recipe, field.name) for field in dataclasses.fields(recipe_class)}
     return path, call_recipe(function, options, path), parsed.run
+
+
+def parse(options: type, command: str, description: str, arguments: Sequence[str]) -> Any:
+    """Options of a dataclass from the command line.
+
+    Raises:
+        UsageError: they cannot be parsed; in one line what tyro says in a box.
+        SystemExit: help was asked for, and printed.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(options, prog=f"finetune {command}", description=description, args=list(arguments))
+    except SystemExit as end:
+        if not end.code:
+            raise
+    # The first paragraph between the box's rules is what is wrong, the second what was perhaps meant.
+    lines = [line.strip("│ ") for line in said.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
+    groups = groupby(lines, lambda line: line.startswith("─"))
+    paragraphs = [" ".join(group).rstrip(".") for is_rule, group in groups if not is_rule]
+    meant = [words for words in paragraphs[1:] if words.startswith("Perhaps you meant")]
+    raise UsageError("; ".join([*paragraphs[:1], *meant, f"all options: finetune {command} --help"]))
 
 
 def import_commands() -> ModuleType:
@@ -250,28 +277,22 @@ def command_train(name: str, arguments: Sequence[str]) -> int:
 
 
 def command_resume(arguments: Sequence[str]) -> int:
-    options = tyro.cli(ResumeOptions, prog="finetune resume", description="Go on with a run.", args=list(arguments))
+    options = parse(ResumeOptions, "resume", "Go on with a run.", arguments)
     return import_commands().resume_run(options)
 
 
 def command_export(arguments: Sequence[str]) -> int:
-    options = tyro.cli(
-        ExportOptions, prog="finetune export", description="Weights that stock libraries load.", args=list(arguments)
-    )
+    options = parse(ExportOptions, "export", "Weights that stock libraries load.", arguments)
     return import_commands().export_run(options)
 
 
 def command_predict(arguments: Sequence[str]) -> int:
-    options = tyro.cli(
-        PredictOptions, prog="finetune predict", description="Classify images with an export.", args=list(arguments)
-    )
+    options = parse(PredictOptions, "predict", "Classify images with an export.", arguments)
     return import_commands().predict_files(options)
 
 
 def command_evaluate(arguments: Sequence[str]) -> int:
-    options = tyro.cli(
-        EvaluateOptions, prog="finetune evaluate", description="How good a run is.", args=list(arguments)
-    )
+    options = parse(EvaluateOptions, "evaluate", "How good a run is.", arguments)
     return import_commands().evaluate_run(options)
 
 
@@ -283,9 +304,7 @@ def command_summary(arguments: Sequence[str]) -> int:
 
 
 def command_cache(arguments: Sequence[str]) -> int:
-    options = tyro.cli(
-        CacheOptions, prog="finetune cache", description="Kept features of frozen backbones.", args=list(arguments)
-    )
+    options = parse(CacheOptions, "cache", "Kept features of frozen backbones.", arguments)
     from finetune.cache_command import list_or_clear
 
     return list_or_clear(options.action, options.entries)
@@ -318,12 +337,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names of files and classes may hold what this console or no encoding at all can show.
-        sys.stdout.reconfigure(errors="backslashreplace")
+def dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP.format(recipes=", ".join(shipped_recipes())), end="")
         return 0 if words else 2
@@ -332,37 +346,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"finetune {__version__}")
         return 0
-    try:
-        if words[0] in COMMANDS:
-            return COMMANDS[words[0]](words[1:])
-        return command_train(words[0], words[1:])
-    except FinetuneError as error:
-        print(f"finetune: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        # Whoever read our output went away (`finetune --help | head`): that is no failure worth a traceback.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the interpreter's own flush at exit
-        return 0
-    except OSError as error:
+    if words[0] in COMMANDS:
+        return COMMANDS[words[0]](words[1:])
+    return command_train(words[0], words[1:])
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """What a person is told of an error, and the exit code."""
+    if isinstance(error, FinetuneError):
+        return error.args[0], error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        # While training, Ctrl-C is a request that saves; here nothing had begun that could be lost.
+        return "interrupted before the first step; the same command starts again", StoppedEarly.exit_code
+    if isinstance(error, OSError):
         # A file or folder that cannot be read or written, wherever it was met.
         where = f"{error.filename}: " if error.filename else ""
-        print(f"finetune: {where}{error.strerror or error}; check the path and its rights", file=sys.stderr)
-        return FinetuneError.exit_code
-    except KeyboardInterrupt:
-        # While training, Ctrl-C is a request that saves; here nothing had begun that could be lost.
-        print("finetune: interrupted before the first step; the same command starts again", file=sys.stderr)
-        return StoppedEarly.exit_code
+        return f"{where}{error.strerror or error}; check the path and its rights", FinetuneError.exit_code
+    if is_out_of_memory(error):
+        return f"out of memory ({one_line(error)}); close other programs, or give less to do at once", 1
+    text = f"{type(error).__name__}: {one_line(error)}"
+    return f"{text}; this is a fault of finetune: please report it with what --debug shows", FinetuneError.exit_code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. What goes wrong is one line; with --debug, where it came from as well."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files and classes may hold what this console or no encoding at all can show.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return dispatch([word for word in words if word != "--debug"])
+    except BrokenPipeError:
+        # Whoever read our output went away (`finetune --help | head`): that is no failure worth a word.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the interpreter's own flush at exit
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        text, code = explain(error)
+        for line in (f"finetune: {text}", *getattr(error, "details", ())):
+            print(printable(line), file=sys.stderr)
+        return code
 
 
 def run() -> NoReturn:
     """The `finetune` process, a second quicker than `main`: Python looks for no garbage while torch is imported, and
     torch is not taken apart in the end."""
     gc.disable()
+    exit_on_signals()
     try:
         code = main()
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    except SystemExit as end:  # help was asked for
+        code = int(end.code or 0)
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -2,18 +2,19 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from finetune import checkpoint as checkpoints
 from finetune import launch
 from finetune.build import Numerics, determining_config
 from finetune.cache import parse_size
-from finetune.errors import UsageError
+from finetune.errors import UsageError, printable
 from finetune.job import Machine
 from finetune.plain import differences
 from finetune.recipe import Recipe
 from finetune.recipe_files import local_modules
+from finetune.remote import open_run
 from finetune.run import RunFolder, newest_unfinished
 from finetune.state import Progress
 from finetune.train import Settings
@@ -54,57 +55,51 @@ def train_recipe(path: Path, recipe: Recipe, options: Any) -> int:
         raise UsageError(f"--log-every-steps {options.log_every_steps}: not allowed; give 1 or more")
     saving = check_saving(options.given())
     machine = make_machine(options)
-    folder = Path(options.run) if options.run else None
-    if folder is not None and RunFolder(folder).exists():
-        run = RunFolder(folder)
-        record = run.read_recipe()
-        has_checkpoint = (
-            bool(checkpoints.step_files(run.checkpoints)) or (run.checkpoints / checkpoints.LATEST).exists()
-        )
-        if options.resume:
-            found = differences(record["config"], determining_config(recipe, numerics))
+    settings = Settings(log_every_steps=options.log_every_steps, **saving)
+    opened = open_run(options.run, terminal.say) if options.run else nullcontext()
+    with opened as run:
+        if run is not None and run.exists() and options.resume:
+            found = differences(run.read_recipe()["config"], determining_config(recipe, numerics))
             if found:
                 raise UsageError(
-                    f"--run {folder} --resume: holds another run: {'; '.join(found)}; "
+                    f"--run {run} --resume: holds another run: {'; '.join(found)}; "
                     "give its own values, or another --run"
                 )
             return finish(run, launch.resume(run, machine, terminal, settings=saving), terminal)
-        if has_checkpoint:
-            raise UsageError(
-                f"--run {folder}: already holds a run; add --resume to go on with it, or give another folder"
-            )
-    settings = Settings(log_every_steps=options.log_every_steps, **saving)
-    run, progress = launch.start(
-        folder,
-        path.stem,
-        recipe,
-        numerics,
-        machine,
-        settings,
-        terminal,
-        code=tuple(local_modules(path)),
-        init_from=options.init_from,
-        copy_frozen=options.frozen == "copy",
-        skip_broken=options.skip_broken,
-    )
-    return finish(run, progress, terminal)
+        if run is not None and run.exists() and run.has_checkpoint():
+            raise UsageError(f"--run {run}: already holds a run; add --resume to go on with it, or give another folder")
+        run, progress = launch.start(
+            None if run is None else run.path,
+            path.stem,
+            recipe,
+            numerics,
+            machine,
+            settings,
+            terminal,
+            code=tuple(local_modules(path)),
+            init_from=options.init_from,
+            copy_frozen=options.frozen == "copy",
+            skip_broken=options.skip_broken,
+            url="" if run is None else run.url,
+        )
+        return finish(run, progress, terminal)
 
 
 def resume_run(options: Any) -> int:
     """`finetune resume`."""
-    run = RunFolder(Path(options.run)) if options.run else newest_unfinished()
     terminal = make_terminal(options.quiet)
-    progress = launch.resume(
-        run,
-        make_machine(options),
-        terminal,
-        settings=check_saving(options.given()),
-        epochs=options.epochs,
-        lr=options.lr,
-        from_file=Path(options.from_) if options.from_ else None,
-        images=options.images,
-    )
-    return finish(run, progress, terminal)
+    with open_run(options.run or str(newest_unfinished().path), terminal.say) as run:
+        progress = launch.resume(
+            run,
+            make_machine(options),
+            terminal,
+            settings=check_saving(options.given()),
+            epochs=options.epochs,
+            lr=options.lr,
+            from_file=Path(options.from_) if options.from_ else None,
+            images=options.images,
+        )
+        return finish(run, progress, terminal)
 
 
 def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> int:
@@ -117,9 +112,9 @@ def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> int:
     terminal.say("\nnext:")
     longer = 2 * max(progress.epoch, 1)
     hints = {
-        f"finetune export {run.path}": "weights that other programs load",
-        f"finetune evaluate {run.path}": "figures by class, confusion matrix",
-        f"finetune resume {run.path} --epochs {longer}": "train longer; after a crash, without --epochs",
+        f"finetune export {run}": "weights that other programs load",
+        f"finetune evaluate {run}": "figures by class, confusion matrix",
+        f"finetune resume {run} --epochs {longer}": "train longer; after a crash, without --epochs",
     }
     if run.read_recipe()["config"]["data"]["images"] == "digits":
         hints["finetune vgg_head --images FOLDER"] = "your own images, one sub-folder a class"
@@ -127,26 +122,31 @@ def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> int:
     for command, meaning in hints.items():
         terminal.say(f"  {command:<{width}}  {meaning}")
     terminal.say("")
-    print(run.path)
+    print(run)
     return 0
+
+
+def _say_aside(text: str) -> None:
+    """Where standard output is for the result."""
+    print(printable(text), file=sys.stderr)
 
 
 def export_run(options: Any) -> int:
     """`finetune export`."""
     from finetune.export import FORMATS, copy_checkpoint, export
 
-    run = RunFolder(Path(options.run))
-    if not options.weights_only:
-        print(copy_checkpoint(run, options.from_, Path(options.output) if options.output else None))
+    with open_run(options.run, _say_aside) as run:
+        if not options.weights_only:
+            print(copy_checkpoint(run, options.from_, Path(options.output) if options.output else None))
+            return 0
+        output = Path(options.output) if options.output else run.path / f"model.{options.format or 'pt'}"
+        allowed = [f".{options.format}"] if options.format else FORMATS
+        if output.suffix not in allowed:
+            raise UsageError(f"--output {output}: must end in {' or '.join(allowed)}")
+        report = export(run, options.from_, output)
+        print(report.text(), file=sys.stderr)
+        print(output)
         return 0
-    output = Path(options.output) if options.output else run.path / f"model.{options.format or 'pt'}"
-    allowed = [f".{options.format}"] if options.format else FORMATS
-    if output.suffix not in allowed:
-        raise UsageError(f"--output {output}: must end in {' or '.join(allowed)}")
-    report = export(run, options.from_, output)
-    print(report.text(), file=sys.stderr)
-    print(output)
-    return 0
 
 
 def predict_files(options: Any) -> int:
@@ -162,6 +162,7 @@ def predict_files(options: Any) -> int:
         batch_size=options.batch_size,
         device_name=options.device,
         image_column=options.image_column,
+        allow_outside=options.allow_outside,
         as_csv=options.csv,
     )
 
@@ -170,8 +171,9 @@ def evaluate_run(options: Any) -> int:
     """`finetune evaluate`."""
     from finetune.evaluate import evaluate, show
 
-    run, workers = RunFolder(Path(options.run)), check_workers(options.workers)
-    figures = evaluate(run, options.from_, options.images, options.table, options.device, workers)
+    workers = check_workers(options.workers)
+    with open_run(options.run, _say_aside, writes=False) as run:
+        figures = evaluate(run, options.from_, options.images, options.table, options.device, workers)
     if options.json:
         print(json.dumps(figures, ensure_ascii=False))
     else:

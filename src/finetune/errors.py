@@ -1,10 +1,25 @@
 """What a user can be told: each error is one line that says what, the value, what is allowed and what to do."""
 
+import unicodedata
+from collections.abc import Sequence
+
 
 class FinetuneError(Exception):
-    """A failure the user can act on. `exit_code` is what the command returns."""
+    """A failure the user can act on, told in one line.
+
+    Attributes:
+        exit_code: what the command returns.
+        details: lines below that one, where one says too little.
+    """
 
     exit_code = 1
+
+    def __init__(self, text: str, details: Sequence[str] = ()):
+        super().__init__(text)
+        self.details = details
+
+    def __str__(self) -> str:
+        return "\n".join([self.args[0], *self.details])
 
 
 class UsageError(FinetuneError):
@@ -17,6 +32,28 @@ class RunError(FinetuneError):
     """A run, checkpoint or export that cannot be used or continued."""
 
     exit_code = 1
+
+
+# How torch's allocators say it.
+OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less at once might have worked."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: what would move its cursor, colour it or break the line (a file may be called so) is spelt
+    out instead."""
+    return "".join(one if is_printable(one) else one.encode("unicode_escape").decode() for one in text)
+
+
+def is_printable(one: str) -> bool:
+    """Of a character; spaces of every width are."""
+    return one.isprintable() or unicodedata.category(one) == "Zs"
 
 
 def one_line(error: BaseException, length: int = 200) -> str:

@@ -19,7 +19,7 @@ from finetune.data.order import batches_from
 from finetune.data.source import PARTS, Source
 from finetune.data.table import TABLE_SUFFIXES
 from finetune.device import autocast, pick_device, set_numerics, to_device
-from finetune.errors import RunError, UsageError
+from finetune.errors import RunError, UsageError, printable
 from finetune.job import count_workers
 from finetune.metrics import Calibration
 from finetune.models.backbones import backbone_from_plain
@@ -72,7 +72,7 @@ def evaluate(
     if not tally.samples():
         raise RunError(f"--images {images}: none of {len(judged.indices)} image(s) could be read; {broken[0]}")
     return {
-        "run": str(run.path),
+        "run": str(run),
         "checkpoint": {"which": which, "step": state["step"]},
         "images": images or recipe.data.images,
         "part": judged.part,
@@ -135,10 +135,12 @@ def _located(spec: Images, images: str, table: ImageTable) -> Images:
     """The run's data description for other images: a table has the columns that are given, or, where none is given,
     those of the run; a folder has none."""
     if Path(images).suffix.lower() in TABLE_SUFFIXES:
-        names_columns = table != ImageTable(separator=table.separator)
+        names_columns = table != ImageTable(separator=table.separator, allow_outside=table.allow_outside)
         table = dataclasses.replace(table, separator=table.separator or spec.separator)
         if not names_columns:
-            return dataclasses.replace(spec, images=images, separator=table.separator)
+            return dataclasses.replace(
+                spec, images=images, separator=table.separator, allow_outside=table.allow_outside
+            )
     return dataclasses.replace(spec, images=images, **dataclasses.asdict(table))
 
 
@@ -162,12 +164,12 @@ def show(figures: dict[str, Any], console: Console) -> None:
         table.add_column(name, justify="left" if name == "class" else "right", overflow="fold")
     for row in figures["classes"]:
         values = [f"{row[name]:.3f}" for name in ("precision", "recall", "f1")]
-        table.add_row(Text(row["name"]), *values, f"{row['samples']:,}")
+        table.add_row(Text(printable(row["name"])), *values, f"{row['samples']:,}")
     console.print(table)
     if figures["confusion_matrix"]:
         console.print(_mistakes(figures))
     for reason in figures["broken"][:SHOWN_MISTAKES]:
-        console.print(Text(f"left out: {reason}"))
+        console.print(Text(printable(f"left out: {reason}")))
     if len(figures["broken"]) > SHOWN_MISTAKES:
         console.print(Text(f"left out: {len(figures['broken']) - SHOWN_MISTAKES} more"))
 
@@ -181,13 +183,13 @@ def _mistakes(figures: dict[str, Any]) -> Table:
         )
         table.add_column("", overflow="fold")
         for name in names:
-            table.add_column(Text(name), justify="right", overflow="fold")
+            table.add_column(Text(printable(name)), justify="right", overflow="fold")
         for number, (name, row) in enumerate(zip(names, matrix, strict=True)):
             cells = [
                 Text(str(count) if count else ".", "bold" if number == column else "")
                 for column, count in enumerate(row)
             ]
-            table.add_row(Text(name), *cells)
+            table.add_row(Text(printable(name)), *cells)
         return table
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="most frequent mistakes", title_justify="left")
     for column in ("true class", "taken for", "images"):
@@ -199,5 +201,5 @@ def _mistakes(figures: dict[str, Any]) -> Table:
         if count and row != column
     ]
     for count, true, taken in sorted(mistakes, key=lambda mistake: -mistake[0])[:SHOWN_MISTAKES]:
-        table.add_row(Text(true), Text(taken), f"{count:,}")
+        table.add_row(Text(printable(true)), Text(printable(taken)), f"{count:,}")
     return table

@@ -173,7 +173,7 @@ def comparison_images(recipe: Recipe, state: dict[str, Any]) -> Tensor:
 def copy_checkpoint(run: RunFolder, which: str, output: Path | None) -> Path:
     """Copy a whole checkpoint (optimizer, generators and all) out of a run, after checking it."""
     source = run.checkpoints / f"{which}.pt"
-    read_checkpoint(source)
+    read_checkpoint(source, run.read_recipe()["id"])
     target = output or run.path / f"checkpoint-{which}.pt"
     if target.is_dir():
         raise UsageError(f"--output {target}: is a folder; name a file")

@@ -1,15 +1,12 @@
-"""Bytes on disk: atomic writes, a checksum trailer, hard links, one lock a run. Everything that writes comes here."""
+"""Bytes on disk: atomic writes, checksums in what is written, hard links. What must not be lost comes here."""
 
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from filelock import FileLock, Timeout
 
 from finetune.errors import RunError
 
@@ -20,8 +17,8 @@ TRAILER_BYTES = len(TRAILER_MAGIC) + 64
 TEMPORARY_SUFFIX = ".tmp"
 READ_BLOCK_BYTES = 1 << 20
 LARGEST_HEADER_BYTES = 1 << 24
-# Worker processes of a killed run hold its lock until they notice that their parent is gone, at most this long.
-STALE_LOCK_WAIT_SECONDS = 15.0
+# In a JSON file: over all its other keys.
+CHECKSUM_KEY = "checksum"
 
 
 class BadFile(RunError):
@@ -45,10 +42,15 @@ class _HashingWriter:
     def __init__(self, stream: BinaryIO):
         self.stream = stream
         self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data) -> int:
         self.sha256.update(data)
-        return self.stream.write(data)
+        try:
+            return self.stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.stream.flush()
@@ -64,12 +66,21 @@ def write_atomically(path: Path, write: Callable[[Any], None], *, trailer: bool 
 
     Returns:
         The sha256 of the payload, in hexadecimal.
+
+    Raises:
+        OSError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "wb") as stream:
             hashing = _HashingWriter(stream)
-            write(hashing)
+            try:
+                write(hashing)
+            except RuntimeError:
+                # torch.save tells of a full disk in words of its own.
+                if hashing.error is not None:
+                    raise hashing.error from None
+                raise
             digest = hashing.sha256.hexdigest()
             if trailer:
                 stream.write(TRAILER_MAGIC + digest.encode())
@@ -84,18 +95,47 @@ def write_atomically(path: Path, write: Callable[[Any], None], *, trailer: bool 
     return digest
 
 
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def make_folders(folder: Path) -> None:
+    """Make a folder and those above it, so that they survive a power cut."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync_folder(path.parent)
+
+
+def _json_checksum(value: dict[str, Any]) -> str:
+    plain = {key: entry for key, entry in value.items() if key != CHECKSUM_KEY}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an object with a checksum of its own."""
+    text = json.dumps(value | {CHECKSUM_KEY: _json_checksum(value)}, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, lambda stream: stream.write(text.encode()))
 
 
-def read_json(path: Path, what: str) -> Any:
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """What `write_json` wrote. Who changes it by hand can say so by an empty checksum.
+
+    Raises:
+        RunError: there is no such file.
+        BadFile: it is not what was written.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{what} {path} does not exist; check the path") from None
     except (ValueError, RecursionError) as error:
         raise BadFile(f"{what} {path} is damaged ({error}); restore it from a copy") from None
+    if not isinstance(value, dict) or CHECKSUM_KEY not in value:
+        raise BadFile(f"{what} {path} is damaged (it holds no checksum); restore it from a copy")
+    found = value.pop(CHECKSUM_KEY)
+    if found not in ("", _json_checksum(value)):
+        raise BadFile(
+            f"{what} {path} is damaged: its content does not match its checksum; restore it from a copy, or, if you "
+            f'changed it on purpose, set "{CHECKSUM_KEY}" to ""'
+        )
+    return value
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
@@ -182,48 +222,3 @@ def remove_leftovers(folder: Path) -> None:
     for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         with suppress(OSError):
             leftover.unlink()
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name == "nt":
-        return True  # os.kill(pid, 0) ends the process there; the lock itself is released with its holder
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextmanager
-def hold_lock(folder: Path):
-    """Hold the folder's lock: one run, one writer. A lock whose holder is dead is taken over.
-
-    Raises:
-        RunError: another live process holds it.
-    """
-    lock = FileLock(folder / "lock")
-    owner_file = folder / "lock.owner"
-    deadline = time.monotonic() + STALE_LOCK_WAIT_SECONDS
-    while True:
-        try:
-            lock.acquire(timeout=0)
-            break
-        except Timeout:
-            try:
-                owner = int(owner_file.read_text())
-            except (OSError, ValueError):
-                owner = None
-            if (owner is not None and _is_alive(owner)) or time.monotonic() > deadline:
-                raise RunError(
-                    f"run {folder} is in use by process {owner or 'unknown'}; wait for it, or stop it first"
-                ) from None
-            time.sleep(0.1)
-    try:
-        owner_file.write_text(str(os.getpid()))
-        yield
-    finally:
-        with suppress(OSError):
-            owner_file.unlink()
-        lock.release()

@@ -9,27 +9,51 @@ from contextlib import contextmanager
 from finetune.errors import StoppedEarly
 
 EXIT_STOPPED = 75
-POLITE_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")
+# Slurm warns with SIGUSR1, a closing terminal with SIGHUP, Ctrl-Break on Windows is SIGBREAK.
+POLITE_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGBREAK")
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop, and how.
+    """Whether somebody asked the run to stop, and why.
 
     Args:
         go_on: what to type to go on.
     """
 
     def __init__(self, go_on: str = ""):
-        self.signal_name = ""
+        self.reason = ""
         self.go_on = go_on
 
     @property
     def requested(self) -> bool:
-        return bool(self.signal_name)
+        return bool(self.reason)
+
+    def ask(self, reason: str) -> None:
+        """Take note of a reason, like "by SIGTERM"; the first one counts."""
+        self.reason = self.reason or reason
 
     def stopped(self, where: str) -> StoppedEarly:
         """The error that ends the run."""
-        return StoppedEarly(f"stopped by {self.signal_name} {where}; go on with: {self.go_on}")
+        return StoppedEarly(f"stopped {self.reason} {where}; go on with: {self.go_on}")
+
+
+def _polite_signals() -> list[signal.Signals]:
+    """Those that this system has and that nobody has set to be ignored, as `nohup` does."""
+    found = [getattr(signal, name) for name in POLITE_SIGNALS if hasattr(signal, name)]
+    return [number for number in found if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def exit_on_signals() -> None:
+    """Outside of a run nothing is lost by leaving at once; the exit code still says: on purpose, call again."""
+
+    def on_signal(number, _frame):
+        os.write(2, f"finetune: stopped by {signal.Signals(number).name}; the same command goes on\n".encode())
+        os._exit(EXIT_STOPPED)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in _polite_signals():
+            if number != signal.SIGINT:  # Python's own way tells where
+                signal.signal(number, on_signal)
 
 
 @contextmanager
@@ -40,17 +64,17 @@ def listen_for_signals(go_on: str) -> Iterator[StopRequest]:
         yield request
         return
 
+    seen: set[str] = set()
+
     def on_signal(number, _frame):
         name = signal.Signals(number).name
-        if request.signal_name == name == "SIGINT":
+        if name == "SIGINT" and name in seen:
             # Files are written atomically, so leaving here costs at most the steps since the last checkpoint.
             os._exit(EXIT_STOPPED)
-        request.signal_name = name
+        seen.add(name)
+        request.ask(f"by {name}")
 
-    previous = {}
-    for name in POLITE_SIGNALS:
-        if hasattr(signal, name):
-            previous[getattr(signal, name)] = signal.signal(getattr(signal, name), on_signal)
+    previous = {number: signal.signal(number, on_signal) for number in _polite_signals()}
     try:
         yield request
     finally:

@@ -113,7 +113,7 @@ def describe(run: RunFolder, job: Job) -> dict[str, str]:
             f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
         ),
         "device": f"{job.device}, {job.numerics.precision}, {torch.get_num_threads()} threads",
-        "run folder": str(run.path),
+        "run folder": str(run),
     }
 
 

@@ -26,10 +26,12 @@ from finetune.data.order import key
 from finetune.data.source import class_counts
 from finetune.device import pick_device, set_numerics
 from finetune.errors import RunError, StoppedEarly, UsageError
-from finetune.files import hold_lock, remove_leftovers
+from finetune.files import remove_leftovers
 from finetune.guard import StopRequest, listen_for_signals
 from finetune.job import Job, Machine, describe, describe_freeze, make_loaders
+from finetune.lock import hold_lock
 from finetune.look import check_unbroken, leave_out_broken, look
+from finetune.memory import guard_memory
 from finetune.models.backbones import backbone_from_plain
 from finetune.models.freeze import frozen_tensors
 from finetune.models.network import store_frozen
@@ -37,7 +39,7 @@ from finetune.models.weights import Weights
 from finetune.optim import find_optimizer
 from finetune.phase import Phase, start_phase
 from finetune.recipe import Recipe
-from finetune.run import RunFolder, make_folder, next_folder
+from finetune.run import RunFolder, fill_folder, next_folder
 from finetune.state import Progress, environment_differences, progress_from_plain, progress_to_plain, seed_generators
 from finetune.tasks import make_task
 from finetune.tasks import to_device as task_to_device
@@ -61,6 +63,7 @@ def start(
     copy_frozen: bool = False,
     skip_broken: bool = False,
     images: str = "",
+    url: str = "",
 ) -> tuple[RunFolder, Progress]:
     """Begin a run in a folder that holds none, or one that died before its first checkpoint.
 
@@ -72,6 +75,7 @@ def start(
         copy_frozen: copy the frozen weights into the run folder, so that it stands alone.
         skip_broken: look at every image first, and leave broken ones out.
         images: where the recipe's images lie now, if not where it says.
+        url: of the remote folder that `path` is the mirror of, if it is one.
 
     Raises:
         FinetuneError: see `train`.
@@ -87,20 +91,20 @@ def start(
         "copy_frozen": copy_frozen,
         "skip_broken": skip_broken,
     }
-    run = RunFolder(path or next_folder(name))
-    with made_folder(run), listen_for_signals(f"finetune resume {run.path}") as stop:
+    run = RunFolder(path or next_folder(name), url)
+    with made_folder(run), listen_for_signals(f"finetune resume {run}") as stop, guard_memory(stop):
         shutil.rmtree(run.frozen, ignore_errors=True)
-        make_folder(run, record, list(code))
+        run_id = fill_folder(run, record, list(code))
         frozen = frozen_tensors(job.network.module, job.network.rules(recipe.trainable.rules), 0)
-        store_frozen(run.frozen, weights, frozen, copy_frozen)
+        store_frozen(run.frozen, weights, frozen, copy=copy_frozen, link=not url)
         with closing(start_phase(job, 0, terminal, stop)) as phase:
             # Another run's weights come with that run's measured features, and these stay.
             broken = look(job, phase.feed, measure=not init_from, all_files=skip_broken, terminal=terminal)
             job = dataclasses.replace(job, data=leave_out_broken(job.data, broken, skip_broken, terminal))
-            job.loaders.train.contents.save(run.contents_file)
+            job.loaders.train.contents.save(run.contents_file, terminal.say)
             seed_generators(key("train", recipe.seed))
             progress = Progress(history=[{"event": "start", "step": 0, "epoch": 0}])
-            return run, run_job(run, job, phase, progress, None, settings, terminal, stop)
+            return run, run_job(run, run_id, job, phase, progress, None, settings, terminal, stop)
 
 
 @contextmanager
@@ -111,11 +115,11 @@ def made_folder(run: RunFolder) -> Iterator[None]:
         UsageError: it cannot be made, or holds files that are not of a run.
         RunError: another process uses it.
     """
+    if run.foreign_files():
+        raise UsageError(f"--run {run}: holds other files ({run.foreign_files()[0]}); give a new folder")
     run.make()
     with hold_lock(run.path):
         fresh = not run.exists()
-        if fresh and run.foreign_files():
-            raise UsageError(f"--run {run.path}: holds other files ({run.foreign_files()[0]}); give a new folder")
         try:
             yield
         except StoppedEarly:
@@ -194,8 +198,8 @@ def resume(
     record = run.read_recipe()
     recipe, numerics = split_config(record["config"])
     run_settings = Settings(**record["settings"] | settings)
-    with hold_lock(run.path), listen_for_signals(f"finetune resume {run.path}") as stop:
-        state = find_checkpoint(run, record["config"], from_file, terminal)
+    with hold_lock(run.path), listen_for_signals(f"finetune resume {run}") as stop, guard_memory(stop):
+        state = find_checkpoint(run, record, from_file, terminal)
         if state is not None:
             progress = progress_from_plain(state)
             if extend(progress, epochs, lr, recipe, state["data"]["train_samples"]):
@@ -203,23 +207,23 @@ def resume(
                 state |= progress_to_plain(progress)
                 checkpoints.write_checkpoint(run.checkpoints, state, is_best=False, keep=run_settings.keep)
             if progress.status != "running":
-                terminal.say(
-                    f"run {run.path} is {progress.status} at step {progress.step}; to train longer: --epochs N"
-                )
+                terminal.say(f"run {run} is {progress.status} at step {progress.step}; to train longer: --epochs N")
                 return progress
             job = resumed_job(run, recipe, numerics, machine, state, images, terminal)
-            if progress.best and not (run.checkpoints / checkpoints.BEST).exists():
-                terminal.say(f"the best checkpoint (step {progress.best['step']}) is gone: best starts anew")
-                progress.best = {}
+            if progress.best:
+                problem = checkpoints.repair_best(run.checkpoints, progress.best["step"], record["id"])
+                if problem:
+                    terminal.say(f"{problem}: best starts anew")
+                    progress.best = {}
             where = f"step {progress.step} (epoch {progress.epoch + 1}, sample {progress.position_samples})"
-            terminal.say(f"resuming {run.path} at {where}")
+            terminal.say(f"resuming {run} at {where}")
             progress.history.append({"event": "resume", "step": progress.step, "epoch": progress.epoch})
             with closing(start_phase(job, state["frozen"]["epoch"], terminal, stop, state["frozen"])) as phase:
                 check_unbroken(job.data, phase.feed)
-                return run_job(run, job, phase, progress, state, run_settings, terminal, stop)
+                return run_job(run, record["id"], job, phase, progress, state, run_settings, terminal, stop)
     if epochs or lr:
-        raise UsageError(f"{run.path} has no checkpoint yet; go on without --epochs and --lr first")
-    terminal.say(f"{run.path} has no checkpoint yet: starting over")
+        raise UsageError(f"{run} has no checkpoint yet; go on without --epochs and --lr first")
+    terminal.say(f"{run} has no checkpoint yet: starting over")
     _, progress = start(
         run.path,
         record["name"],
@@ -232,17 +236,18 @@ def resume(
         copy_frozen=record["copy_frozen"],
         skip_broken=record["skip_broken"],
         images=images,
+        url=run.url,
     )
     return progress
 
 
 def find_checkpoint(
-    run: RunFolder, config: dict[str, Any], from_file: Path | None, terminal: Terminal
+    run: RunFolder, record: dict[str, Any], from_file: Path | None, terminal: Terminal
 ) -> dict[str, Any] | None:
     """The newest good checkpoint of a run whose lock is held, its names put right; None if there never was one.
 
     Args:
-        config: of the run's recipe.json; the checkpoint's must equal it.
+        record: the run's recipe.json; the checkpoint's id and config must equal its.
         from_file: rewind to this one first.
 
     Raises:
@@ -251,16 +256,16 @@ def find_checkpoint(
     remove_leftovers(run.checkpoints)
     remove_leftovers(run.path)
     if from_file is not None:
-        checkpoints.rewind(run.checkpoints, from_file)
+        checkpoints.rewind(run.checkpoints, from_file, record["id"])
         aside = run.checkpoints / checkpoints.SUPERSEDED
         terminal.say(f"rewound to {from_file.name}; later checkpoints are in {aside}")
-    found = checkpoints.newest_good(run.checkpoints)
+    found = checkpoints.newest_good(run.checkpoints, record["id"])
     if found is None:
         return None
     path, state, bad = found
     for line in bad:
         terminal.say(f"skipped: {line}")
-    check_same_config(config, state["config"], f"{path} is not of the recipe in {run.recipe_file}")
+    check_same_config(record["config"], state["config"], f"{path} is not of the recipe in {run.recipe_file}")
     checkpoints.repair_names(run.checkpoints, path, state)
     return state
 
@@ -284,13 +289,15 @@ def resumed_job(
     set_numerics(numerics.deterministic)
     backbone = backbone_from_plain(state["network"]["backbone"])
     data = open_data(located(recipe, images), backbone, state["data"]["skipped"])
-    check_same_config(state["data"], data.facts(), f"the data is not what run {run.path} was trained on")
+    check_same_config(state["data"], data.facts(), f"the data is not what run {run} was trained on")
     network = saved_network(run, recipe, state)
     # Last: which libraries the network needs is known once it is built.
     for line in environment_differences(state["versions"], device):
         terminal.say(f"not bit for bit from here on: {line}")
     network.module.to(device, memory_format=torch.channels_last)
     loaders = make_loaders(data, machine, device, Contents(data.source, run.contents_file))
+    if loaders.train.contents.damaged:
+        terminal.say(f"{run.contents_file} is damaged: image files are compared with what they are from now on")
     kept = f"as kept in {run.frozen}"
     return Job(recipe, numerics, machine, backbone, network, data, loaders, device, kept, "the run")
 
@@ -327,6 +334,7 @@ def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_sam
 
 def run_job(
     run: RunFolder,
+    run_id: str,
     job: Job,
     phase: Phase,
     progress: Progress,
@@ -356,7 +364,7 @@ def run_job(
     return train(
         run,
         recipe,
-        job.identity,
+        {"run_id": run_id} | job.identity,
         job.network.module,
         rules,
         phase,

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from finetune.data.decode import read_image
 from finetune.data.folder import image_files_below
 from finetune.data.preprocess import Preprocessing
+from finetune.data.source import check_inside
 from finetune.data.table import TABLE_SUFFIXES, image_paths
 from finetune.device import pick_device
-from finetune.errors import RunError, UsageError
+from finetune.errors import RunError, UsageError, is_printable, printable
 from finetune.export import load_described
 from finetune.recipe import TASKS
 from finetune.tasks import Task, make_task
@@ -28,13 +29,20 @@ from finetune.tasks import Task, make_task
 THRESHOLD = 0.5
 
 
-def image_files(inputs: Iterable[str], image_column: str = "") -> list[Path]:
+def image_files(inputs: Iterable[str], image_column: str = "", allow_outside: bool = False) -> list[Path]:
     """The files meant: a file as it stands, a folder with every image below it in the order of their names, a csv, tsv
     or jsonl with the images that it names, relative to its own folder.
 
     Raises:
-        UsageError: an input that does not exist, a folder without images, or a table that cannot be read.
+        UsageError: an input that does not exist, a folder without images, a table that cannot be read, or one of both
+            that leads out of its folder, unless `allow_outside`.
     """
+
+    def below(folder: Path, found: list[str], what: str) -> list[Path]:
+        if not allow_outside:
+            check_inside(folder, found, what)
+        return [folder / file for file in found]
+
     files: list[Path] = []
     for name in inputs:
         path = Path(name)
@@ -42,9 +50,9 @@ def image_files(inputs: Iterable[str], image_column: str = "") -> list[Path]:
             found, _ = image_files_below(path)
             if not found:
                 raise UsageError(f"folder {path}: holds no images")
-            files += [path / file for file in found]
+            files += below(path, found, f"folder {path}")
         elif path.suffix.lower() in TABLE_SUFFIXES:
-            files += [path.parent / file for file in image_paths(path, image_column)]
+            files += below(path.parent, image_paths(path, image_column), str(path))
         elif path.exists():
             files.append(path)
         else:
@@ -74,7 +82,15 @@ def read_batches(
 
 
 def predict(
-    file: Path, inputs: Iterable[str], *, top_k: int, batch_size: int, device_name: str, image_column: str, as_csv: bool
+    file: Path,
+    inputs: Iterable[str],
+    *,
+    top_k: int,
+    batch_size: int,
+    device_name: str,
+    image_column: str,
+    allow_outside: bool,
+    as_csv: bool,
 ) -> int:
     """Print a line an image, in the order of the images: file and classes with their probabilities, or file and error.
 
@@ -89,7 +105,7 @@ def predict(
     classes, several = description["classes"], description["task"] == "multi-label"
     task = make_task(TASKS[description["task"]](), torch.zeros(len(classes), dtype=torch.int64), 0)
     preprocessing = Preprocessing(**description["preprocessing"])
-    files = image_files(inputs, image_column)
+    files = image_files(inputs, image_column, allow_outside)
     write = csv_writer(min(top_k, len(classes))) if as_csv else write_json_line
     failed = 0
     bar = Progress(
@@ -144,7 +160,9 @@ def prediction(file: str, probabilities: Tensor, classes: list[str], top_k: int,
 
 def write_json_line(row: dict[str, Any]) -> None:
     # Another encoding could not show every name, and what it shows instead would be no JSON.
-    print(json.dumps(row, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8"))
+    text = json.dumps(row, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8")
+    # JSON leaves some characters as they are that a terminal obeys.
+    print("".join(one if is_printable(one) else json.dumps(one)[1:-1] for one in text))
 
 
 def csv_writer(top_k: int):
@@ -158,6 +176,8 @@ def csv_writer(top_k: int):
         flat = {"file": row["file"], "error": row.get("error", ""), "labels": ";".join(row.get("labels", []))}
         for number, entry in zip(numbers, row.get("top", []), strict=False):
             flat |= {f"label{number}": entry["label"], f"probability{number}": entry["probability"]}
+        if sys.stdout.isatty():
+            flat = {name: printable(value) if isinstance(value, str) else value for name, value in flat.items()}
         writer.writerow(flat)
 
     return write

@@ -38,6 +38,8 @@ class Images:
         image_column, label_column: of such a file; "" = found by their names.
         split_column: of such a file: says train, val or test; "" = none.
         separator: between the several labels of a row; "" = one label a row.
+        allow_outside: images may lie outside the folder, or that of the file: behind a link, "..", or a path from the
+            root.
         image_size: edge in pixels; 0 = the size that the backbone was trained at.
         augment: "none", "light", "standard" or "glyphs".
         mixup, cutmix: alpha of the blending of two images; 0 = off.
@@ -53,6 +55,7 @@ class Images:
     label_column: str = ""
     split_column: str = ""
     separator: str = ""
+    allow_outside: bool = False
     image_size: int = 0
     augment: str = "none"
     mixup: float = 0.0
@@ -253,12 +256,15 @@ class ImageTable:
         label_column: holds the label; default: label, class, category, ...
         split_column: says train, val or test of each row; default: the split is drawn.
         separator: between the several labels of a row: then each class is a yes or no of its own.
+        allow_outside: read images outside the folder too: behind links, paths with .. or from the root. Only where you
+            trust whoever made the data.
     """
 
     image_column: str = ""
     label_column: str = ""
     split_column: str = ""
     separator: str = ""
+    allow_outside: bool = False
 
 
 @dataclass(frozen=True)
@@ -347,6 +353,7 @@ def image_head(
             label_column=table.label_column,
             split_column=table.split_column,
             separator=table.separator,
+            allow_outside=table.allow_outside,
             image_size=image_size,
             augment=augment,
             mixup=training.mixup,

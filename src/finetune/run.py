@@ -1,30 +1,48 @@
 """One training, one folder."""
 
-import json
 import os
 import shutil
-import time
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from finetune.checkpoint import LATEST
 from finetune.errors import RunError, UsageError
-from finetune.files import read_json, write_json
+from finetune.files import (
+    TEMPORARY_SUFFIX,
+    BadFile,
+    copy_file,
+    make_folders,
+    read_json,
+    sync_folder,
+    write_atomically,
+    write_json,
+)
+from finetune.lock import LOCK_FILE, OWNER_FILE
+from finetune.torch_files import load_plain
 
 RUNS_FOLDER = Path("runs")
 RECIPE_FILE = "recipe.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where everything of a run lies."""
+    """Where everything of a run lies.
+
+    Attributes:
+        path: the folder.
+        url: of the remote folder whose mirror it is, if it is one.
+    """
 
     path: Path
+    url: str = ""
+
+    def __str__(self) -> str:
+        """As a person names the run, and types it."""
+        return self.url or str(self.path)
 
     @property
     def recipe_file(self) -> Path:
@@ -51,9 +69,18 @@ class RunFolder:
         """Digests of the image files, as they were when they were first read."""
         return self.path / "contents.bin"
 
+    @property
+    def bad_batch_file(self) -> Path:
+        """The samples of the batch whose loss was no number."""
+        return self.path / "bad_batch.json"
+
     def exists(self) -> bool:
         """Whether a run was begun here: its recipe is written last when a folder is made."""
         return self.recipe_file.is_file()
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to go on from."""
+        return any(self.checkpoints.glob("*.pt"))
 
     def make(self) -> None:
         """Make the folder itself.
@@ -62,18 +89,20 @@ class RunFolder:
             UsageError: it cannot be made or written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
-            self.code.mkdir(exist_ok=True)
+            make_folders(self.path)
         except OSError as error:
-            raise UsageError(f"--run {self.path}: cannot be made ({error.strerror}); give another folder") from None
+            raise UsageError(f"--run {self}: cannot be made ({error.strerror}); give another folder") from None
+
+    @property
+    def begun_file(self) -> Path:
+        """Lies here while a new folder is filled, and in one whose filling was interrupted: all in it is ours."""
+        return self.path / f".begun{TEMPORARY_SUFFIX}"
 
     def foreign_files(self) -> list[str]:
-        """What lies in the folder and is not there because a run is about to begin."""
-        expected = {"lock", "lock.owner"} | {
-            folder.name for folder in (self.checkpoints, self.code) if folder.is_dir() and not any(folder.iterdir())
-        }
-        return sorted(path.name for path in self.path.iterdir() if path.name not in expected)
+        """What lies in the folder and is not of a run."""
+        if self.exists() or self.begun_file.exists() or not self.path.is_dir():
+            return []
+        return sorted(path.name for path in self.path.iterdir() if path.name not in (LOCK_FILE, OWNER_FILE))
 
     def remove(self) -> None:
         """Delete everything that a run puts here, and then the folder. Its lock must be held."""
@@ -82,50 +111,65 @@ class RunFolder:
         for path in [path for path in self.path.iterdir() if path.is_file()]:
             with suppress(OSError):
                 path.unlink()
-        with suppress(OSError):
-            self.path.rmdir()
+        for folder in (self.path, *([RUNS_FOLDER] if self.path.parent == RUNS_FOLDER else [])):
+            with suppress(OSError):
+                folder.rmdir()
 
     def read_recipe(self) -> dict[str, Any]:
-        """recipe.json: {"schema_version", "name", "config", "settings", ...}."""
+        """recipe.json: {"schema_version", "id", "name", "config", "settings", ...}.
+
+        Raises:
+            RunError: there is none, or it is damaged, or of another version.
+        """
         if not self.path.is_dir():
-            raise RunError(f"run folder {self.path} does not exist; check the path")
+            raise RunError(f"run folder {self} does not exist; check the path")
         record = read_json(self.recipe_file, "recipe of the run")
-        if not isinstance(record, dict) or not {"schema_version", "name", "config", "settings"} <= set(record):
-            raise RunError(f"{self.recipe_file} is not the recipe of a run; restore it from a copy")
-        if record["schema_version"] != SCHEMA_VERSION:
+        if record.get("schema_version") != SCHEMA_VERSION:
             raise RunError(
-                f"{self.recipe_file} has schema {record['schema_version']}, this finetune reads {SCHEMA_VERSION}; use "
-                "the version that wrote it"
+                f"{self.recipe_file} has schema {record.get('schema_version')}, this finetune reads {SCHEMA_VERSION}; "
+                "use the version that wrote it"
             )
         return record
 
 
 def next_folder(name: str) -> Path:
     """runs/NAME-1, or the next free number. The folder is made, so that two runs never share one."""
-    RUNS_FOLDER.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
         path = RUNS_FOLDER / f"{name}-{number}"
         try:
+            make_folders(RUNS_FOLDER)
             path.mkdir()
+            sync_folder(RUNS_FOLDER)
             return path
         except FileExistsError:
             number += 1
+        except FileNotFoundError:  # another run has just failed, and taken the empty folder with it
+            continue
 
 
-def make_folder(run: RunFolder, record: dict[str, Any], code: list[Path]) -> None:
-    """Lay out a new run folder; recipe.json comes last, so that half a folder is never taken for a run.
+def fill_folder(run: RunFolder, record: dict[str, Any], code: list[Path]) -> str:
+    """Lay out a new run; recipe.json comes last, so that half a folder is never taken for a run.
 
     Args:
         code: the recipe file and the modules it imported from its own folder, copied with their relative places.
+
+    Returns:
+        The run's id: a checkpoint of another run is not taken for one of this.
     """
+    run_id = uuid.uuid4().hex
+    write_atomically(run.begun_file, lambda stream: stream.write(b""))
+    for folder in (run.checkpoints, run.code):
+        make_folders(folder)
     if code:
         base = Path(os.path.commonpath([file.parent for file in code]))
         for file in code:
             target = run.code / file.relative_to(base)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
-    write_json(run.recipe_file, {"schema_version": SCHEMA_VERSION} | record)
+            make_folders(target.parent)
+            copy_file(file, target)
+    write_json(run.recipe_file, {"schema_version": SCHEMA_VERSION, "id": run_id} | record)
+    run.begun_file.unlink()
+    return run_id
 
 
 def run_status(run: RunFolder) -> str:
@@ -135,8 +179,8 @@ def run_status(run: RunFolder) -> str:
         return "new"
     try:
         # Mapped, not read: listing runs must not read gigabytes.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["status"]
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError):
+        return str(load_plain(path, mapped=True)["status"])
+    except (BadFile, KeyError, TypeError):
         return "damaged"
 
 
@@ -159,43 +203,3 @@ def newest_unfinished() -> RunFolder:
 
 def _changed(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
-
-
-# ---- metrics.jsonl ---------------------------------------------------------------------------------------------
-
-
-class MetricsFile:
-    """One JSON line a logged step or validation. At a resume, lines after the checkpoint's step go away."""
-
-    def __init__(self, path: Path, last_step: int):
-        self.path = path
-        lines = []
-        if path.exists():
-            for line in path.read_bytes().split(b"\n"):
-                if _line_step(line) <= last_step:
-                    lines.append(line + b"\n")
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(b"".join(lines))
-        os.replace(temporary, path)
-        self.stream = open(path, "ab")  # noqa: SIM115 - open as long as the run
-        self.started = time.monotonic()
-
-    def write(self, values: dict[str, float | int]) -> None:
-        line = values | {"time/seconds": round(time.monotonic() - self.started, 3)}
-        self.stream.write(json.dumps(line).encode() + b"\n")
-        self.stream.flush()
-
-    def sync(self) -> None:
-        """Before a checkpoint: it must not be ahead of the lines that lead to it."""
-        os.fsync(self.stream.fileno())
-
-    def close(self) -> None:
-        self.stream.close()
-
-
-def _line_step(line: bytes) -> float:
-    """The step of a line; infinite for a torn or empty one, which is thereby dropped."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Progress:
         validations_without_best: in a row.
         reductions: of the learning rate by the plateau schedule.
         extensions: [{"from_step", "epochs", "lr"}], in order, by `resume --epochs`.
+        halvings: how often memory ran out, and fewer samples were computed at once from then on.
         status: "running", "finished" or "stopped early".
         last_validation: metrics of the newest validation, or {}.
         history: [{"event", "step", "epoch", ...}]: starts, resumes, extensions, thaws.
@@ -42,6 +43,7 @@ class Progress:
     validations_without_best: int = 0
     reductions: int = 0
     extensions: list[dict[str, Any]] = field(default_factory=list)
+    halvings: int = 0
     status: str = "running"
     last_validation: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -65,6 +67,7 @@ def progress_to_plain(progress: Progress) -> dict[str, Any]:
             "loss_samples": progress.loss_samples,
             "last_validation": progress.last_validation,
         },
+        "halvings": progress.halvings,
         "history": progress.history,
         "status": progress.status,
     }
@@ -81,6 +84,7 @@ def progress_from_plain(state: dict[str, Any]) -> Progress:
         validations_without_best=state["patience"],
         reductions=state["scheduler"]["reductions"],
         extensions=state["scheduler"]["extensions"],
+        halvings=state["halvings"],
         status=state["status"],
         last_validation=state["metrics"]["last_validation"],
         history=state["history"],

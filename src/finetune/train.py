@@ -5,23 +5,27 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finetune.checkpoint import write_checkpoint
+from finetune.checkpoint import check_room, write_checkpoint
 from finetune.data.contents import Contents
 from finetune.data.images import Batch, Request
 from finetune.data.order import batches_from, epoch_order, reading_order
 from finetune.device import autocast, to_device
 from finetune.errors import RunError
 from finetune.guard import StopRequest
+from finetune.losses import Losses
+from finetune.memory import own_memory_mb
+from finetune.metrics_file import MetricsFile
 from finetune.models.freeze import Rule, changeable_tensors, frozen_tensors, hash_tensors, phase_of, set_modes
 from finetune.optim import load_optimizer_state, optimizer_state, schedule_factor, set_learning_rate
 from finetune.phase import Feed, Phase
 from finetune.recipe import Recipe
-from finetune.run import MetricsFile, RunFolder
+from finetune.run import RunFolder
 from finetune.state import (
     Progress,
     capture_generators,
@@ -29,7 +33,8 @@ from finetune.state import (
     progress_to_plain,
     restore_generators,
 )
-from finetune.tasks import Task, training_loss
+from finetune.step import free_memory, in_halves, optimizer_step
+from finetune.tasks import Task
 from finetune.watch.progress import Terminal
 
 LOWER_IS_BETTER = ("loss",)
@@ -52,12 +57,19 @@ class Settings:
 
 
 def validate(
-    model: nn.Module, feed: Feed, indices: Tensor, batch_size: int, task: Task, device: torch.device, precision: str
+    model: nn.Module,
+    feed: Feed,
+    indices: Tensor,
+    batch_size: int,
+    task: Task,
+    device: torch.device,
+    precision: str,
+    halvings: int = 0,
 ) -> dict[str, float]:
-    """The task's figures over the samples `indices`, everything in eval mode."""
+    """The task's figures over the samples `indices`, everything in eval mode; the batch halved so many times."""
     model.eval()
     tally = task.tally(device)
-    requests = (Request(batch.tolist()) for batch in batches_from(indices, batch_size))
+    requests = (Request(batch.tolist()) for batch in batches_from(indices, max(1, batch_size >> halvings)))
     with torch.inference_mode(), autocast(device, precision):
         for batch in feed.validation.batches(requests):
             tally.add(feed.forward(to_device(batch.inputs, device)), batch.targets.to(device))
@@ -133,13 +145,13 @@ def train(
 
     Raises:
         StoppedEarly: a signal asked for it; the state is saved.
-        RunError: the loss is not finite, or frozen tensors changed.
+        RunError: the loss is not finite, memory or disk do not suffice, or frozen tensors changed.
     """
     samples = len(train_indices)
     steps_per_epoch, horizon_steps, end_step = count_steps(recipe, samples, progress)
     epochs = math.ceil(end_step / steps_per_epoch)
     batchnorm = recipe.trainable.batchnorm
-    parts = recipe.optimizer.accumulate
+    spec = recipe.optimizer
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     last_saved = time.monotonic()
 
@@ -151,22 +163,8 @@ def train(
         load_optimizer_state(phase.optimizer, resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
 
-    def finite_epoch_loss() -> float:
-        """Nothing is recorded as good, and nothing saved, once the loss has left the numbers."""
-        loss = progress.epoch_loss()
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} at step {progress.step}; the last good checkpoint is kept: "
-                "lower --lr, or set --clip-norm, and start again"
-            )
-        return loss
-
-    def save(is_best: bool) -> None:
-        nonlocal last_saved
-        finite_epoch_loss()
-        metrics_file.sync()
-        contents.save(run.contents_file)
-        state = (
+    def state_now() -> dict[str, Any]:
+        return (
             identity
             | progress_to_plain(progress)
             | {
@@ -177,19 +175,35 @@ def train(
                 "optimizer": optimizer_state(phase.optimizer),
                 "scaler": scaler.state_dict(),
                 "rng": capture_generators(),
+                "metrics_file": metrics_file.mark(),
                 "retention": {"keep": settings.keep},
                 "trackers": {},
                 "versions": numeric_environment(device),
             }
         )
+
+    def save(is_best: bool) -> None:
+        nonlocal last_saved
+        losses.check()
+        state = state_now()
+        losses.check_weights(state["model"])
+        contents.save(run.contents_file, terminal.say)
         write_checkpoint(run.checkpoints, state, is_best=is_best, keep=settings.keep)
         last_saved = time.monotonic()
         terminal.saved()
 
+    def ran_out_of_memory(text: str) -> None:
+        free_memory(device)
+        terminal.say(text)
+
     def run_validation() -> bool:
         """Validate, record, and say whether it is the best so far."""
-        epoch_loss = finite_epoch_loss()
-        values = validate(model, phase.feed, validation_indices, recipe.batch_size * 4, task, device, precision)
+        losses.check()
+        epoch_loss = progress.epoch_loss()
+        size = recipe.batch_size * 4
+
+        attempt = partial(validate, model, phase.feed, validation_indices, size, task, device, precision)
+        values, progress.halvings = in_halves(attempt, size, progress.halvings, ran_out_of_memory)
         set_modes(model, rules, batchnorm, phase.epoch)
         epoch = math.ceil(progress.step / steps_per_epoch)
         metrics_file.write({"step": progress.step, "epoch": epoch, "train/epoch_loss": epoch_loss} | values)
@@ -214,12 +228,19 @@ def train(
         augment_epoch = view if recipe.data.views or not phase.feed.is_kept else None
         return phase.feed.train.batches(Request(batch.tolist(), augment_epoch) for batch in batches)
 
-    metrics_file = MetricsFile(run.metrics_file, progress.step if resumed else -1)
-    # Last of all: whatever was built above may have drawn random numbers.
-    if resumed:
-        restore_generators(resumed["rng"])
+    mark = resumed["metrics_file"] if resumed else None
+    metrics_file = MetricsFile(run.metrics_file, terminal.say, mark, progress.step)
+    losses = Losses(run.bad_batch_file, contents.source.name)
 
     try:
+        free_memory(device)
+        # Most optimizers hold two numbers a weight from their first step on.
+        weights_bytes = sum(p.nbytes for group in phase.optimizer.param_groups for p in group["params"])
+        check_room(run.checkpoints, state_now(), settings.keep, 0 if resumed else 2 * weights_bytes)
+        # Last of all: whatever was built above may have drawn random numbers.
+        if resumed:
+            restore_generators(resumed["rng"])
+
         while progress.step < end_step and progress.status == "running":
             # ---- Thaw -------------------------------------------------------------------------------------------
             if phase_of(rules, progress.epoch) != phase.number:
@@ -237,24 +258,13 @@ def train(
                 inputs, targets = to_device(batch.inputs, device), batch.targets.to(device, non_blocking=True)
                 lr = learning_rate(recipe, progress, steps_per_epoch, horizon_steps)
                 set_learning_rate(optimizer, lr)
-                batch_samples, batch_weight = len(targets), task.weight(targets)
-                part_losses = []
-                # The parts of a batch are weighed by the whole batch, so any number of parts gives the same mean.
-                for part_inputs, part_targets in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
-                    with autocast(device, precision):
-                        outputs = phase.feed.forward(part_inputs)
-                    loss = training_loss(task, outputs, part_targets) / batch_weight
-                    scaler.scale(loss).backward()
-                    part_losses.append(loss.detach())
-                if recipe.optimizer.clip_norm:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(
-                        [p for group in optimizer.param_groups for p in group["params"]], recipe.optimizer.clip_norm
-                    )
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                batch_loss = sum(part_losses[1:], start=part_losses[0])
+                batch_samples, halvings = len(targets), progress.halvings
+                attempt = partial(
+                    optimizer_step, phase.feed.forward, task, inputs, targets, spec.accumulate, optimizer, scaler,
+                    spec.clip_norm, precision,
+                )  # fmt: skip
+                at_once = math.ceil(batch_samples / spec.accumulate)
+                batch_loss, progress.halvings = in_halves(attempt, at_once, halvings, ran_out_of_memory)
 
                 # ---- Where we are now ---------------------------------------------------------------------------
                 progress.step += 1
@@ -263,10 +273,11 @@ def train(
                 progress.loss_samples += batch_samples
                 epoch_number = progress.epoch + 1
                 epoch_done = progress.position_samples >= samples
+                losses.note(progress.step, batch.indices, batch_loss)
                 if progress.step % settings.log_every_steps == 0:
-                    metrics_file.write(
-                        {"step": progress.step, "epoch": epoch_number, "train/loss": batch_loss.item(), "lr": lr}
-                    )
+                    losses.check()
+                    values = {"step": progress.step, "epoch": epoch_number, "train/loss": batch_loss.item(), "lr": lr}
+                    metrics_file.write(values | {"memory/process_mb": own_memory_mb()})
                 terminal.step(progress.step, epoch_number, epochs, batch_samples)
 
                 # ---- Validate -----------------------------------------------------------------------------------
@@ -286,6 +297,7 @@ def train(
                 minutes = (time.monotonic() - last_saved) / 60
                 due = bool(settings.save_every_steps and progress.step % settings.save_every_steps == 0)
                 due |= bool(settings.save_every_minutes and minutes >= settings.save_every_minutes)
+                due |= progress.halvings != halvings  # not to be found out again
                 if validated or due or stop.requested:
                     save(is_best)
                 if progress.status != "running":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.data.decode import IMAGE_SUFFIXES
-from finetune.data.source import PART_NAMES, FileSource, make_file_source
+from finetune.data.source import PART_NAMES, FileSource, check_inside, make_file_source
 from finetune.errors import UsageError
 
 # What other programs leave behind; never a class. Any other name may be one, with a leading dot or not.
@@ -74,14 +74,15 @@ def _parts_of(folder: Path) -> dict[str, int] | None:
     return found
 
 
-def open_folder(folder: Path, classes: Sequence[str] | None = None) -> FileSource:
+def open_folder(folder: Path, classes: Sequence[str] | None = None, allow_outside: bool = False) -> FileSource:
     """Image files by class folder; classes in the order of their names.
 
     Args:
         classes: the only classes allowed, in order; None = those found.
+        allow_outside: follow links that lead out of the folder.
 
     Raises:
-        UsageError: no such folder, a class without images, or fewer than two classes.
+        UsageError: no such folder, a class without images, fewer than two classes, or a link that leads out of it.
     """
     if not folder.is_dir():
         raise UsageError(
@@ -107,5 +108,7 @@ def open_folder(folder: Path, classes: Sequence[str] | None = None) -> FileSourc
             paths += [prefix + file for file in files]
             labels += [class_name] * len(files)
             parts += [part] * len(files)
+    if not allow_outside:
+        check_inside(folder, paths, f"--images {folder}")
     source = make_file_source(folder, paths, labels, parts if layout else None, classes, f"--images {folder}")
     return dataclasses.replace(source, ignored=ignored)

@@ -21,19 +21,24 @@ from finetune.errors import UsageError
 
 
 def open_images(
-    images: str, fonts: str = "", columns: Columns = Columns(), classes: Sequence[str] | None = None
+    images: str,
+    fonts: str = "",
+    columns: Columns = Columns(),
+    classes: Sequence[str] | None = None,
+    allow_outside: bool = False,
 ) -> Source:
     """The data set that `--images` names: `digits`, `glyphs`, a folder, or a csv, tsv or jsonl file.
 
     Args:
         classes: the only classes allowed, in order; None = those found.
+        allow_outside: images may lie outside the folder, or that of the table.
 
     Raises:
         UsageError: there is no such data, or it holds fewer than two classes.
     """
     path = Path(os.path.expanduser(images))
     if path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir():
-        return open_table(path, columns, classes)
+        return open_table(path, columns, classes, allow_outside)
     if images == "digits" and columns == Columns():
         return load_digits()
     if images == "glyphs" and columns == Columns():
@@ -44,7 +49,7 @@ def open_images(
         raise UsageError(
             f"--images {images}: columns and --separator belong to a {', '.join(TABLE_SUFFIXES)} file; leave them out"
         )
-    return open_folder(path, classes)
+    return open_folder(path, classes, allow_outside)
 
 
 class Split(NamedTuple):

@@ -41,7 +41,9 @@ class _Requests:
 
 def _prepare_worker(_worker: int) -> None:
     # Ctrl-C reaches the whole process group; only the run decides what to do about it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     # So does `timeout`'s or a scheduler's SIGTERM. A second one is from the run itself, and ends the worker.
     signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
 

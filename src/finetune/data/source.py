@@ -111,6 +111,40 @@ def digest_of(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1 or 1
 
 
+def check_inside(folder: Path, paths: Sequence[str], what: str) -> None:
+    """Refuse files that are not below `folder`: a data set from elsewhere must not lead to what else lies on the disk.
+
+    Args:
+        paths: relative to `folder`, or from the root.
+        what: names the data in the error.
+
+    Raises:
+        UsageError: a path leads out of the folder, by itself or through a link; names the first.
+    """
+    root = os.path.realpath(folder)
+
+    def is_inside(path: str) -> bool:
+        try:
+            return os.path.realpath(path).startswith(os.path.join(root, ""))
+        except ValueError:
+            return True  # no path at all: found to be broken like any other file
+
+    folders: dict[str, bool] = {}
+    outside = []
+    for path in paths:
+        full = os.path.join(folder, path)
+        parent = os.path.dirname(full)
+        if parent not in folders:
+            folders[parent] = is_inside(os.path.join(parent, "any"))
+        if not folders[parent] or (os.path.islink(full) and not is_inside(full)):
+            outside.append(path)
+    if outside:
+        raise UsageError(
+            f"{what}: {len(outside)} image(s) lie outside {folder}, like {outside[0]}; if you trust whoever made this "
+            "data, give --allow-outside"
+        )
+
+
 def make_file_source(
     folder: Path,
     paths: Sequence[str],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.source import PART_NAMES, FileSource, make_file_source
+from finetune.data.source import PART_NAMES, FileSource, check_inside, make_file_source
 from finetune.errors import UsageError
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -118,12 +118,15 @@ def image_paths(path: Path, image_column: str = "") -> list[str]:
     return paths
 
 
-def open_table(path: Path, columns: Columns, classes: Sequence[str] | None = None) -> FileSource:
+def open_table(
+    path: Path, columns: Columns, classes: Sequence[str] | None = None, allow_outside: bool = False
+) -> FileSource:
     """The images that a table names, relative to the table's own folder.
 
     Args:
         columns: `separator` makes it a multi-label data set; a row may then have no label at all.
         classes: the only classes allowed, in order; None = those found.
+        allow_outside: images may lie outside the table's folder.
 
     Raises:
         UsageError: a line cannot be read, lacks a value, or names an image for the second time; names it.
@@ -155,6 +158,8 @@ def open_table(path: Path, columns: Columns, classes: Sequence[str] | None = Non
             parts.append(PART_NAMES[part.lower()])
     if not lines:
         raise UsageError(f"{path}: holds no rows; give a line an image")
+    if not allow_outside:
+        check_inside(path.parent, list(lines), f"--images {path}")
     given_parts = parts if columns.split else None
     return make_file_source(path.parent, list(lines), labels, given_parts, classes, f"--images {path}")
 

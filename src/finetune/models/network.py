@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from finetune.data.order import keyed_generator
 from finetune.errors import RunError, UsageError
-from finetune.files import copy_file, link_or_copy, read_json, sha256_of_file, write_json
+from finetune.files import BadFile, copy_file, link_or_copy, read_json, sha256_of_file, write_json
 from finetune.models import huggingface
 from finetune.models.backbones import Backbone, build_shapes
 from finetune.models.freeze import Rule
@@ -111,7 +111,9 @@ def on_one_file_system(path: Path, other: Path) -> bool:
     return path.stat().st_dev == other.stat().st_dev
 
 
-def store_frozen(folder: Path, weights: Weights | None, frozen: dict[str, Tensor], copy: bool) -> None:
+def store_frozen(
+    folder: Path, weights: Weights | None, frozen: dict[str, Tensor], *, copy: bool, link: bool = True
+) -> None:
     """Make sure that the frozen tensors can be had again when the run resumes.
 
     Of weights in a cache: hard links where the file system can, else, where the same bytes can be found again by name
@@ -121,6 +123,7 @@ def store_frozen(folder: Path, weights: Weights | None, frozen: dict[str, Tensor
         folder: the run's `frozen` folder.
         weights: those that `frozen` are of, or None when no file has them (random, or taken from a run).
         copy: always copy, so that the run folder stands alone.
+        link: whether to keep a hard link where a reference would do; not in a folder that is uploaded.
     """
     folder.mkdir(exist_ok=True)
     record = {"kind": "none", "file": "", "reference": "", "sha256": ""}
@@ -133,7 +136,7 @@ def store_frozen(folder: Path, weights: Weights | None, frozen: dict[str, Tensor
             (folder / "model").mkdir(exist_ok=True)
             for path in huggingface.source_files(weights.path):
                 place(path.resolve(), folder / "model" / path.name)
-        elif copy or not weights.reference or on_one_file_system(weights.path, folder):
+        elif copy or not weights.reference or (link and on_one_file_system(weights.path, folder)):
             record["file"] = f"weights{weights.path.suffix}"
             place(weights.path.resolve(), folder / record["file"])
     elif frozen:
@@ -157,6 +160,8 @@ def load_frozen(folder: Path) -> tuple[str, dict[str, Tensor] | None]:
         return "none", None
     if record["file"]:
         path = folder / record["file"]
+        if path.parent != folder:
+            raise BadFile(f"{folder / 'frozen.json'} names {record['file']}, which lies outside {folder}; restore it")
         if not path.exists():
             raise RunError(f"frozen weights {path} are gone; put the file with sha256 {record['sha256']} there")
         found = huggingface.hash_of_folder(path) if path.is_dir() else sha256_of_file(path)

@@ -3,7 +3,6 @@
 import difflib
 import json
 import os
-import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from finetune.models.backbones import (
     torchvision_names,
 )
 from finetune.models.bundled import BUNDLED, bundled_weights
+from finetune.torch_files import load_plain
 
 # What a damaged file makes of torch's and safetensors' readers.
 UNREADABLE = (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
@@ -183,12 +183,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         return huggingface.read_tensors(path)
     try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise BadFile(
-            f"{path} is refused: it holds more than plain tensors, which could run code; "
-            "give a .safetensors file, or a .pt that holds a state dict"
-        ) from None
+        content: Any = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
     except UNREADABLE as error:
         raise BadFile(f"{path} cannot be read ({one_line(error)}); restore it") from None
     if isinstance(content, Mapping) and {"schema_version", "frozen", "optimizer"} <= set(content):
@@ -263,8 +258,8 @@ def load_backbone_weights(model: nn.Module, state: dict[str, Tensor], head: list
     missing = [name for name in missing if not in_head(name) and name not in named_in_shapes]
     if missing or extra or shapes:
         lines = [f"  - {name}" for name in missing] + [f"  + {name}" for name in extra] + [f"  ~ {s}" for s in shapes]
-        shown = "\n".join(lines[:20] + ([f"  ... {len(lines) - 20} more"] if len(lines) > 20 else []))
-        raise UsageError(f"{source} does not fit the architecture (- missing, + unknown, ~ other shape):\n{shown}")
+        shown = lines[:20] + ([f"  ... {len(lines) - 20} more"] if len(lines) > 20 else [])
+        raise UsageError(f"{source} does not fit the architecture (- missing, + unknown, ~ other shape):", shown)
     for name, value in model.state_dict().items():
         if not in_head(name) and value.is_floating_point() and not value.isfinite().all():
             raise UsageError(f"{source}: {name} holds values that are no numbers; give weights that are whole")

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from finetune.errors import printable
+
 
 class PatientConsole(Console):
     """A console whose reader may go away: rich's own would end the process."""
@@ -56,7 +58,7 @@ class Terminal:
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for label, text in facts.items():
-            table.add_row(label, Text(text))
+            table.add_row(label, Text(printable(text)))
         self._print(table)
         self._print(self._freeze_table(modules))
         if self.console.is_terminal and not self.console.quiet:
@@ -81,11 +83,11 @@ class Terminal:
         table.add_column("parameters", justify="right")
         table.add_column("state")
         for path, count, state in modules:
-            table.add_row(Text(path), f"{count:,}", state)
+            table.add_row(Text(printable(path)), f"{count:,}", state)
         return table
 
     def say(self, text: str) -> None:
-        self._print(Text(text))
+        self._print(Text("\n".join(map(printable, text.split("\n")))))
 
     def step(self, step: int, epoch: int, epochs: int, samples: int) -> None:
         """After each optimizer step: nothing that makes a device wait."""

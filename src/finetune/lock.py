@@ -1,0 +1,102 @@
+"""One run, one writer: a lock in the run's folder, and who holds it."""
+
+import datetime
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from finetune.errors import RunError
+
+LOCK_FILE, OWNER_FILE = "lock", "lock.owner"
+# Worker processes of a killed run hold its lock until they notice that their parent is gone, at most this long.
+STALE_LOCK_WAIT_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, as far as another one can tell.
+
+    Attributes:
+        since: local time, to the second.
+    """
+
+    pid: int
+    host: str
+    since: str
+
+    def is_dead(self) -> bool:
+        """Whether that is certain: of a process on another host nothing is."""
+        if self.host != socket.gethostname() or os.name == "nt":
+            return False  # on Windows os.kill(pid, 0) ends the process; the lock itself is released with its holder
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):
+            return False
+        return False
+
+    def __str__(self) -> str:
+        host = "" if self.host == socket.gethostname() else f" on {self.host}"
+        return f"process {self.pid}{host}, since {self.since}"
+
+
+def this_process() -> Owner:
+    return Owner(os.getpid(), socket.gethostname(), datetime.datetime.now().isoformat(" ", "seconds"))
+
+
+def owner_to_text(owner: Owner) -> str:
+    return json.dumps(asdict(owner))
+
+
+def owner_from_text(text: str) -> Owner | None:
+    """None where it says nothing."""
+    try:
+        found: dict[str, Any] = json.loads(text)
+        owner = Owner(*(found[field.name] for field in fields(Owner)))
+        return owner if isinstance(owner.pid, int) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def hold_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: one run, one writer. A lock whose holder is dead is taken over.
+
+    Raises:
+        RunError: another live process holds it.
+    """
+    lock = FileLock(folder / LOCK_FILE)
+    owner_file = folder / OWNER_FILE
+    deadline = time.monotonic() + STALE_LOCK_WAIT_SECONDS
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            break
+        except Timeout:
+            try:
+                owner = owner_from_text(owner_file.read_text())
+            except OSError:
+                owner = None
+            if (owner is not None and not owner.is_dead()) or time.monotonic() > deadline:
+                raise RunError(
+                    f"run {folder} is in use by {owner or 'another process'}; wait for it, or stop it first"
+                ) from None
+            time.sleep(0.1)
+    try:
+        # Only to be read by people; a disk that is full is met where it matters.
+        with suppress(OSError):
+            owner_file.write_text(owner_to_text(this_process()))
+        yield
+    finally:
+        with suppress(OSError):
+            owner_file.unlink()
+        lock.release()

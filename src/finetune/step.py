@@ -1,0 +1,110 @@
+"""One optimizer step, and what to do when it does not fit into memory."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.device import autocast
+from finetune.errors import RunError, is_out_of_memory
+from finetune.tasks import Task, training_loss
+
+
+def optimizer_step(
+    forward: Callable[[Tensor], Any],
+    task: Task,
+    inputs: Tensor,
+    targets: Tensor,
+    accumulate: int,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    clip_norm: float,
+    precision: str,
+    halvings: int = 0,
+) -> Tensor:
+    """Move the weights along the gradient of a batch's mean loss.
+
+    Args:
+        inputs, targets: of the batch, on the device.
+        accumulate: forward and backward passes, each over its share of the batch.
+        halvings: each doubles that number; the gradient stays the same but for rounding.
+        clip_norm: largest norm of the whole gradient; 0 = any.
+
+    Returns:
+        () the mean loss, on the device.
+    """
+    optimizer.zero_grad(set_to_none=True)  # what an attempt that ran out of memory left
+    batch_weight, parts = task.weight(targets), accumulate << halvings
+    part_losses = []
+    # The parts of a batch are weighed by the whole batch, so any number of parts gives the same mean.
+    for part_inputs, part_targets in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
+        with autocast(inputs.device, precision):
+            outputs = forward(part_inputs)
+        loss = training_loss(task, outputs, part_targets) / batch_weight
+        scaler.scale(loss).backward()
+        part_losses.append(loss.detach())
+    if clip_norm:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return sum(part_losses[1:], start=part_losses[0])
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing uses any more, and what the device's allocator holds in reserve."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def _generators() -> list[Tensor]:
+    """The state of those that a forward pass draws from: the CPU's, and the current CUDA device's if it is used."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return states
+
+
+def in_halves(
+    compute: Callable[[int], Any], samples: int, halvings: int, say: Callable[[str], None]
+) -> tuple[Any, int]:
+    """Compute over `samples` samples, halving what is held in memory at once until it fits.
+
+    Args:
+        compute: halvings -> result; called again after it ran out of memory, with torch's generators as they were,
+            so it must not have changed anything else.
+        halvings: to begin with.
+
+    Returns:
+        (result, halvings that it took).
+
+    Raises:
+        RunError: not even one sample at a time fits.
+    """
+    generators = _generators()
+    while True:
+        try:
+            return compute(halvings), halvings
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = type(error).__name__
+        # Behind the handler: as long as it runs, the error holds on to everything that the failed attempt had made.
+        size = max(1, samples >> halvings)
+        if size == 1:
+            raise RunError(
+                f"out of memory ({reason}) with one sample at a time; give a smaller --image-size, another --backbone, "
+                "--precision bf16, or a device with more memory"
+            )
+        halvings += 1
+        # How far the failed attempt came must not show in what dropout draws.
+        torch.set_rng_state(generators[0])
+        if len(generators) > 1:
+            torch.cuda.set_rng_state(generators[1])
+        say(f"out of memory ({reason}) at {size} samples at once: {max(1, samples >> halvings)} from here on")
