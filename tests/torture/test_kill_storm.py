@@ -1,0 +1,60 @@
+"""SIGKILL at random moments, in time: start-up, the pass over the backbone, training, validation, a save."""
+
+from pathlib import Path
+
+import pytest
+from conftest import assert_equal_runs, finetune, finish
+from rich.console import Console
+from rich.table import Table
+from storm import PLACES, Storm, storm
+
+from finetune.run import RunFolder
+
+CACHED = ["--save-every-steps", "5", "--log-every-steps", "1", "--device", "cpu", "--batch-size", "32"]
+AUGMENTED = [
+    "--augment", "light", "--dropout", "0.3", "--workers", "2", "--accumulate", "4", "--train-samples", "640",
+    "--batch-size", "32", "--save-every-steps", "2", "--log-every-steps", "1", "--device", "cpu",
+]  # fmt: skip
+KILLS_EACH = 25
+
+
+def weather(words: list[str], folder: Path, seed: int, kills: int, longest_seconds: float) -> Storm:
+    """A run through a storm, and one without; their ends must be the same, bit for bit, and so must their exports."""
+    folder.mkdir()
+    broken, unbroken = RunFolder(folder / "broken"), RunFolder(folder / "unbroken")
+    result = storm(words, broken, folder, seed, kills, longest_seconds)
+    finish(finetune(*words, "--run", str(unbroken.path), "--quiet"))
+    assert_equal_runs(broken, unbroken)
+    for run in (broken, unbroken):
+        finish(finetune("export", str(run.path), "--from", "latest"))
+    assert (broken.path / "model.pt").read_bytes() == (unbroken.path / "model.pt").read_bytes()
+    return result
+
+
+@pytest.mark.torture
+def test_a_hundred_kills_a_hundred_resumes_and_the_same_weights(tmp_path, capsys):
+    results = {}
+    for number, recipe in enumerate(("vgg_head", "resnet_head")):
+        words = {
+            f"{recipe}, features kept": [recipe, *CACHED, "--epochs", "500"],
+            f"{recipe}, augmented, 2 workers, accumulation 4": [recipe, *AUGMENTED, "--epochs", "40"],
+        }
+        for name, command in words.items():
+            place = tmp_path / f"{number}-{len(results)}"
+            results[name] = weather(command, place, seed=len(results), kills=KILLS_EACH, longest_seconds=9)
+    table = Table(title="kills after new progress, by where they fell", title_justify="left", box=None)
+    for column in ("run", *PLACES.values(), "kills", "others", "resumes by themselves", "final weights"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for name, result in results.items():
+        fell = [str(result.kills[place]) for place in PLACES.values()]
+        table.add_row(name, *fell, str(result.count), str(result.others), str(result.resumes), "equal")
+    with capsys.disabled():
+        Console(width=160).print("\n", table)
+    assert sum(result.count for result in results.values()) >= 100
+    assert all(result.resumes == result.count + result.others for result in results.values())
+
+
+def test_a_few_kills_at_random_moments_and_the_same_weights(tmp_path):
+    words = ["vgg_head", *CACHED, "--epochs", "60"]
+    result = weather(words, tmp_path / "storm", seed=7, kills=3, longest_seconds=6)
+    assert result.count >= 2 and result.resumes == result.count + result.others
