@@ -152,8 +152,8 @@ def kill_after_progress(process: subprocess.Popen, run: RunFolder, steps: int) -
     process.communicate()
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=180)
+def finish(process: subprocess.Popen, code: int = 0, timeout_seconds: float = 180) -> str:
+    output, _ = process.communicate(timeout=timeout_seconds)
     assert process.returncode == code, output
     return output
 

@@ -102,7 +102,7 @@ def storm(words: list[str], run: RunFolder, folder: Path, seed: int, kills: int,
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
             try:
-                wait = chance.uniform(0.2, longest_seconds) if result.count < kills else 600
+                wait = chance.uniform(0.2, longest_seconds) if result.count < kills else 900
                 process.wait(timeout=wait)
                 output.seek(0)
                 assert process.returncode == 0, (

@@ -23,7 +23,7 @@ def weather(words: list[str], folder: Path, seed: int, kills: int, longest_secon
     folder.mkdir()
     broken, unbroken = RunFolder(folder / "broken"), RunFolder(folder / "unbroken")
     result = storm(words, broken, folder, seed, kills, longest_seconds)
-    finish(finetune(*words, "--run", str(unbroken.path), "--quiet"))
+    finish(finetune(*words, "--run", str(unbroken.path), "--quiet"), timeout_seconds=900)
     assert_equal_runs(broken, unbroken)
     for run in (broken, unbroken):
         finish(finetune("export", str(run.path), "--from", "latest"))
@@ -36,7 +36,7 @@ def test_a_hundred_kills_a_hundred_resumes_and_the_same_weights(tmp_path, capsys
     results = {}
     for number, recipe in enumerate(("vgg_head", "resnet_head")):
         words = {
-            f"{recipe}, features kept": [recipe, *CACHED, "--epochs", "500"],
+            f"{recipe}, features kept": [recipe, *CACHED, "--epochs", "300"],
             f"{recipe}, augmented, 2 workers, accumulation 4": [recipe, *AUGMENTED, "--epochs", "40"],
         }
         for name, command in words.items():
