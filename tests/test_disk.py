@@ -40,6 +40,14 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-R", "-l", str(place)], check=True)
 
 
+RECIPE = small_recipe(augment="none")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> RunFolder:
+    return train_run(tmp_path_factory.mktemp("unbroken") / "run", RECIPE)
+
+
 def fill(place: Path, leave_bytes: int) -> Path:
     """Take all of a file system's room but so much."""
     file = place / "filler"
@@ -100,7 +108,7 @@ class Interfering(DyingTerminal):
 def interfered_run(path: Path, at_step: int, act) -> Interfering:
     terminal = Interfering(at_step, act)
     settings = Settings(save_every_steps=1, log_every_steps=1)
-    launch.start(path, "test", small_recipe(), Numerics(), Machine("cpu"), settings, terminal)
+    launch.start(path, "test", RECIPE, Numerics(), Machine("cpu"), settings, terminal)
     return terminal
 
 
@@ -113,9 +121,8 @@ def interfered_run(path: Path, at_step: int, act) -> Interfering:
     ids=["the disk fills", "the disk becomes read-only"],
 )
 def test_a_disk_that_fails_under_a_run_keeps_the_last_checkpoint_and_a_resume_ends_the_same(
-    tmp_path, small_disk, interfere, said
+    small_disk, unbroken, interfere, said
 ):
-    unbroken = train_run(tmp_path / "unbroken", small_recipe())
     run = RunFolder(small_disk / "run")
     with pytest.raises(
         RunError, match=f"step-000005.pt cannot be written, nor at a second attempt .*{said}.*step-000004.pt is good"
@@ -127,8 +134,7 @@ def test_a_disk_that_fails_under_a_run_keeps_the_last_checkpoint_and_a_resume_en
     assert_equal_runs(run, unbroken)
 
 
-def test_a_checkpoint_that_can_be_written_at_the_second_attempt_is_no_reason_to_stop(tmp_path, monkeypatch):
-    unbroken = train_run(tmp_path / "unbroken", small_recipe())
+def test_a_checkpoint_that_can_be_written_at_the_second_attempt_is_no_reason_to_stop(tmp_path, unbroken, monkeypatch):
     real, failures = files.os.fsync, []
 
     def fail_once(descriptor):
@@ -178,7 +184,9 @@ class FailingDisk:
 @pytest.mark.skipif(sys.platform != "linux", reason="names the file of a descriptor as Linux does")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES], ids=errno.errorcode.get)
 @pytest.mark.parametrize("call", ["open", "fsync", "replace", "link"])
-def test_whatever_fails_while_a_checkpoint_is_written_the_one_before_is_good(tmp_path, monkeypatch, call, number):
+def test_whatever_fails_while_a_checkpoint_is_written_the_one_before_is_good(
+    tmp_path, unbroken, monkeypatch, call, number
+):
     run = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patched:
         disk = FailingDisk(patched, call, number, run.checkpoints)
@@ -192,7 +200,7 @@ def test_whatever_fails_while_a_checkpoint_is_written_the_one_before_is_good(tmp
             assert read(run)["step"] >= 4
             assert not list(run.checkpoints.glob(".*"))
     resume_run(run)
-    assert_equal_runs(run, train_run(tmp_path / "unbroken", small_recipe()))
+    assert_equal_runs(run, unbroken)
 
 
 def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch):

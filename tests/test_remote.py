@@ -20,7 +20,7 @@ from finetune.remote import RemoteFolder, Uploader, is_remote, mirror_folder, op
 from finetune.run import RunFolder
 
 WORDS = [
-    "vgg_head", "--augment", "light", "--epochs", "4", "--train-samples", "640", "--batch-size", "32", "--device", "cpu",
+    "vgg_head", "--augment", "light", "--epochs", "3", "--train-samples", "640", "--batch-size", "32", "--device", "cpu",
     "--save-every-steps", "4", "--log-every-steps", "1",
 ]  # fmt: skip
 
@@ -128,6 +128,10 @@ def test_a_run_on_s3_killed_here_goes_on_exactly_on_another_machine(tmp_path, se
     assert {"checkpoints/latest.pt", "checkpoints/best.pt"} <= names and len(steps(names)) == 2
     assert not any("lock" in name or ".tmp" in name for name in names)
 
+
+@pytest.mark.slow
+def test_a_run_on_s3_is_evaluated_and_exported_on_a_machine_that_never_saw_it(tmp_path, server):
+    finish(finetune(*WORDS, "--run", "s3://bucket/run", env=machine(server, tmp_path / "here")))
     elsewhere = machine(server, tmp_path / "third")
     figures = json.loads(finish(finetune("evaluate", "s3://bucket/run", "--json", env=elsewhere)).splitlines()[-1])
     assert figures["run"] == "s3://bucket/run"

@@ -55,6 +55,6 @@ def test_a_hundred_kills_a_hundred_resumes_and_the_same_weights(tmp_path, capsys
 
 
 def test_a_few_kills_at_random_moments_and_the_same_weights(tmp_path):
-    words = ["vgg_head", *CACHED, "--epochs", "60"]
-    result = weather(words, tmp_path / "storm", seed=7, kills=3, longest_seconds=6)
-    assert result.count >= 2 and result.resumes == result.count + result.others
+    words = ["vgg_head", *CACHED, "--epochs", "12", "--train-samples", "640"]
+    result = weather(words, tmp_path / "storm", seed=7, kills=2, longest_seconds=5)
+    assert result.count >= 1 and result.resumes == result.count + result.others
