@@ -4,7 +4,10 @@ No traceback, nothing half-made left behind.
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -327,3 +330,20 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint_and_names_the_s
     bad = json.loads(run.bad_batch_file.read_text())
     assert bad["step"] == state["step"] + 1 and len(bad["samples"]) in (64, 36)
     assert {"index", "name"} == set(bad["samples"][0])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are of POSIX")
+def test_in_a_terminal_too_a_wrong_option_is_one_plain_line():
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune.cli", "vgg_head", "--epohcs", "3"],
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm-256color"},
+    )
+    os.close(theirs)
+    assert process.wait(60) == 2
+    said = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert said.startswith("finetune: Unrecognized options: --epohcs, 3; Perhaps you meant: --epochs INT")
+    assert said.count("\n") == 1 and "\x1b" not in said and "│" not in said

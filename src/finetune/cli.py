@@ -250,8 +250,12 @@ def parse(options: type, command: str, description: str, arguments: Sequence[str
     except SystemExit as end:
         if not end.code:
             raise
-    # The first paragraph between the box's rules is what is wrong, the second what was perhaps meant.
-    lines = [line.strip("│ ") for line in said.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
+    from rich.text import Text
+
+    # The first paragraph between the box's rules is what is wrong, the second what was perhaps meant. In a terminal
+    # tyro colours it, wherever it goes.
+    plain = Text.from_ansi(said.getvalue()).plain
+    lines = [line.strip("│ ") for line in plain.splitlines() if not line.startswith(("╭", "╰"))]
     groups = groupby(lines, lambda line: line.startswith("─"))
     paragraphs = [" ".join(group).rstrip(".") for is_rule, group in groups if not is_rule]
     meant = [words for words in paragraphs[1:] if words.startswith("Perhaps you meant")]
