@@ -210,17 +210,7 @@ def resume(
                 terminal.say(f"run {run} is {progress.status} at step {progress.step}; to train longer: --epochs N")
                 return progress
             job = resumed_job(run, recipe, numerics, machine, state, images, terminal)
-            if progress.best:
-                problem = checkpoints.repair_best(run.checkpoints, progress.best["step"], record["id"])
-                if problem:
-                    terminal.say(f"{problem}: best starts anew")
-                    progress.best = {}
-            where = f"step {progress.step} (epoch {progress.epoch + 1}, sample {progress.position_samples})"
-            terminal.say(f"resuming {run} at {where}")
-            progress.history.append({"event": "resume", "step": progress.step, "epoch": progress.epoch})
-            with closing(start_phase(job, state["frozen"]["epoch"], terminal, stop, state["frozen"])) as phase:
-                check_unbroken(job.data, phase.feed)
-                return run_job(run, record["id"], job, phase, progress, state, run_settings, terminal, stop)
+            return go_on(run, record["id"], job, progress, state, run_settings, terminal, stop)
     if epochs or lr:
         raise UsageError(f"{run} has no checkpoint yet; go on without --epochs and --lr first")
     terminal.say(f"{run} has no checkpoint yet: starting over")
@@ -239,6 +229,30 @@ def resume(
         url=run.url,
     )
     return progress
+
+
+def go_on(
+    run: RunFolder,
+    run_id: str,
+    job: Job,
+    progress: Progress,
+    state: dict[str, Any],
+    settings: Settings,
+    terminal: Terminal,
+    stop: StopRequest,
+) -> Progress:
+    """Train from a checkpoint on, in a run whose lock is held."""
+    if progress.best:
+        problem = checkpoints.repair_best(run.checkpoints, progress.best["step"], run_id)
+        if problem:
+            terminal.say(f"{problem}: best starts anew")
+            progress.best = {}
+    where = f"step {progress.step} (epoch {progress.epoch + 1}, sample {progress.position_samples})"
+    terminal.say(f"resuming {run} at {where}")
+    progress.history.append({"event": "resume", "step": progress.step, "epoch": progress.epoch})
+    with closing(start_phase(job, state["frozen"]["epoch"], terminal, stop, state["frozen"])) as phase:
+        check_unbroken(job.data, phase.feed)
+        return run_job(run, run_id, job, phase, progress, state, settings, terminal, stop)
 
 
 def find_checkpoint(

@@ -1,0 +1,151 @@
+"""The options of each command, as tyro reads them off dataclasses: a field is an option, the text below it its help."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from finetune.recipe import ImageTable
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Options that can also be given at a resume: none changes the result."""
+
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), or a device of torch."""
+    workers: int | None = None
+    """Processes that read and augment images ahead; 0 = none; default: for image files one a core, 8 at most."""
+    worker_start: Literal["auto", "fork", "forkserver", "spawn"] = "auto"
+    """How worker processes start; auto = the platform's way."""
+    cache_limit: str = ""
+    """How much disk new features may take, like 20GB; default: a quarter of what is free. More = the backbone runs in
+    every epoch."""
+    quiet: bool = False
+    """Print the last line only."""
+
+
+@dataclass(frozen=True)
+class SavingOptions:
+    """How often to save."""
+
+    save_every_steps: int | None = None
+    """Save also every so many steps; 0 = at the end of each epoch only."""
+    save_every_minutes: float | None = None
+    """Save also when so many minutes have passed; 0 = never for that."""
+    keep: int | None = None
+    """Numbered checkpoints to keep, besides latest.pt and best.pt (2)."""
+
+    def given(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(SavingOptions)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class RunOptions(SavingOptions, MachineOptions):
+    """Options that every recipe has."""
+
+    run: str = ""
+    """Folder of the run, or s3://BUCKET/RUN, gs://...; default: the next free runs/RECIPE-N."""
+    resume: bool = False
+    """If the folder already holds this run, go on with it: safe in a loop."""
+    init_from: str = ""
+    """RUN, RUN:best or RUN:latest: start from that run's weights."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the network's arithmetic; fp16 on CUDA only."""
+    backbone_precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of the frozen part alone; default: as --precision. bf16 halves the time and size of its features."""
+    cache: bool = True
+    """Keep what the frozen backbone computes, so that it runs only once."""
+    deterministic: bool = True
+    """Deterministic algorithms; without them a resume is not exact on CUDA."""
+    log_every_steps: int = 10
+    """Steps between two lines in metrics.jsonl."""
+    frozen: Literal["auto", "copy"] = "auto"
+    """copy = keep the frozen weights in the run folder, so that it stands alone."""
+    skip_broken: bool = False
+    """Look at every image first, and leave broken ones out."""
+
+
+@dataclass(frozen=True)
+class ResumeOptions(SavingOptions, MachineOptions):
+    """Options of `finetune resume`."""
+
+    run: Annotated[str, tyro.conf.Positional] = ""
+    """The run's folder or URL; default: the newest unfinished below runs/."""
+    epochs: int = 0
+    """Train to so many epochs in all: the schedule keeps its first horizon, then the rate is constant."""
+    lr: float = 0.0
+    """Learning rate behind that horizon; default: the recipe's final one."""
+    from_: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """Rewind to this checkpoint first; later ones move to superseded/."""
+    images: str = ""
+    """Where the same images lie now, if they were moved."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `finetune export`."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run's folder."""
+    weights_only: bool = True
+    """Weights for stock loading; --no-weights-only copies the whole checkpoint instead."""
+    from_: Annotated[Literal["best", "latest"], tyro.conf.arg(name="from")] = "best"
+    """Which checkpoint."""
+    output: str = ""
+    """The file to write; default: RUN/model.pt."""
+    format: Literal["pt", "safetensors", "onnx"] | None = None
+    """Of the file; default: as --output ends, else pt."""
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Options of `finetune predict`."""
+
+    file: Annotated[str, tyro.conf.Positional]
+    """The export: its .json must lie beside it."""
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Images, folders of them, and csv, tsv or jsonl files that name them."""
+    top_k: int = 3
+    """Classes to list for each image."""
+    csv: bool = False
+    """Print csv instead of JSON lines."""
+    image_column: str = ""
+    """Column of a csv that holds the image's path; default: image, path, file, ..."""
+    allow_outside: bool = False
+    """Read images outside the folders too: behind links, paths with .. or from the root."""
+    batch_size: int = 64
+    """Images computed at once."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), or a device of torch."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of `finetune evaluate`."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run's folder."""
+    images: str = ""
+    """Other data with the same classes; default: the run's own test part, else its validation part."""
+    table: Annotated[ImageTable, tyro.conf.OmitArgPrefixes] = ImageTable()
+    from_: Annotated[Literal["best", "latest"], tyro.conf.arg(name="from")] = "best"
+    """Which checkpoint."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), or a device of torch."""
+    workers: int | None = None
+    """Processes that read images ahead; 0 = none; default: for image files one a core, 8 at most."""
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Options of `finetune cache`."""
+
+    action: Annotated[Literal["list", "clear"], tyro.conf.Positional] = "list"
+    """list what is kept, or clear it; what a run uses just now stays."""
+    entries: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Only entries whose names begin so; default: all."""
