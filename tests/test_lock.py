@@ -36,6 +36,8 @@ def test_what_is_known_of_an_owner_survives_as_text_and_other_text_says_nothing(
 
 
 def test_a_process_of_another_machine_is_never_taken_for_dead():
-    assert Owner(2**22 + 1, this_process().host, "").is_dead()
-    elsewhere = Owner(2**22 + 1, "elsewhere", "2026-01-01 00:00:00")
+    ours = this_process()
+    assert Owner(2**22 + 1, ours.host, ours.boot, "").is_dead()
+    assert not Owner(2**22 + 1, ours.host, "another start", "").is_dead()
+    elsewhere = Owner(2**22 + 1, "elsewhere", ours.boot, "2026-01-01 00:00:00")
     assert not elsewhere.is_dead() and str(elsewhere) == f"process {2**22 + 1} on elsewhere, since 2026-01-01 00:00:00"

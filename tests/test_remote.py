@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import assert_equal_runs, finetune, finish, small_recipe, train_run
 
-from finetune import RunError, UsageError, checkpoint
+from finetune import RunError, StoppedEarly, UsageError, checkpoint
 from finetune.cli import main
 from finetune.lock import owner_to_text, this_process
-from finetune.remote import RemoteFolder, Uploader, is_remote, mirror_folder, open_run
+from finetune.remote import Uploader, is_remote, mirror_folder, open_run
+from finetune.remote_folder import HEARTBEAT_SECONDS, SILENCE_SECONDS, Lease, RemoteFolder
 from finetune.run import RunFolder
 
 WORDS = [
@@ -198,6 +199,10 @@ def memory(monkeypatch, tmp_path):
     files.pseudo_dirs[:] = [""]
 
 
+def uploader_to(remote: RemoteFolder, folder: Path, said: list[str] | None = None) -> Uploader:
+    return Uploader(remote, Lease(remote), folder, {}, ([] if said is None else said).append)
+
+
 def test_only_urls_are_remote():
     assert is_remote("s3://bucket/run") and is_remote("gs://b/r") and is_remote("memory://r")
     assert not is_remote("runs/vgg_head-1") and not is_remote("C:\\runs") and not is_remote("/s3/run")
@@ -233,13 +238,13 @@ def test_a_mirror_that_is_ahead_is_uploaded_and_one_of_another_time_moved_aside(
     memory.put(str(other.path), "/place/run", recursive=True)
     with open_run("memory://place/run", said.append) as run:
         assert run.read_recipe()["id"] == other.read_recipe()["id"]
-    assert "is of another time; it is now" in said[1]
+    assert "is of another time; it is now" in said[2]
     assert len(list(folder.parent.iterdir())) == 2  # nothing is lost
 
 
 def test_a_mirror_that_somebody_deletes_takes_nothing_with_it(memory, tmp_path):
     run = train_run(tmp_path / "run", small_recipe(epochs=1))
-    uploader = Uploader(RemoteFolder("memory://place/run"), run.path, {}, lambda _: None)
+    uploader = uploader_to(RemoteFolder("memory://place/run"), run.path)
     assert uploader.attempt()
     there = memory.find("/place/run")
     assert len(there) > 5
@@ -269,7 +274,7 @@ def test_the_latest_moves_only_after_its_data_is_whole(memory, tmp_path):
 
         real = RemoteFolder("memory://place/run")
         remote.upload, remote.copy = failing_call(real.upload), failing_call(real.copy)
-        uploader = Uploader(remote, run.path, {}, lambda _: None)
+        uploader = uploader_to(remote, run.path)
         uploader.attempt()
         names = real.list()
         if "checkpoints/latest.pt" in names:
@@ -311,3 +316,146 @@ def test_a_run_that_another_machine_uses_is_refused_until_it_is_silent(memory, t
 def test_a_kind_of_url_that_nobody_knows_is_one_line():
     with pytest.raises(UsageError, match="--run nowhere://bucket/run: cannot be used"):
         RemoteFolder("nowhere://bucket/run")
+
+
+# ---- What the other side, and another machine, may do ----------------------------------------------------------------
+
+
+def other_owner(beat: str) -> bytes:
+    """What another machine would have written."""
+    text = owner_to_text(this_process()).replace(str(os.getpid()), "1").replace(socket.gethostname(), "elsewhere")
+    return f"{text}\n{beat}".encode()
+
+
+def finished_there(memory, tmp_path: Path, home: str, monkeypatch, **options) -> RunFolder:
+    """A run in the bucket, made by another machine; returns its mirror."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / home))
+    with open_run("memory://place/run", lambda _: None) as run:
+        train_run(run.path, small_recipe(augment="none"), **options)
+    return run
+
+
+@pytest.mark.parametrize("beat", ["nan", "inf", "-inf", "1e12", "soon", ""])
+def test_a_sign_of_life_that_means_nothing_keeps_nobody_out(memory, beat):
+    memory.pipe_file("/place/run/lock.owner", other_owner(beat))
+    assert Lease(RemoteFolder("memory://place/run")).other() is None
+
+
+def test_a_run_taken_over_by_another_machine_is_not_written_any_more(memory, tmp_path, monkeypatch):
+    run = train_run(tmp_path / "run", small_recipe(epochs=1, augment="none"))
+    remote, said = RemoteFolder("memory://place/run"), []
+    uploader = uploader_to(remote, run.path, said)
+    uploader.lease.take()
+    assert uploader.attempt()
+    # The network was gone for so long that another machine took over.
+    memory.pipe_file("/place/run/lock.owner", other_owner(str(time.time())))
+    memory.pipe_file("/place/run/checkpoints/latest.pt", b"of the other machine")
+    (run.path / "metrics.jsonl").write_text("changed")
+    uploader.lease._last_heartbeat -= HEARTBEAT_SECONDS + 1
+    assert not uploader.attempt() and not uploader.attempt()
+    assert len(said) == 1 and "is used by process 1 on elsewhere" in said[0]
+    with pytest.raises(RunError, match="was taken over by process 1 on elsewhere"):
+        uploader.start()
+        uploader.finish(None)
+    assert memory.cat("/place/run/checkpoints/latest.pt") == b"of the other machine"
+    assert b"elsewhere" in memory.cat("/place/run/lock.owner")
+    assert SILENCE_SECONDS > 2 * HEARTBEAT_SECONDS
+
+
+def test_a_fetch_that_is_interrupted_is_taken_for_nothing(memory, tmp_path, monkeypatch):
+    there = finished_there(memory, tmp_path, "there", monkeypatch)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "here"))
+    real = RemoteFolder.download
+
+    def dying(self, name, file):
+        if name.endswith("best.pt"):
+            raise KeyboardInterrupt
+        real(self, name, file)
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        patched.setattr(RemoteFolder, "download", dying)
+        with open_run("memory://place/run", lambda _: None, writes=False):
+            pass
+    with open_run("memory://place/run", lambda _: None, writes=False) as run:
+        for name in ("best.pt", "latest.pt"):
+            assert (run.checkpoints / name).read_bytes() == (there.checkpoints / name).read_bytes()
+
+
+def test_a_rewind_on_one_machine_is_not_undone_by_the_mirror_of_another(memory, tmp_path, monkeypatch):
+    from conftest import resume_run
+
+    finished_there(memory, tmp_path, "there", monkeypatch, save_every_steps=2)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "here"))
+    with open_run("memory://place/run", lambda _: None) as run:
+        first = run.checkpoints / checkpoint.step_files(run.checkpoints)[0][1].name
+        checkpoint.rewind(run.checkpoints, first, run.read_recipe()["id"])
+    aside = "/place/run/checkpoints/superseded/step-000014.pt"
+    assert memory.exists(aside) and not memory.exists("/place/run/checkpoints/step-000014.pt")
+    said: list[str] = []
+    with open_run("memory://place/run", said.append):
+        pass
+    assert said == []  # this machine's mirror knows of it
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "there"))
+    with open_run("memory://place/run", said.append) as run:
+        newest = checkpoint.newest_good(run.checkpoints, run.read_recipe()["id"])
+        assert newest[1]["step"] == checkpoint.step_files(run.checkpoints)[-1][0] < 14
+        resume_run(run)
+    assert any("is of another time" in line for line in said)
+    assert memory.exists(aside) and memory.exists("/place/run/checkpoints/step-000014.pt")
+
+
+def test_somebody_elses_files_in_a_bucket_are_left_alone(memory, capsys):
+    memory.pipe_file("/place/run/metrics.jsonl", b"mine")
+    words = ["vgg_head", "--train-samples", "100", "--device", "cpu", "--run", "memory://place/run"]
+    assert main(words) == 2
+    assert "--run memory://place/run: holds other files (metrics.jsonl); give a new folder" in capsys.readouterr().err
+    assert memory.find("/place") == ["/place/run/metrics.jsonl"] and memory.cat("/place/run/metrics.jsonl") == b"mine"
+
+
+def test_a_folder_behind_a_url_will_do_and_so_will_a_place_that_cannot_copy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+    def cannot(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(RemoteFolder, "copy", cannot)
+    words = ["--epochs", "1", "--train-samples", "100", "--device", "cpu", "--run", f"file://{tmp_path}/new/folder/run"]
+    assert main(["vgg_head", *words]) == 0
+    there = RunFolder(tmp_path / "new" / "folder" / "run")
+    assert checkpoint.read_checkpoint(there.checkpoints / "best.pt", there.read_recipe()["id"])["status"] == "finished"
+    assert main(["evaluate", words[-1], "--json"]) == 0
+
+
+def test_what_cannot_be_written_to_is_said_before_the_run_begins(memory, monkeypatch, capsys):
+    def refused(*_):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(RemoteFolder, "write", refused)
+    assert main(["vgg_head", "--device", "cpu", "--run", "memory://place/run"]) == 1
+    error = capsys.readouterr().err
+    assert "memory://place/run cannot be reached or written (Access Denied); check the address" in error
+
+
+def test_the_runs_own_error_is_told_first_and_kept_when_uploads_wait(memory, tmp_path, monkeypatch):
+    """A network that is gone must not hide what is wrong, nor how the run ended."""
+    run = train_run(tmp_path / "run", small_recipe(epochs=1, augment="none"))
+    remote, said = RemoteFolder("memory://place/run"), []
+    uploader = uploader_to(remote, run.path, said)
+
+    def gone(*_):
+        raise OSError("the network is gone")
+
+    monkeypatch.setattr(remote, "upload", gone)
+    uploader.start()
+    with monkeypatch.context() as patched:
+        patched.setattr("finetune.remote.time.sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        uploader.finish(RunError("the loss is nan"))
+    assert said[-3:-1] == ["the loss is nan", said[-2]] and "wait to be uploaded" in said[-2]
+    assert "are not uploaded to memory://place/run; they lie in" in said[-1]
+    with monkeypatch.context() as patched, pytest.raises(StoppedEarly, match="are not uploaded") as stopped:
+        patched.setattr("finetune.remote.time.sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        uploader.finish(None)
+    assert stopped.value.exit_code == 75

@@ -25,16 +25,18 @@ class Owner:
     """A process, as far as another one can tell.
 
     Attributes:
+        boot: which start of that machine; "" where the system does not tell. Machines may share a name.
         since: local time, to the second.
     """
 
     pid: int
     host: str
+    boot: str
     since: str
 
     def is_dead(self) -> bool:
         """Whether that is certain: of a process on another host nothing is."""
-        if self.host != socket.gethostname() or os.name == "nt":
+        if (self.host, self.boot) != (socket.gethostname(), boot_id()) or os.name == "nt":
             return False  # on Windows os.kill(pid, 0) ends the process; the lock itself is released with its holder
         try:
             os.kill(self.pid, 0)
@@ -49,8 +51,15 @@ class Owner:
         return f"process {self.pid}{host}, since {self.since}"
 
 
+def boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 def this_process() -> Owner:
-    return Owner(os.getpid(), socket.gethostname(), datetime.datetime.now().isoformat(" ", "seconds"))
+    return Owner(os.getpid(), socket.gethostname(), boot_id(), datetime.datetime.now().isoformat(" ", "seconds"))
 
 
 def owner_to_text(owner: Owner) -> str:
@@ -65,6 +74,17 @@ def owner_from_text(text: str) -> Owner | None:
         return owner if isinstance(owner.pid, int) else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds the folder's lock just now."""
+    if not (folder / LOCK_FILE).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK_FILE).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 @contextmanager
@@ -83,7 +103,7 @@ def hold_lock(folder: Path) -> Iterator[None]:
             break
         except Timeout:
             try:
-                owner = owner_from_text(owner_file.read_text())
+                owner = owner_from_text(owner_file.read_text(errors="replace"))
             except OSError:
                 owner = None
             if (owner is not None and not owner.is_dead()) or time.monotonic() > deadline:

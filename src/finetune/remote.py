@@ -6,29 +6,31 @@ files that differ, so it cannot grow beyond the folder itself.
 """
 
 import hashlib
+import math
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import platformdirs
 
-from finetune.checkpoint import BEST, LATEST, STEP_FILE, newest_good
-from finetune.errors import RunError, UsageError, one_line
-from finetune.files import TEMPORARY_SUFFIX, make_folders, sync_folder
-from finetune.lock import LOCK_FILE, OWNER_FILE, owner_from_text, owner_to_text, this_process
+from finetune.checkpoint import BEST, LATEST, STEP_FILE, SUPERSEDED, newest_good, step_files
+from finetune.errors import RunError, StoppedEarly, UsageError, one_line
+from finetune.files import TEMPORARY_SUFFIX, link_or_copy, sync_folder
+from finetune.lock import LOCK_FILE, OWNER_FILE, is_held
+from finetune.remote_folder import Lease, RemoteFolder
 from finetune.run import RECIPE_FILE, RunFolder
 
 SECONDS_BETWEEN_LOOKS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
-# A process that holds a remote run says so this often; silent for so long, it is taken for dead.
-HEARTBEAT_SECONDS, SILENCE_SECONDS = 60.0, 180.0
 SECONDS_BETWEEN_LINES = 10.0
 MB = 1_000_000
+NUMBERED = re.compile(r"checkpoints/step-(\d+)\.pt")
 
 
 def is_remote(run: str) -> bool:
@@ -55,7 +57,8 @@ class _Stamp:
 def _local_files(folder: Path) -> dict[str, _Stamp]:
     """Relative names of what belongs to a run: no lock, no half-written file."""
     found = {}
-    for place, _, names in os.walk(folder):
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.endswith(TEMPORARY_SUFFIX)]
         for name in names:
             path = Path(place) / name
             if name in (LOCK_FILE, OWNER_FILE) or name.endswith(TEMPORARY_SUFFIX):
@@ -67,82 +70,6 @@ def _local_files(folder: Path) -> dict[str, _Stamp]:
     return found
 
 
-class RemoteFolder:
-    """Files below a URL.
-
-    Raises:
-        UsageError: a URL of a kind that is not installed, or of none.
-    """
-
-    def __init__(self, url: str):
-        import fsspec
-
-        self.url = url
-        try:
-            # Nothing remembered of a listing: another machine writes there too.
-            self.file_system, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        except ImportError as error:
-            raise UsageError(
-                f"--run {url}: needs another package ({one_line(error)}); pip install 'finetune[s3]' or 'finetune[gs]'"
-            ) from None
-        except (ValueError, OSError) as error:
-            raise UsageError(
-                f"--run {url}: cannot be used ({one_line(error)}); give s3://BUCKET/RUN, or a folder"
-            ) from None
-        self.root = root.rstrip("/")
-
-    def path(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-    def list(self) -> dict[str, int]:
-        """Sizes in bytes by relative name.
-
-        Raises:
-            RunError: a name that would lead out of a folder.
-        """
-        self.file_system.invalidate_cache()
-        try:
-            found = self.file_system.find(self.root, detail=True)
-        except FileNotFoundError:
-            return {}
-        names = {}
-        for path, about in found.items():
-            name = path[len(self.root) :].lstrip("/") if path.startswith(self.root) else path
-            parts = PurePosixPath(name).parts
-            odd = name.startswith("/") or any(one in name for one in "\\:") or not name.isprintable()
-            if odd or not parts or ".." in parts:
-                raise RunError(f"{self.url}: holds {name!r}, which is no file of a run; remove it")
-            names[name] = int(about["size"])
-        return names
-
-    def read(self, name: str) -> bytes | None:
-        try:
-            return self.file_system.cat_file(self.path(name))
-        except FileNotFoundError:
-            return None
-
-    def write(self, name: str, content: bytes) -> None:
-        self.file_system.pipe_file(self.path(name), content)
-
-    def upload(self, file: Path, name: str) -> None:
-        self.file_system.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True)
-        self.file_system.put_file(os.fspath(file), self.path(name))
-
-    def copy(self, source: str, name: str) -> None:
-        self.file_system.cp_file(self.path(source), self.path(name))
-
-    def download(self, name: str, file: Path) -> None:
-        make_folders(file.parent)
-        temporary = file.with_name(f".{file.name}{TEMPORARY_SUFFIX}")
-        self.file_system.get_file(self.path(name), os.fspath(temporary))
-        os.replace(temporary, file)
-        sync_folder(file.parent)
-
-    def delete(self, name: str) -> None:
-        with suppress(FileNotFoundError):
-            self.file_system.rm_file(self.path(name))
-
-
 # ---- Up ------------------------------------------------------------------------------------------------------------
 
 
@@ -150,16 +77,19 @@ class Uploader:
     """Carries a mirror's changes over, in an order in which each moment leaves a run to resume from.
 
     Args:
+        lease: of the remote folder, taken.
         known: what is there already, by name.
         say: told once that the network fails, and once that it is back.
     """
 
-    def __init__(self, remote: RemoteFolder, folder: Path, known: dict[str, _Stamp], say: Callable[[str], None]):
-        self.remote, self.folder, self.say = remote, folder, say
+    def __init__(
+        self, remote: RemoteFolder, lease: Lease, folder: Path, known: dict[str, _Stamp], say: Callable[[str], None]
+    ):
+        self.remote, self.lease, self.folder, self.say = remote, lease, folder, say
         self._there = known
         self._failing = False
         self._over = threading.Event()
-        self._last_heartbeat = 0.0
+        self.taken_over = ""
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
 
     def start(self) -> None:
@@ -172,8 +102,17 @@ class Uploader:
 
     def attempt(self) -> bool:
         """Carry over what has changed, and say once what fails. Whether all is there now."""
+        if self.taken_over:
+            return False
         try:
-            self._beat()
+            owner = self.lease.renew()
+            if owner is not None:
+                self.taken_over = str(owner)
+                self.say(
+                    f"{self.remote.url} is used by {owner} now, as nothing was heard of this process for too long: "
+                    f"this run goes on in {self.folder} and uploads nothing any more"
+                )
+                return False
             self._carry_over()
         except Exception as error:  # whatever a network and its libraries can raise: the run goes on
             if not self._failing:
@@ -187,11 +126,6 @@ class Uploader:
             self._failing = False
             self.say(f"{self.remote.url} can be written again: all is caught up")
         return True
-
-    def _beat(self) -> None:
-        if time.monotonic() - self._last_heartbeat > HEARTBEAT_SECONDS:
-            self.remote.write(OWNER_FILE, f"{owner_to_text(this_process())}\n{time.time()}".encode())
-            self._last_heartbeat = time.monotonic()
 
     def _carry_over(self) -> None:
         # The listing comes first: a log that is carried over after it holds every line up to the listed checkpoints.
@@ -214,9 +148,13 @@ class Uploader:
         """One file; where the same bytes are there under another name, they are copied there."""
         stamp = found[name]
         twin = next((other for other, there in self._there.items() if there == stamp and other != name), None)
-        if twin is not None and name.startswith("checkpoints/"):
-            self.remote.copy(twin, name)
-        else:
+        copied = twin is not None and name.startswith("checkpoints/")
+        if copied:
+            try:
+                self.remote.copy(twin, name)
+            except Exception:  # not every file system can, and the twin may be gone from there
+                copied = False
+        if not copied:
             try:
                 self.remote.upload(self.folder / name, name)
             except FileNotFoundError:
@@ -230,30 +168,45 @@ class Uploader:
         found = _local_files(self.folder)
         return sum(stamp.size_bytes for name, stamp in found.items() if self._there.get(name) != stamp)
 
-    def finish(self) -> None:
+    def finish(self, pending: BaseException | None) -> None:
         """Wait until everything is there, and say how much is left. A Ctrl-C leaves the rest on this machine.
 
+        Args:
+            pending: the error that the run ended with, told after the wait; if there is one, none of ours is raised.
+
         Raises:
-            RunError: interrupted; says where the rest lies.
+            StoppedEarly: not all is uploaded; says where the rest lies.
         """
         self._over.set()
-        said = 0.0
+        said = -math.inf
         try:
             self._thread.join()
             while not (self.attempt() and self._is_whole()):
+                left = self.waiting_bytes() / MB
+                if self.taken_over or not left:
+                    break
                 if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                    if pending is not None and said < 0:
+                        self.say(str(pending))
                     said = time.monotonic()
-                    left = self.waiting_bytes() / MB
                     self.say(f"{left:,.1f} MB wait to be uploaded to {self.remote.url} (Ctrl-C: later)")
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         except KeyboardInterrupt:
             left = self.waiting_bytes() / MB
-            raise RunError(
+            text = (
                 f"{left:,.1f} MB are not uploaded to {self.remote.url}; they lie in {self.folder}, and "
                 f"finetune resume {self.remote.url} on this machine uploads them"
-            ) from None
+            )
+            if pending is None:
+                raise StoppedEarly(text) from None
+            self.say(text)
+        if self.taken_over and pending is None:
+            raise RunError(
+                f"run {self.remote.url} was taken over by {self.taken_over}; what this process computed since lies in "
+                f"{self.folder}"
+            )
         with suppress(Exception):
-            self.remote.delete(OWNER_FILE)
+            self.lease.give_back()
 
     def _is_whole(self) -> bool:
         """Whether what should be there is: storage may have come back without what it had taken."""
@@ -268,34 +221,17 @@ class Uploader:
 
 
 def _upload_order(name: str) -> tuple[int, int, str]:
-    """What a checkpoint needs comes first; then numbered ones, oldest first; then the names that move; the recipe, by
-    which a run is known to be one, before any of them."""
-    base = name.rsplit("/", 1)[-1]
-    numbered = STEP_FILE.fullmatch(base)
+    """What a checkpoint needs comes first; then what was set aside; then numbered ones, oldest first; then the names
+    that move; the recipe, by which a run is known to be one, before any of them."""
+    numbered = NUMBERED.fullmatch(name)
     if not name.startswith("checkpoints/"):
         return (1 if name == RECIPE_FILE else 0), 0, name
-    return (2, int(numbered[1]), name) if numbered else ({LATEST: 3, BEST: 4}.get(base, 5), 0, name)
+    if numbered:
+        return 3, int(numbered[1]), name
+    return {f"checkpoints/{BEST}": 4, f"checkpoints/{LATEST}": 5}.get(name, 2), 0, name
 
 
 # ---- Down ----------------------------------------------------------------------------------------------------------
-
-
-def _refuse_if_in_use(remote: RemoteFolder) -> None:
-    content = remote.read(OWNER_FILE)
-    if content is None:
-        return
-    text, _, beat = content.decode(errors="replace").partition("\n")
-    owner = owner_from_text(text)
-    try:
-        silent_seconds = time.time() - float(beat)
-    except ValueError:
-        return
-    if owner is None or owner == this_process() or owner.is_dead() or silent_seconds > SILENCE_SECONDS:
-        return
-    raise RunError(
-        f"run {remote.url} is in use by {owner}, last heard of {silent_seconds:.0f} s ago; wait for it; if that "
-        f"process is gone, try again in {SILENCE_SECONDS - silent_seconds:.0f} s"
-    )
 
 
 def _newest_step(folder: Path, run_id: str) -> int:
@@ -306,40 +242,63 @@ def _newest_step(folder: Path, run_id: str) -> int:
     return found[1]["step"] if found else -1
 
 
-def fetch(remote: RemoteFolder, folder: Path, say: Callable[[str], None]) -> dict[str, _Stamp]:
-    """Make `folder` the mirror of what is remote, unless it is ahead of it: then a network failed in the end.
+def _is_ahead(run: RunFolder, sizes: dict[str, int]) -> bool:
+    """Whether a mirror holds all that is remote, or more: the network failed in the end.
+
+    A rewind moves files to superseded/, and none ever goes from there: who has more of them knows of a later rewind.
+    """
+    aside = f"checkpoints/{SUPERSEDED}/"
+    there, here = ({name for name in names if name.startswith(aside)} for names in (sizes, _local_files(run.path)))
+    if there != here:
+        return there < here
+    numbers = [int(match[1]) for name in sizes if (match := NUMBERED.fullmatch(name))]
+    return _newest_step(run.checkpoints, run.read_recipe()["id"]) >= max(numbers, default=-1)
+
+
+def fetch(remote: RemoteFolder, folder: Path, begun: bool, say: Callable[[str], None]) -> dict[str, _Stamp]:
+    """Make `folder` the mirror of what is remote, unless it is ahead of it.
+
+    Args:
+        begun: whether a process of ours was there before, and was perhaps killed before the recipe was.
 
     Returns:
         What is remote already, as it lies here.
+
+    Raises:
+        UsageError: what is remote is no run.
     """
     sizes = {name: size for name, size in remote.list().items() if name not in (LOCK_FILE, OWNER_FILE)}
     run = RunFolder(folder)
     if RECIPE_FILE not in sizes:
         if run.exists():
             say(f"{remote.url} holds no run; what lies in {folder} is uploaded")
+        elif sizes and not begun:
+            raise UsageError(f"--run {remote.url}: holds other files ({min(sizes)}); give a new folder")
         return {}
-    if run.exists():
-        there, here = remote.read(RECIPE_FILE), run.recipe_file.read_bytes()
-        if there == here:
-            run_id = run.read_recipe()["id"]
-            ahead = _newest_step(run.checkpoints, run_id)
-            numbers = [int(match[1]) for name in sizes if (match := STEP_FILE.fullmatch(name.rsplit("/", 1)[-1]))]
-            if ahead >= max(numbers, default=-1):
-                # What never changes need not go there again; of the rest a size says nothing.
-                stable = {name for name in sizes if name.startswith(("frozen/", "code/")) or STEP_FILE.search(name)}
-                here = _local_files(folder)
-                return {name: here[name] for name in stable & set(here) if here[name].size_bytes == sizes[name]}
-        aside = folder.with_name(f"{folder.name}-{time.time_ns()}")
-        folder.rename(aside)
-        say(f"what lay in {folder} is of another time; it is now {aside}")
-    numbered = any(STEP_FILE.fullmatch(name.rsplit("/", 1)[-1]) for name in sizes)
+    if run.exists() and remote.read(RECIPE_FILE) == run.recipe_file.read_bytes() and _is_ahead(run, sizes):
+        # What never changes need not go there again; of the rest a size says nothing.
+        stable = {name for name in sizes if name.startswith(("frozen/", "code/")) or STEP_FILE.search(name)}
+        here = _local_files(folder)
+        return {name: here[name] for name in stable & set(here) if here[name].size_bytes == sizes[name]}
+    # Beside it first: half of a run must not be taken for one.
+    fetched = folder.with_name(f"{folder.name}{TEMPORARY_SUFFIX}")
+    shutil.rmtree(fetched, ignore_errors=True)
+    numbered = any(NUMBERED.fullmatch(name) for name in sizes)
     # With numbered checkpoints there, the newest is `latest.pt`.
     wanted = [name for name in sizes if not (numbered and name == f"checkpoints/{LATEST}")]
     say(f"fetching {sum(sizes[name] for name in wanted) / MB:,.1f} MB from {remote.url}")
     for name in sorted(wanted, key=_upload_order):
-        remote.download(name, folder / name)
-    here = _local_files(folder)
-    return {name: stamp for name, stamp in here.items() if sizes.get(name) == stamp.size_bytes}
+        remote.download(name, fetched / name)
+    if folder.exists():
+        aside = folder.with_name(f"{folder.name}-{time.time_ns()}")
+        folder.rename(aside)
+        say(f"what lay in {folder} is of another time; it is now {aside}")
+    fetched.rename(folder)
+    sync_folder(folder.parent)
+    known = {name: stamp for name, stamp in _local_files(folder).items() if sizes.get(name) == stamp.size_bytes}
+    for _, newest in step_files(run.checkpoints)[-1:]:
+        link_or_copy(newest, run.checkpoints / LATEST)
+    return known
 
 
 @contextmanager
@@ -357,22 +316,34 @@ def open_run(run: str, say: Callable[[str], None], *, writes: bool = True) -> It
         yield RunFolder(Path(run))
         return
     remote, folder = RemoteFolder(run), mirror_folder(run)
+    lease = Lease(remote)
     try:
-        if writes:
-            _refuse_if_in_use(remote)
-        known = fetch(remote, folder, say)
+        if not writes and is_held(folder):
+            known = {}  # a process of this machine writes there just now: nothing is fresher
+        else:
+            begun = remote.read(OWNER_FILE) is not None
+            if writes:
+                lease.take()
+            known = fetch(remote, folder, begun, say)
     except (RunError, UsageError):
+        if writes:
+            with suppress(Exception):
+                lease.give_back()
         raise
     except Exception as error:  # whatever a network and its libraries can raise
         raise RunError(
-            f"{run} cannot be reached ({one_line(error)}); check the address, the network, your rights"
+            f"{run} cannot be reached or written ({one_line(error)}); check the address, the network, your rights"
         ) from None
     if not writes:
         yield RunFolder(folder, run)
         return
-    uploader = Uploader(remote, folder, known, say)
+    uploader = Uploader(remote, lease, folder, known, say)
     uploader.start()
+    pending: BaseException | None = None
     try:
         yield RunFolder(folder, run)
+    except BaseException as error:
+        pending = error
+        raise
     finally:
-        uploader.finish()
+        uploader.finish(pending)
