@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-# Before torch starts its threads: the same number everywhere makes runs comparable.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch is imported: two test processes share two cores, and the same number everywhere makes runs comparable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
 
 from finetune import Classification, Images, Model, Optimizer, Recipe, Schedule, Stop, checkpoint, launch
 from finetune.build import Numerics, find_pretrained, new_network

@@ -50,18 +50,14 @@ class Storm:
     """What happened to one run.
 
     Attributes:
-        kills: by where they fell, of those that came after new progress.
-        others: kills without progress since the one before.
+        kills: by where they fell.
+        with_progress: of them, those that came after a step was saved or features were kept since the one before.
         resumes: starts after a kill that went on by themselves.
     """
 
     kills: Counter = field(default_factory=Counter)
-    others: int = 0
+    with_progress: int = 0
     resumes: int = 0
-
-    @property
-    def count(self) -> int:
-        return sum(self.kills.values())
 
 
 def filled_rows(folder: Path) -> int:
@@ -76,13 +72,13 @@ def filled_rows(folder: Path) -> int:
     return total
 
 
-def storm(words: list[str], run: RunFolder, folder: Path, seed: int, kills: int, longest_seconds: float) -> Storm:
+def storm(words: list[str], run: RunFolder, folder: Path, seed: int, kills: int, seconds: tuple[float, float]) -> Storm:
     """Start `finetune WORDS --run RUN --resume`, kill its whole process group after a random time, start it again; until
     `kills` of them came after new progress or the run has ended; then let it end.
 
     Args:
         folder: for the watcher and the features.
-        longest_seconds: between a start and its kill.
+        seconds: between a start and its kill, the least and the most.
     """
     chance, result = random.Random(seed), Storm()
     (folder / "sitecustomize.py").write_text(WATCHER)
@@ -102,11 +98,11 @@ def storm(words: list[str], run: RunFolder, folder: Path, seed: int, kills: int,
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
             try:
-                wait = chance.uniform(0.2, longest_seconds) if result.count < kills else 900
+                wait = chance.uniform(*seconds) if result.with_progress < kills else 900
                 process.wait(timeout=wait)
                 output.seek(0)
                 assert process.returncode == 0, (
-                    f"after {result.count} kills: exit {process.returncode}\n{output.read()}"
+                    f"after {result.kills.total()} kills: exit {process.returncode}\n{output.read()}"
                 )
                 return result
             except subprocess.TimeoutExpired:
@@ -114,9 +110,7 @@ def storm(words: list[str], run: RunFolder, folder: Path, seed: int, kills: int,
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         now = (last_step(run), filled_rows(folder / "features"))
-        if now > progress:
-            result.kills[where] += 1
-        else:
-            result.others += 1
+        result.kills[where] += 1
+        result.with_progress += now > progress
         progress = max(now, progress)
         result.resumes += 1
