@@ -251,6 +251,28 @@ def test_a_large_photo_is_not_refused(tmp_path):
     assert read_image(png_of_size(tmp_path / "photo.png", 10_000, 10_000)).shape == (3, 10_000, 10_000)
 
 
+def test_a_picture_whose_camera_data_is_damaged_stays_as_it_is_and_stops_nobody(tmp_path):
+    """Such a byte made PIL fail in a way of its own."""
+    picture, about = Image.new("RGB", (12, 8), (9, 99, 200)), Image.Exif()
+    about[0x0112], about[0x010E], about[0x829A] = 6, "hello", (1, 3)
+    picture.save(tmp_path / "photo.webp", exif=about)
+    content = bytearray((tmp_path / "photo.webp").read_bytes())
+    assert read_image(tmp_path / "photo.webp").shape == (3, 12, 8)  # turned
+    upright = read_image(tmp_path / "photo.webp")
+    start = content.index(b"II*\0") if b"II*\0" in content else content.index(b"MM\0*")
+    seen = set()
+    for place in range(start, len(content)):
+        for value in (0, 1, 127, 255):
+            damaged = bytearray(content)
+            damaged[place] = value
+            (tmp_path / "damaged.webp").write_bytes(damaged)
+            try:
+                seen.add(tuple(read_image(tmp_path / "damaged.webp").shape))
+            except BrokenImage as error:
+                assert "damaged.webp cannot be decoded" in str(error)
+    assert seen == {tuple(upright.shape), (3, 8, 12)}
+
+
 # ---- Names and links -------------------------------------------------------------------------------------------------
 
 ODD = ["a\nb", "\x1b[2J\x1b[31mred", "\x9b31m", "‮gnp", "a\rb", "\x07bell", "=cmd()", "<script>x</script>"]
@@ -273,13 +295,14 @@ def test_names_with_newlines_and_escape_codes_are_shown_not_obeyed(tmp_path, cap
     folder = photos(tmp_path / "photos")
     for name in ODD:
         shutil.copyfile(folder / "cat" / "0.png", folder / "cat" / f"{name}.png".replace("/", "-"))
-    os.rename(folder / "cat", folder / "cat\x1b[31m")
+    os.rename(folder / "cat", folder / "cat\x1b[31m\x9b\u202e")
     words = ["vgg_head", "--images", str(folder), "--epochs", "1", "--device", "cpu", "--run", str(tmp_path / "run")]
     assert main(words) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
     assert main(["export", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr()
-    assert "cat\\x1b[31m" in shown.out
+    assert "cat\\x1b[31m\\x9b\\u202e" in shown.out
     assert main(["predict", str(tmp_path / "run" / "model.pt"), str(folder)]) == 0
     predicted = capsys.readouterr()
     lines = [json.loads(line) for line in predicted.out.splitlines()]

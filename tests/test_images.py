@@ -29,6 +29,7 @@ from finetune.data.loader import Loader
 from finetune.data.order import keyed_generator, stratified_split
 from finetune.data.table import Columns
 from finetune.errors import RunError
+from finetune.guard import StopRequest
 from finetune.job import Machine
 from finetune.models.backbones import find_backbone, members, torchvision_backbone
 from finetune.phase import Feed
@@ -494,7 +495,7 @@ def test_of_a_large_data_set_files_beyond_the_first_look_are_met_in_the_first_ep
     job, _ = launch.new_job(recipe, Numerics(cache=False), Machine("cpu", workers=0), "")
     data, contents = job.data, job.loaders.train.contents
     feed = Feed(job.network.module, *job.loaders)
-    assert not look.look(job, feed, measure=True, all_files=False, terminal=DyingTerminal())
+    assert not look.look(job, feed, measure=True, all_files=False, terminal=DyingTerminal(), stop=StopRequest())
     assert (contents.digests != 0).sum() == 6
     unread = [index for index in data.split.train.tolist() if contents.digests[index] == 0]
     (folder / data.source.name(unread[0])).write_bytes(b"broken")

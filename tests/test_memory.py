@@ -24,6 +24,7 @@ from finetune.build import Numerics
 from finetune.guard import StopRequest
 from finetune.job import Machine
 from finetune.memory import Limit, Use, describe_shortage, guard_memory, limits
+from finetune.models.freeze import learning_statistics
 from finetune.run import RunFolder
 from finetune.train import Settings
 
@@ -50,7 +51,7 @@ def test_the_tightest_control_group_counts_without_what_the_kernel_would_give_ba
     (group / "memory.current").write_text(f"{700 * MB}\n")
     (group.parent / "memory.max").write_text(f"{1000 * MB}\n")
     (group.parent / "memory.current").write_text(f"{900 * MB}\n")
-    (group.parent / "memory.stat").write_text(f"anon 5\ninactive_file {300 * MB}\n")
+    (group.parent / "memory.stat").write_text(f"anon 5\ninactive_file {100 * MB}\nactive_file {200 * MB}\n")
     limit = memory._control_group_limit(tmp_path, membership)
     assert (limit.total_bytes, limit.free_bytes) == (1000 * MB, 400 * MB)
     (group / "memory.max").write_text(f"{750 * MB}\n")
@@ -217,13 +218,13 @@ def test_another_error_is_not_taken_for_it(tmp_path, monkeypatch):
 def test_validation_is_halved_as_well(tmp_path, monkeypatch):
     real, sizes = train.validate, []
 
-    def validate(model, feed, indices, batch_size, task, device, precision, halvings=0):
+    def validate(model, feed, indices, batch_size, task, device, precision, stop, halvings=0):
         if batch_size >> halvings > 20:
             raise RuntimeError(
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
             )
         sizes.append(batch_size >> halvings)
-        return real(model, feed, indices, batch_size, task, device, precision, halvings)
+        return real(model, feed, indices, batch_size, task, device, precision, stop, halvings)
 
     monkeypatch.setattr(train, "validate", validate)
     run = train_run(tmp_path / "run", small_recipe(epochs=1))
@@ -284,3 +285,45 @@ def test_a_gpu_that_is_nearly_full_is_survived_by_halves(tmp_path):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert read(RunFolder(tmp_path / "run"))["halvings"] > 0
+
+
+def test_out_of_memory_in_the_optimizers_own_step_is_no_second_step(tmp_path, monkeypatch):
+    """Some weights have moved by then: whoever tried again would move them twice."""
+    run = RunFolder(tmp_path / "run")
+    real, steps = torch.optim.AdamW.step, []
+
+    def moves_and_fails(optimizer, *arguments, **options):
+        steps.append(1)
+        found = real(optimizer, *arguments, **options)
+        if len(steps) == 2:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+            )
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", moves_and_fails)
+        with pytest.raises(RunError, match=r"out of memory in the optimizer's own step.* the last checkpoint is good"):
+            train_run(run.path, small_recipe(augment="none"))
+    assert len(steps) == 2 and read(run)["step"] == 1
+    resume_run(run)
+    assert_equal_runs(run, train_run(tmp_path / "unbroken", small_recipe(augment="none")))
+
+
+def test_a_failed_attempt_leaves_no_trace_in_statistics_and_random_numbers():
+    norm = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5)).train()
+    statistics = learning_statistics(norm)
+    assert len(statistics) == 3
+    inputs, attempts = torch.randn(8, 3), []
+
+    def compute(halvings: int):
+        outputs = norm(inputs)
+        attempts.append(outputs)
+        if len(attempts) == 1:
+            raise MemoryError
+        return outputs
+
+    torch.manual_seed(5)
+    found, halvings = step.in_halves(compute, 8, 0, lambda _: None, statistics)
+    assert halvings == 1 and torch.equal(found, attempts[0])
+    assert norm[0].num_batches_tracked == 1

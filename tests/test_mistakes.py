@@ -96,6 +96,13 @@ def broken_picture() -> list[str]:
     return [*IMAGES, folder, *QUICK]
 
 
+def enormous_file() -> list[str]:
+    folder = pictures("photos", cat=4, dog=4)
+    with open(Path(folder, "cat", "9.png"), "wb") as stream:
+        stream.truncate(2_000_000_000)  # all holes
+    return [*IMAGES, folder, *QUICK]
+
+
 def moved_photos() -> list[str]:
     train_run(Path("run"), small_recipe(data=Images(pictures("photos", cat=8, dog=8)), batch_size=4, epochs=1))
     Path("photos").rename("elsewhere")
@@ -193,6 +200,7 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], int, list[str]]] = {
     "one image a class": (lambda: [*IMAGES, pictures("photos", cat=1, dog=1)], 2, ["no class has two images, so nothing is left to validate with; add images"]),
     "train/ and something else": (lambda: [pictures("photos/train", cat=4, dog=4), pictures("photos/rest", cat=1), [*IMAGES, "photos"]][2], 2, ["to bring parts along it must hold train/"]),
     "a broken image": (broken_picture, 1, ["cat/3.png cannot be decoded (of no known image format)", "--skip-broken"]),
+    "an image of gigabytes": (enormous_file, 1, ["cat/9.png has 2,000,000,000 bytes, more than 1,073,741,824; repair or remove"]),
     "a link to somewhere else": (link_out_of_the_folder, 2, ["1 image(s) lie outside photos, like cat/9.png", "--allow-outside"]),
     "a name of a newline and a colour": (odd_names, 1, ["a\\nb\\x1b[31m.png", "cannot be decoded"]),
     "a batch larger than the data, and a wrong rate": (lambda: [*IMAGES, pictures("photos", cat=4, dog=4), "--batch-size", "10000", "--lr", "0"], 2, ["--lr 0.0: not allowed"]),
@@ -218,6 +226,9 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], int, list[str]]] = {
     "a recipe that gives something else": (lambda: [recipe_file("def recipe(epochs: int = 3):\n    return 3\n")], 2, ["returned int, not a Recipe"]),
     "a recipe that fails": (lambda: [recipe_file("def recipe(epochs: int = 3):\n    return 1 / 0\n")], 2, ["mine.py, line 3: ZeroDivisionError"]),
     "a recipe that lacks a library": (lambda: [recipe_file("import no_such_module\n")], 2, ["mine.py, line 2: ModuleNotFoundError"]),
+    "a recipe that leaves": (lambda: [recipe_file("raise SystemExit('needs more')\n")], 2, ["mine.py, line 2: SystemExit: needs more"]),
+    "a recipe that leaves when it is called": (lambda: [recipe_file("def recipe(epochs: int = 3):\n    raise SystemExit(3)\n")], 2, ["mine.py, line 3: SystemExit: 3"]),
+    "a parameter that every run has": (lambda: [recipe_file("def recipe(run: str = 'x'):\n    return 3\n")], 2, ["recipe parameter 'run': every run has an option of that name; give it another"]),
     "a parameter without a type": (lambda: [recipe_file("def recipe(epochs):\n    return 3\n")], 2, ["recipe parameter 'epochs': needs a type and a default"]),
     "a recipe that is a folder": (lambda: [Path("mine.py").mkdir(), ["mine.py"]][1], 2, ["mine.py"]),
     "a copy without a name": (lambda: ["new", "vgg_head"], 2, ["needs the name of a shipped recipe and a file"]),
@@ -231,7 +242,7 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], int, list[str]]] = {
     "a run over a file": (lambda: ["vgg_head", *QUICK, "--run", recipe_file("")], 2, ["--run mine.py: cannot be made"]),
     "a run over a run": (a_run_already, 2, ["--run run: already holds a run; add --resume"]),
     "the run of another recipe": (of_another_recipe, 2, ["--run run --resume: holds another run: ", "'bundled/vgg' in the run, 'bundled/resnet' now"]),
-    "fewer epochs than there are": (lambda: [finished_run(), ["resume", "run", "--epochs", "1"]][1], 2, ["--epochs 1: the run has 1 already; give more"]),
+    "fewer epochs than there are": (lambda: [finished_run(small_recipe(augment="none")), ["resume", "run", "--epochs", "1"]][1], 2, ["--epochs 1: the run has 2 already; give more"]),
     "a rate without epochs": (lambda: [finished_run(), ["resume", "run", "--lr", "0.1"]][1], 2, ["--lr 0.1: at a resume only together with --epochs"]),
     "back to a file that is not there": (lambda: [finished_run(), ["resume", "run", "--from", "step-9.pt"]][1], 1, ["checkpoint step-9.pt does not exist"]),
     "back to a file that is no checkpoint": (lambda: [finished_run(), ["resume", "run", "--from", recipe_file("")]][1], 1, ["mine.py is truncated"]),
@@ -239,6 +250,9 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], int, list[str]]] = {
     "a checkpoint of a newer version": (of_newer_schema, 1, ["has schema 999", "use the version that wrote it"]),
     "a recipe of a run that was changed": (lambda: edited(lambda record: record["config"].update(seed=7)), 1, ["recipe.json is damaged: its content does not match its checksum"]),
     "a recipe of a run that was changed on purpose": (lambda: edited(lambda record: (record["config"].update(seed=7), record.update(checksum=""))), 1, ["seed: 7 in the run, 3 now"]),
+    "a recipe of a run that lacks a part": (lambda: edited(lambda record: (record.pop("config"), record.update(checksum=""))), 1, ["recipe.json: 'config' is missing or of a wrong kind"]),
+    "settings of a run that are none": (lambda: edited(lambda record: (record["settings"].update(saving=3), record.update(checksum=""))), 1, ["recipe.json: its settings are none"]),
+    "a rate that climbs": (lambda: [finished_run(), ["resume", "run", "--epochs", "2", "--lr", "-1"]][1], 2, ["--lr -1.0: not allowed; give more than 0"]),
     "photos that moved": (moved_photos, 2, ["photos: no such folder"]),
     "photos that were added": (more_photos, 1, ["the data is not what run run was trained on: fingerprint"]),
     "weights of a run that is not there": (lambda: ["vgg_head", "--init-from", "no/run"], 1, ["run folder no/run does not exist"]),
@@ -330,6 +344,15 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint_and_names_the_s
     bad = json.loads(run.bad_batch_file.read_text())
     assert bad["step"] == state["step"] + 1 and len(bad["samples"]) in (64, 36)
     assert {"index", "name"} == set(bad["samples"][0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is of Linux")
+def test_an_error_that_nobody_can_read_keeps_its_exit_code():
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "finetune.cli", "vgg_head", "--epochs", "0"], stderr=full, stdout=subprocess.DEVNULL
+        )
+    assert found.returncode == 2
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are of POSIX")

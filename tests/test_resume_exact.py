@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,8 +21,11 @@ from PIL import Image
 
 from finetune import Images, Optimizer, RunError, Schedule, Stop, StoppedEarly, Trainable, UsageError, launch
 from finetune.build import Numerics
+from finetune.errors import FinetuneError
+from finetune.guard import StopRequest
 from finetune.launch import Machine
 from finetune.run import RunFolder
+from finetune.tasks import ClassificationTask
 from finetune.train import Settings
 
 # Four deaths in the first epoch of seven steps and two in the second.
@@ -31,11 +35,11 @@ DEATHS = [2, 3, 5, 6, 9, 13]
 @pytest.mark.parametrize(
     ("backbone", "workers", "accumulate", "precision", "head"),
     [
-        ("bundled/vgg", 0, 1, "fp32", "linear"),
+        pytest.param("bundled/vgg", 0, 1, "fp32", "linear", marks=pytest.mark.slow),
         ("bundled/vgg", 2, 4, "fp32", "mlp"),
         ("bundled/vgg", 0, 4, "bf16", "append"),
         ("bundled/resnet", 2, 1, "bf16", "linear"),
-        ("bundled/resnet", 0, 4, "fp32", "mlp"),
+        pytest.param("bundled/resnet", 0, 4, "fp32", "mlp", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_killed_six_times_ends_bit_for_bit_like_one_that_was_not(
@@ -267,3 +271,103 @@ def test_init_from_starts_a_new_run_from_anothers_weights(tmp_path):
         )
     resume_run(again)
     assert torch.equal(read(again)["model"]["classifier.1.weight"], new["classifier.1.weight"])
+
+
+@pytest.mark.parametrize("when", ["before the validation", "in the validation"])
+def test_a_stop_does_not_wait_for_a_validation_and_the_resume_makes_up_for_it(tmp_path, monkeypatch, when):
+    recipe = small_recipe()
+    unbroken = train_run(tmp_path / "unbroken", recipe, save_every_steps=0)
+    run = RunFolder(tmp_path / "run")
+    real_tally = ClassificationTask.tally
+
+    with monkeypatch.context() as patched:
+        stop = StopRequest("finetune resume RUN")
+        patched.setattr("finetune.launch.listen_for_signals", lambda go_on: nullcontext(stop))
+        terminal = DyingTerminal()
+        if when == "in the validation":
+
+            def tally(task, device):
+                stop.ask("by a test")
+                return real_tally(task, device)
+
+            patched.setattr(ClassificationTask, "tally", tally)
+        else:
+            terminal.step = lambda step, *_: stop.ask("by a test") if step == 7 else None
+        with pytest.raises(StoppedEarly, match="stopped by a test at step 7 of 14, saved"):
+            launch.start(run.path, "test", recipe, Numerics(), Machine("cpu"), Settings(log_every_steps=1), terminal)
+    state = read(run)
+    assert state["step"] == 7 and state["position_samples"] == 100 and state["metrics"]["validated_step"] == 0
+    assert not (run.checkpoints / "best.pt").exists()
+    resume_run(run)
+    assert_equal_runs(run, unbroken)
+
+
+def test_a_resume_that_cannot_go_on_moves_and_writes_nothing(tmp_path):
+    run = train_run(tmp_path / "run", small_recipe(epochs=1))
+
+    def everything() -> dict[str, bytes]:
+        return {
+            path.name: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and "lock" not in path.name
+        }
+
+    before = everything()
+    first = run.checkpoints / "step-000006.pt"
+    for wrong in (
+        {"from_file": first, "lr": 0.1},
+        {"from_file": first, "images": str(tmp_path / "nowhere")},
+        {"epochs": 3, "lr": -1.0},
+        {"epochs": 3, "lr": float("nan")},
+        {"epochs": 3, "lr": 1e-3, "images": str(tmp_path / "nowhere")},
+    ):
+        with pytest.raises(FinetuneError):
+            resume_run(run, **wrong)
+        assert everything() == before, wrong
+    with pytest.raises(FinetuneError, match="--device toaster"):
+        launch.resume(run, Machine("toaster"), DyingTerminal(), settings={}, epochs=3, lr=1e-3)
+    assert everything() == before
+
+
+def test_the_same_extension_again_just_goes_on(tmp_path):
+    run = train_run(tmp_path / "run", small_recipe(epochs=1))
+    with pytest.raises(Killed):
+        resume_run(run, epochs=2, lr=1e-3, die_after_steps=9)
+    with pytest.raises(Killed):
+        resume_run(run, epochs=2, lr=1e-3, die_after_steps=11)
+    resume_run(run, epochs=2)
+    assert read(run)["step"] == 14 and len(read(run)["scheduler"]["extensions"]) == 1
+    assert any("is finished at step 14" in line for line in resume_run(run, epochs=2))
+
+
+def test_a_second_rewind_overwrites_nothing_that_the_first_set_aside(tmp_path):
+    run = train_run(tmp_path / "run", small_recipe(epochs=1))
+    first = run.checkpoints / "step-000006.pt"
+    resume_run(run, from_file=first)
+    resume_run(run, from_file=first)
+    aside = sorted(path.name for path in (run.checkpoints / "superseded").iterdir())
+    assert [name for name in aside if name.startswith("step-")] == ["step-000007-2.pt", "step-000007.pt"]
+
+
+def test_a_folder_that_another_process_began_meanwhile_is_not_begun_anew(tmp_path, monkeypatch):
+    real = launch.new_job
+
+    def slow(*arguments, **options):
+        job = real(*arguments, **options)
+        with monkeypatch.context() as patched:
+            patched.setattr(launch, "new_job", real)
+            train_run(tmp_path / "run", small_recipe(epochs=1))
+        return job
+
+    monkeypatch.setattr(launch, "new_job", slow)
+    with pytest.raises(RunError, match="was begun by another process meanwhile; go on with: finetune resume"):
+        train_run(tmp_path / "run", small_recipe(epochs=2))
+    run = RunFolder(tmp_path / "run")
+    assert read(run)["step"] == 7 and read(run)["status"] == "finished"
+
+
+def test_a_folder_whose_making_was_interrupted_is_no_strangers(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (".begun.tmp", ".recipe.json.1234.tmp"):
+        (folder / name).touch()
+    assert RunFolder(folder).foreign_files() == []
+    assert read(train_run(folder, small_recipe(epochs=1)))["status"] == "finished"

@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.cache import Entry, cache_folder, entries, size_text
-from finetune.errors import UsageError, printable
+from finetune.errors import UsageError
+from finetune.text import printable
 from finetune.watch.progress import make_console
 
 SHOWN_KEY_LETTERS = 12

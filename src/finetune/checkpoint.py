@@ -45,7 +45,7 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any], *, is_best: bool, keep: int) -> Path:
-    """Write `state` once, then point `latest.pt` (and `best.pt`) at it, then prune.
+    """Write `state` once, then point (`best.pt` and) `latest.pt` at it, then prune.
 
     Each step leaves a folder to resume from: the new file is on disk before a name moves to it, and old files go
     last.
@@ -63,9 +63,10 @@ def write_checkpoint(folder: Path, state: dict[str, Any], *, is_best: bool, keep
 
     def attempt() -> None:
         _write_state(path, state)
-        link_or_copy(path, folder / LATEST)
+        # In this order: whoever finds `latest.pt` finds the best of that time, too.
         if is_best:
             link_or_copy(path, folder / BEST)
+        link_or_copy(path, folder / LATEST)
 
     try:
         attempt()
@@ -187,10 +188,10 @@ def repair_names(folder: Path, path: Path, state: dict[str, Any]) -> None:
 
     A process may have died after it wrote a numbered file and before it moved the names.
     """
-    if path.name != LATEST:
-        link_or_copy(path, folder / LATEST)
     if state["best_metric"].get("step") == state["step"] and path.name != BEST:
         link_or_copy(path, folder / BEST)
+    if path.name != LATEST:
+        link_or_copy(path, folder / LATEST)
 
 
 def repair_best(folder: Path, best_step: int, run_id: str) -> str:
@@ -212,14 +213,22 @@ def repair_best(folder: Path, best_step: int, run_id: str) -> str:
     return problem
 
 
+def _set_aside(file: Path, name: str) -> None:
+    """Move a file to superseded/, beside whatever has its name there."""
+    aside = file.parent / SUPERSEDED
+    target, number = aside / f"{name}.pt", 2
+    while target.exists():
+        target, number = aside / f"{name}-{number}.pt", number + 1
+    file.replace(target)
+
+
 def rewind(folder: Path, path: Path, run_id: str) -> None:
     """Make `path` the newest checkpoint: later files move to superseded/, nothing is deleted.
 
     `best.pt` goes back to the best of that time if its file is still there; else it moves too.
     """
     state = read_checkpoint(path, run_id)
-    aside = folder / SUPERSEDED
-    aside.mkdir(exist_ok=True)
+    make_folders(folder / SUPERSEDED)
     best_step = state["best_metric"].get("step")
     kept = folder / ".rewind.pt.tmp"
     link_or_copy(path, kept)
@@ -229,13 +238,13 @@ def rewind(folder: Path, path: Path, run_id: str) -> None:
         try:
             step = read_checkpoint(file, run_id)["step"]
         except BadFile:
-            file.replace(aside / f"{file.stem}-damaged.pt")
+            _set_aside(file, f"{file.stem}-damaged")
         else:
             if step > state["step"]:
-                file.replace(aside / f"{file.stem}-step-{step:06d}.pt")
+                _set_aside(file, f"{file.stem}-step-{step:06d}")
     for step, file in step_files(folder):
         if step > state["step"]:
-            file.replace(aside / file.name)
+            _set_aside(file, file.stem)
         elif step == best_step:
             link_or_copy(file, folder / BEST)
     link_or_copy(kept, folder / step_file_name(state["step"]))

@@ -19,11 +19,12 @@ from typing import Annotated, Any, NoReturn
 import docstring_parser
 import tyro
 
-from finetune.errors import FinetuneError, StoppedEarly, UsageError, is_out_of_memory, one_line, printable
+from finetune.errors import FinetuneError, StoppedEarly, UsageError, is_out_of_memory, one_line
 from finetune.guard import exit_on_signals
 from finetune.options import CacheOptions, EvaluateOptions, ExportOptions, PredictOptions, ResumeOptions, RunOptions
 from finetune.recipe import Recipe, image_head
 from finetune.recipe_files import call_recipe, find_recipe_file, load_recipe_function, shipped_recipes
+from finetune.text import printable
 
 HELP = """\
 finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit for bit.
@@ -58,11 +59,14 @@ def options_class(function: Callable[..., Recipe]) -> type:
     """A dataclass with one field a parameter of the recipe, documented by its docstring, else by `image_head`'s.
 
     Raises:
-        UsageError: a parameter without a type or a default.
+        UsageError: a parameter without a type or a default, or of the name of an option that every run has.
     """
     documentation = _documentation(image_head) | _documentation(function)
     fields = []
+    taken = {field.name for field in dataclasses.fields(RunOptions)}
     for name, parameter in inspect.signature(function).parameters.items():
+        if name in taken:
+            raise UsageError(f"recipe parameter {name!r}: every run has an option of that name; give it another")
         if parameter.annotation is inspect.Parameter.empty or parameter.default is inspect.Parameter.empty:
             raise UsageError(f"recipe parameter {name!r}: needs a type and a default, as in {name}: int = 3")
         markers: list[Any] = [tyro.conf.arg(help=documentation[name])] if name in documentation else []
@@ -247,8 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         text, code = explain(error)
-        for line in (f"finetune: {text}", *getattr(error, "details", ())):
-            print(printable(line), file=sys.stderr)
+        with suppress(OSError):  # nobody may be there to read it any more
+            for line in (f"finetune: {text}", *getattr(error, "details", ())):
+                print(printable(line), file=sys.stderr)
         return code
 
 

@@ -1,6 +1,5 @@
 """What each command does, once its options are parsed. Imported late: this is where torch comes in."""
 
-import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from finetune import launch
 from finetune.build import Numerics, determining_config
 from finetune.cache import parse_size
-from finetune.errors import UsageError, printable
+from finetune.errors import UsageError
 from finetune.job import Machine
 from finetune.plain import differences
 from finetune.recipe import Recipe
@@ -17,22 +16,13 @@ from finetune.recipe_files import local_modules
 from finetune.remote import open_run
 from finetune.run import RunFolder, newest_unfinished
 from finetune.state import Progress
+from finetune.text import json_line, printable
 from finetune.train import Settings
 from finetune.watch.progress import Terminal, make_console
 
 
 def make_terminal(quiet: bool) -> Terminal:
     return Terminal(make_console(quiet))
-
-
-def check_saving(saving: dict[str, Any]) -> dict[str, Any]:
-    """Refuse values of the saving options that mean nothing."""
-    if saving.get("keep", 1) < 1:
-        raise UsageError(f"--keep {saving['keep']}: not allowed; give 1 or more")
-    for name in ("save_every_steps", "save_every_minutes"):
-        if saving.get(name, 0) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} {saving[name]}: not allowed; give 0 (off) or more")
-    return saving
 
 
 def check_workers(workers: int | None) -> int | None:
@@ -51,9 +41,7 @@ def train_recipe(path: Path, recipe: Recipe, options: Any) -> int:
     """`finetune RECIPE`."""
     terminal = make_terminal(options.quiet)
     numerics = Numerics(options.precision, options.deterministic, options.backbone_precision or "", options.cache)
-    if options.log_every_steps < 1:
-        raise UsageError(f"--log-every-steps {options.log_every_steps}: not allowed; give 1 or more")
-    saving = check_saving(options.given())
+    saving = options.given()
     machine = make_machine(options)
     settings = Settings(log_every_steps=options.log_every_steps, **saving)
     opened = open_run(options.run, terminal.say) if options.run else nullcontext()
@@ -93,7 +81,7 @@ def resume_run(options: Any) -> int:
             run,
             make_machine(options),
             terminal,
-            settings=check_saving(options.given()),
+            settings=options.given(),
             epochs=options.epochs,
             lr=options.lr,
             from_file=Path(options.from_) if options.from_ else None,
@@ -175,7 +163,7 @@ def evaluate_run(options: Any) -> int:
     with open_run(options.run, _say_aside, writes=False) as run:
         figures = evaluate(run, options.from_, options.images, options.table, options.device, workers)
     if options.json:
-        print(json.dumps(figures, ensure_ascii=False))
+        print(json_line(figures))
     else:
         show(figures, make_console())
     return 0

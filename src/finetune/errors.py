@@ -1,6 +1,5 @@
 """What a user can be told: each error is one line that says what, the value, what is allowed and what to do."""
 
-import unicodedata
 from collections.abc import Sequence
 
 
@@ -43,17 +42,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
-
-
-def printable(text: str) -> str:
-    """Text for a terminal: what would move its cursor, colour it or break the line (a file may be called so) is spelt
-    out instead."""
-    return "".join(one if is_printable(one) else one.encode("unicode_escape").decode() for one in text)
-
-
-def is_printable(one: str) -> bool:
-    """Of a character; spaces of every width are."""
-    return one.isprintable() or unicodedata.category(one) == "Zs"
 
 
 def one_line(error: BaseException, length: int = 200) -> str:

@@ -19,7 +19,7 @@ from finetune.data.order import batches_from
 from finetune.data.source import PARTS, Source
 from finetune.data.table import TABLE_SUFFIXES
 from finetune.device import autocast, pick_device, set_numerics, to_device
-from finetune.errors import RunError, UsageError, printable
+from finetune.errors import RunError, UsageError
 from finetune.job import count_workers
 from finetune.metrics import Calibration
 from finetune.models.backbones import backbone_from_plain
@@ -27,6 +27,7 @@ from finetune.phase import trained_forward
 from finetune.recipe import Images, ImageTable, Recipe
 from finetune.run import RunFolder
 from finetune.tasks import ConfusionTally, MultiLabelTally, make_task
+from finetune.text import printable
 
 BATCH_SAMPLES = 64
 MATRIX_CLASSES = 15  # a larger confusion matrix is shown as its worst mistakes

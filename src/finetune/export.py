@@ -7,6 +7,7 @@ do to an image first and what the classes are called. Neither is ever executed. 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from finetune.build import open_data, split_config, trained_network
 from finetune.checkpoint import read_checkpoint
 from finetune.data.images import Request
 from finetune.errors import FinetuneError, RunError, UsageError, one_line
-from finetune.files import BadFile, read_json, sha256_of_file, write_atomically, write_json
+from finetune.files import TEMPORARY_SUFFIX, BadFile, read_json, sha256_of_file, write_atomically, write_json
 from finetune.models.backbones import backbone_from_plain, backbone_of_export
 from finetune.models.heads import find_head, folded_state, plain_head, replaced_layers, standardised_layers
 from finetune.models.network import Network
@@ -84,8 +85,8 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
     if output.is_dir():
         raise UsageError(f"--output {output}: is a folder; name a file")
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".exporting-{output.name}")
-    try:
+    with TemporaryDirectory(prefix=".exporting-", suffix=TEMPORARY_SUFFIX, dir=output.parent) as place:
+        temporary = Path(place) / output.name
         if output.suffix == ".onnx":
             difference = write_onnx(rebuild(description, tensors, str(run.path)), images, wanted, temporary)
             allowed = ONNX_TOLERANCE
@@ -101,8 +102,6 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
                 "nothing is written"
             )
         sha256 = write_atomically(output, lambda stream: _copy_into(stream, temporary))
-    finally:
-        temporary.unlink(missing_ok=True)
     description |= {"sha256": sha256, "files": {output.name: sha256} | other_formats(output, description)}
     write_json(output.with_suffix(".json"), description)
     return ExportReport(output, description, difference)
@@ -226,6 +225,7 @@ def read_description(file: Path) -> dict[str, Any]:
         )
     classes = description.get("classes")
     good = needed <= set(description) and isinstance(description["files"], dict) and isinstance(classes, list)
+    good = good and all(isinstance(one, str) for one in (description["sha256"], *description["files"].values()))
     good = good and description["task"] in list(TASKS)  # a list: the value may not even be hashable
     if not good or not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
         raise BadFile(f"{path} does not describe an export; keep the .json that was written with it")

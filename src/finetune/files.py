@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -110,7 +111,7 @@ def _json_checksum(value: dict[str, Any]) -> str:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write an object with a checksum of its own."""
-    text = json.dumps(value | {CHECKSUM_KEY: _json_checksum(value)}, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(value | {CHECKSUM_KEY: _json_checksum(value)}, indent=2) + "\n"
     write_atomically(path, lambda stream: stream.write(text.encode()))
 
 
@@ -218,7 +219,7 @@ def verify_trailer(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that a killed process left in `folder`. Call it with the run's lock held."""
+    """Delete what a killed process had begun to write in `folder`. Call it with the run's lock held."""
     for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         with suppress(OSError):
-            leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

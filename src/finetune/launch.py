@@ -13,12 +13,10 @@ from finetune import checkpoint as checkpoints
 from finetune.build import (
     Numerics,
     check_precision,
-    check_same_config,
     find_pretrained,
     network_from_run,
     new_network,
     open_data,
-    saved_network,
     split_config,
 )
 from finetune.data.contents import Contents
@@ -26,24 +24,23 @@ from finetune.data.order import key
 from finetune.data.source import class_counts
 from finetune.device import pick_device, set_numerics
 from finetune.errors import RunError, StoppedEarly, UsageError
-from finetune.files import remove_leftovers
 from finetune.guard import StopRequest, listen_for_signals
 from finetune.job import Job, Machine, describe, describe_freeze, make_loaders
 from finetune.lock import hold_lock
 from finetune.look import check_unbroken, leave_out_broken, look
 from finetune.memory import guard_memory
-from finetune.models.backbones import backbone_from_plain
 from finetune.models.freeze import frozen_tensors
 from finetune.models.network import store_frozen
 from finetune.models.weights import Weights
+from finetune.old_run import extend, find_checkpoint, located, resumed_job, settings_of, settle
 from finetune.optim import find_optimizer
 from finetune.phase import Phase, start_phase
 from finetune.recipe import Recipe
 from finetune.run import RunFolder, fill_folder, next_folder
-from finetune.state import Progress, environment_differences, progress_from_plain, progress_to_plain, seed_generators
+from finetune.state import Progress, progress_from_plain, progress_to_plain, seed_generators
 from finetune.tasks import make_task
 from finetune.tasks import to_device as task_to_device
-from finetune.train import Settings, count_steps, learning_rate, train
+from finetune.train import Settings, count_steps, train
 from finetune.watch.progress import Terminal
 
 # ---- A new run ---------------------------------------------------------------------------------------------------
@@ -99,7 +96,7 @@ def start(
         store_frozen(run.frozen, weights, frozen, copy=copy_frozen, link=not url)
         with closing(start_phase(job, 0, terminal, stop)) as phase:
             # Another run's weights come with that run's measured features, and these stay.
-            broken = look(job, phase.feed, measure=not init_from, all_files=skip_broken, terminal=terminal)
+            broken = look(job, phase.feed, measure=not init_from, all_files=skip_broken, terminal=terminal, stop=stop)
             job = dataclasses.replace(job, data=leave_out_broken(job.data, broken, skip_broken, terminal))
             job.loaders.train.contents.save(run.contents_file, terminal.say)
             seed_generators(key("train", recipe.seed))
@@ -120,6 +117,8 @@ def made_folder(run: RunFolder) -> Iterator[None]:
     run.make()
     with hold_lock(run.path):
         fresh = not run.exists()
+        if run.has_checkpoint():
+            raise RunError(f"run {run} was begun by another process meanwhile; go on with: finetune resume {run}")
         try:
             yield
         except StoppedEarly:
@@ -128,11 +127,6 @@ def made_folder(run: RunFolder) -> Iterator[None]:
             if fresh and not checkpoints.step_files(run.checkpoints):
                 run.remove()
             raise
-
-
-def located(recipe: Recipe, images: str) -> Recipe:
-    """The recipe with its images where they lie now; "" = where it says."""
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, images=images)) if images else recipe
 
 
 def new_job(
@@ -197,19 +191,24 @@ def resume(
     """
     record = run.read_recipe()
     recipe, numerics = split_config(record["config"])
-    run_settings = Settings(**record["settings"] | settings)
+    run_settings = settings_of(run, record, settings)
     with hold_lock(run.path), listen_for_signals(f"finetune resume {run}") as stop, guard_memory(stop):
-        state = find_checkpoint(run, record, from_file, terminal)
-        if state is not None:
+        found = find_checkpoint(run, record, from_file, terminal)
+        if found is not None:
+            path, state = found
             progress = progress_from_plain(state)
-            if extend(progress, epochs, lr, recipe, state["data"]["train_samples"]):
+            extended = extend(progress, epochs, lr, recipe, state["data"]["train_samples"])
+            over = progress.status != "running"
+            # Whatever can be wrong is found before anything on the disk is changed.
+            job = None if over else resumed_job(run, recipe, numerics, machine, state, images, terminal)
+            settle(run, record["id"], path, state, from_file, terminal)
+            if extended:
                 # On disk at once: a run killed before its next save must not forget that it was extended.
                 state |= progress_to_plain(progress)
                 checkpoints.write_checkpoint(run.checkpoints, state, is_best=False, keep=run_settings.keep)
-            if progress.status != "running":
+            if job is None:
                 terminal.say(f"run {run} is {progress.status} at step {progress.step}; to train longer: --epochs N")
                 return progress
-            job = resumed_job(run, recipe, numerics, machine, state, images, terminal)
             return go_on(run, record["id"], job, progress, state, run_settings, terminal, stop)
     if epochs or lr:
         raise UsageError(f"{run} has no checkpoint yet; go on without --epochs and --lr first")
@@ -253,94 +252,6 @@ def go_on(
     with closing(start_phase(job, state["frozen"]["epoch"], terminal, stop, state["frozen"])) as phase:
         check_unbroken(job.data, phase.feed)
         return run_job(run, run_id, job, phase, progress, state, settings, terminal, stop)
-
-
-def find_checkpoint(
-    run: RunFolder, record: dict[str, Any], from_file: Path | None, terminal: Terminal
-) -> dict[str, Any] | None:
-    """The newest good checkpoint of a run whose lock is held, its names put right; None if there never was one.
-
-    Args:
-        record: the run's recipe.json; the checkpoint's id and config must equal its.
-        from_file: rewind to this one first.
-
-    Raises:
-        RunError: no good one, or one of another recipe.
-    """
-    remove_leftovers(run.checkpoints)
-    remove_leftovers(run.path)
-    if from_file is not None:
-        checkpoints.rewind(run.checkpoints, from_file, record["id"])
-        aside = run.checkpoints / checkpoints.SUPERSEDED
-        terminal.say(f"rewound to {from_file.name}; later checkpoints are in {aside}")
-    found = checkpoints.newest_good(run.checkpoints, record["id"])
-    if found is None:
-        return None
-    path, state, bad = found
-    for line in bad:
-        terminal.say(f"skipped: {line}")
-    check_same_config(record["config"], state["config"], f"{path} is not of the recipe in {run.recipe_file}")
-    checkpoints.repair_names(run.checkpoints, path, state)
-    return state
-
-
-def resumed_job(
-    run: RunFolder,
-    recipe: Recipe,
-    numerics: Numerics,
-    machine: Machine,
-    state: dict[str, Any],
-    images: str,
-    terminal: Terminal,
-) -> Job:
-    """The job of a checkpoint, its data and environment compared with what they were.
-
-    Raises:
-        RunError: other data, or a network that does not fit.
-    """
-    device = pick_device(machine.device)
-    check_precision(numerics, device)
-    set_numerics(numerics.deterministic)
-    backbone = backbone_from_plain(state["network"]["backbone"])
-    data = open_data(located(recipe, images), backbone, state["data"]["skipped"])
-    check_same_config(state["data"], data.facts(), f"the data is not what run {run} was trained on")
-    network = saved_network(run, recipe, state)
-    # Last: which libraries the network needs is known once it is built.
-    for line in environment_differences(state["versions"], device):
-        terminal.say(f"not bit for bit from here on: {line}")
-    network.module.to(device, memory_format=torch.channels_last)
-    loaders = make_loaders(data, machine, device, Contents(data.source, run.contents_file))
-    if loaders.train.contents.damaged:
-        terminal.say(f"{run.contents_file} is damaged: image files are compared with what they are from now on")
-    kept = f"as kept in {run.frozen}"
-    return Job(recipe, numerics, machine, backbone, network, data, loaders, device, kept, "the run")
-
-
-def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_samples: int) -> bool:
-    """Record `--epochs N` as a phase of its own behind the schedule's first horizon. False when nothing was asked.
-
-    Raises:
-        UsageError: fewer epochs than the run has already, a rate without epochs, or no rate at all.
-    """
-    if not epochs:
-        if lr:
-            raise UsageError(
-                f"--lr {lr}: at a resume only together with --epochs; for other rates: --init-from RUN:best"
-            )
-        return False
-    steps_per_epoch, horizon_steps, end_step = count_steps(recipe, train_samples, progress)
-    extension = {"from_step": end_step, "epochs": epochs, "lr": lr}
-    progress.extensions.append(extension)
-    _, _, new_end = count_steps(recipe, train_samples, progress)
-    if new_end <= end_step:
-        raise UsageError(f"--epochs {epochs}: the run has {-(-end_step // steps_per_epoch)} already; give more")
-    at_the_end = dataclasses.replace(progress, step=end_step)
-    if learning_rate(recipe, at_the_end, steps_per_epoch, horizon_steps) == 0:
-        raise UsageError(f"--epochs {epochs}: the recipe's final rate is 0, so nothing would train; give --lr as well")
-    progress.status = "running"
-    progress.validations_without_best = 0
-    progress.history.append({"event": "extend", "step": progress.step, "epoch": progress.epoch} | extension)
-    return True
 
 
 # ---- Both --------------------------------------------------------------------------------------------------------

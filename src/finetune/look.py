@@ -13,6 +13,7 @@ from finetune.data.order import batches_from
 from finetune.data.source import FileSource
 from finetune.device import to_device
 from finetune.errors import RunError
+from finetune.guard import StopRequest
 from finetune.job import CHECKED_FILES, Job
 from finetune.models.heads import standardise, standardised_layers
 from finetune.phase import Feed
@@ -39,7 +40,9 @@ def spread(indices: Tensor, count: int) -> Tensor:
     return indices[torch.arange(count) * len(indices) // count]
 
 
-def look(job: Job, feed: Feed, *, measure: bool, all_files: bool, terminal: Terminal) -> list[BrokenFile]:
+def look(
+    job: Job, feed: Feed, *, measure: bool, all_files: bool, terminal: Terminal, stop: StopRequest
+) -> list[BrokenFile]:
     """Measure the head's features, and find broken files. What is kept of both is not read again.
 
     No augmentation, but where the views of an image are fixed: then the head is measured on the first.
@@ -50,6 +53,9 @@ def look(job: Job, feed: Feed, *, measure: bool, all_files: bool, terminal: Term
 
     Returns:
         The broken ones.
+
+    Raises:
+        StoppedEarly: somebody asked for it.
     """
     data, module = job.data, job.network.module
     measure &= any(True for _ in standardised_layers(module))
@@ -61,8 +67,8 @@ def look(job: Job, feed: Feed, *, measure: bool, all_files: bool, terminal: Term
             rows = (feed.features.read(batch, measured_view(job)).to(job.device) for batch in batches)
             standardise(module, rows, feed.forward)
         rest = spread_rest(data, torch.cat([data.split.train, data.split.validation]), all_files)
-        return [_why_broken(data, index) for index in broken] + _read(job, torch.zeros(0).long(), rest, terminal)
-    return _read(job, measured, spread_rest(data, measured, all_files), terminal)
+        return [_why_broken(data, index) for index in broken] + _read(job, torch.zeros(0).long(), rest, terminal, stop)
+    return _read(job, measured, spread_rest(data, measured, all_files), terminal, stop)
 
 
 def measured_view(job: Job) -> int | None:
@@ -86,7 +92,7 @@ def _why_broken(data: Data, index: int) -> BrokenFile:
     return BrokenFile(data.source.name(index), reason)
 
 
-def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal) -> list[BrokenFile]:
+def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal, stop: StopRequest) -> list[BrokenFile]:
     """Read images: those that the head's features are measured on, then others; return the broken ones."""
     data, loader = job.data, job.loaders.train
     first, second = (list(batches_from(part, BATCH_SAMPLES)) for part in (measured, others))
@@ -96,6 +102,8 @@ def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal) -> lis
     broken: list[BrokenFile] = []
 
     def take(batch: Batch) -> None:
+        if stop.requested:
+            raise stop.stopped("in the first look at the images")
         broken.extend(BrokenFile(data.source.name(index), reason) for index, reason in batch.broken)
         advance(len(batch.indices) + len(batch.broken))
 
@@ -138,9 +146,11 @@ def leave_out_broken(data: Data, broken: list[BrokenFile], skip_broken: bool, te
     if len(broken) > SHOWN_FILES:
         shown.append(f"  ... and {len(broken) - SHOWN_FILES} more")
     if not skip_broken:
-        lines = "\n".join(shown)
+        first = broken[0].reason.rpartition("; ")[0]
+        more = "" if len(broken) == 1 else f", and {len(broken) - 1} more"
         raise RunError(
-            f"{len(broken)} broken image(s): repair or remove them, or leave them out with --skip-broken\n{lines}"
+            f"{len(broken)} broken image(s): {first}{more}; repair or remove them, or leave them out: --skip-broken",
+            shown if more else (),
         )
     terminal.say("\n".join([f"left out, {len(broken)} broken image(s):", *shown]))
     return data.leave_out([file.name for file in broken])

@@ -15,6 +15,8 @@ MB = 1_000_000
 RESERVE_FRACTION, LEAST_RESERVE_BYTES, MOST_RESERVE_BYTES = 0.03, 200 * MB, 1_000 * MB
 SECONDS_BETWEEN_LOOKS = 1.0
 CGROUPS = Path("/sys/fs/cgroup")
+# What the kernel keeps of files without need, and gives back when somebody wants the room (memory.stat).
+RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _statistic(path: Path, name: str) -> int:
 def _control_group_limit(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> Limit | None:
     """The tightest memory limit of the groups that this process is in (Linux, version 1 and 2).
 
-    File contents that the kernel keeps without need do not count: it gives them back first.
+    What the kernel keeps without need does not count: it gives that back first.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -95,17 +97,17 @@ def _control_group_limit(root: Path = CGROUPS, membership: Path = Path("/proc/se
     for line in lines:
         _, controllers, inside = line.split(":", 2)
         if controllers == "":
-            base, names = root, ("memory.max", "memory.current", "inactive_file")
+            base, names = root, ("memory.max", "memory.current", *RECLAIMABLE)
         elif "memory" in controllers.split(","):
             base = root / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", *(f"total_{name}" for name in RECLAIMABLE[:2]))
         else:
             continue
         place = base / inside.lstrip("/")
         for folder in (place, *place.parents):
             total, used = _read_number(folder / names[0]), _read_number(folder / names[1])
             if total is not None and used is not None:
-                used -= _statistic(folder / "memory.stat", names[2])
+                used -= sum(_statistic(folder / "memory.stat", name) for name in names[2:])
                 found.append(Limit("the memory of this container or job", total, max(total - used, 0)))
             if folder == base:
                 break

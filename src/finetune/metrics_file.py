@@ -89,5 +89,5 @@ def _line_step(line: bytes) -> float:
     """The step of a line; infinite for a torn or empty one, which is thereby dropped."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

@@ -1,7 +1,6 @@
 """Classify image files with an export. Needs only the file and its JSON; executes nothing from either."""
 
 import csv
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,10 +19,11 @@ from finetune.data.preprocess import Preprocessing
 from finetune.data.source import check_inside
 from finetune.data.table import TABLE_SUFFIXES, image_paths
 from finetune.device import pick_device
-from finetune.errors import RunError, UsageError, is_printable, printable
+from finetune.errors import RunError, UsageError
 from finetune.export import load_described
 from finetune.recipe import TASKS
 from finetune.tasks import Task, make_task
+from finetune.text import json_line, printable
 
 # Of several labels, those with a probability above this apply.
 THRESHOLD = 0.5
@@ -159,10 +159,7 @@ def prediction(file: str, probabilities: Tensor, classes: list[str], top_k: int,
 
 
 def write_json_line(row: dict[str, Any]) -> None:
-    # Another encoding could not show every name, and what it shows instead would be no JSON.
-    text = json.dumps(row, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8")
-    # JSON leaves some characters as they are that a terminal obeys.
-    print("".join(one if is_printable(one) else json.dumps(one)[1:-1] for one in text))
+    print(json_line(row))
 
 
 def csv_writer(top_k: int):

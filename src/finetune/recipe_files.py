@@ -56,7 +56,7 @@ def load_recipe_function(path: Path) -> Callable[..., Recipe]:
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises is the file's fault, and said so
+    except (Exception, SystemExit) as error:  # whatever a user's file raises is the file's fault, and said so
         where = _last_line_in(error, path)
         raise UsageError(f"recipe {path}{where}: {type(error).__name__}: {error}; mend the file") from error
     finally:
@@ -88,7 +88,7 @@ def call_recipe(function: Callable[..., Recipe], options: dict[str, Any], path: 
         recipe = function(**options)
     except UsageError:
         raise
-    except Exception as error:  # see load_recipe_function
+    except (Exception, SystemExit) as error:  # see load_recipe_function
         where = _last_line_in(error, path.resolve())
         raise UsageError(f"recipe {path}{where}: {type(error).__name__}: {error}; mend the file") from error
     if not isinstance(recipe, Recipe):

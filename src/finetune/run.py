@@ -17,7 +17,6 @@ from finetune.files import (
     make_folders,
     read_json,
     sync_folder,
-    write_atomically,
     write_json,
 )
 from finetune.lock import LOCK_FILE, OWNER_FILE
@@ -26,6 +25,16 @@ from finetune.torch_files import load_plain
 RUNS_FOLDER = Path("runs")
 RECIPE_FILE = "recipe.json"
 SCHEMA_VERSION = 3
+# What recipe.json holds besides.
+RECORD_KINDS = {
+    "id": str,
+    "name": str,
+    "config": dict,
+    "settings": dict,
+    "init_from": str,
+    "copy_frozen": bool,
+    "skip_broken": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,8 @@ class RunFolder:
         """What lies in the folder and is not of a run."""
         if self.exists() or self.begun_file.exists() or not self.path.is_dir():
             return []
-        return sorted(path.name for path in self.path.iterdir() if path.name not in (LOCK_FILE, OWNER_FILE))
+        names = [path.name for path in self.path.iterdir() if path.name not in (LOCK_FILE, OWNER_FILE)]
+        return sorted(name for name in names if not (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)))
 
     def remove(self) -> None:
         """Delete everything that a run puts here, and then the folder. Its lock must be held."""
@@ -129,6 +139,9 @@ class RunFolder:
                 f"{self.recipe_file} has schema {record.get('schema_version')}, this finetune reads {SCHEMA_VERSION}; "
                 "use the version that wrote it"
             )
+        if not all(isinstance(record.get(name), kind) for name, kind in RECORD_KINDS.items()):
+            wrong = next(name for name, kind in RECORD_KINDS.items() if not isinstance(record.get(name), kind))
+            raise BadFile(f"{self.recipe_file}: {wrong!r} is missing or of a wrong kind; restore it from a copy")
         return record
 
 
@@ -158,7 +171,8 @@ def fill_folder(run: RunFolder, record: dict[str, Any], code: list[Path]) -> str
         The run's id: a checkpoint of another run is not taken for one of this.
     """
     run_id = uuid.uuid4().hex
-    write_atomically(run.begun_file, lambda stream: stream.write(b""))
+    run.begun_file.touch()
+    sync_folder(run.path)
     for folder in (run.checkpoints, run.code):
         make_folders(folder)
     if code:

@@ -31,6 +31,7 @@ class Progress:
         halvings: how often memory ran out, and fewer samples were computed at once from then on.
         status: "running", "finished" or "stopped early".
         last_validation: metrics of the newest validation, or {}.
+        validated_step: the step of that one; a stop may have come before it, then whoever resumes begins with it.
         history: [{"event", "step", "epoch", ...}]: starts, resumes, extensions, thaws.
     """
 
@@ -46,6 +47,7 @@ class Progress:
     halvings: int = 0
     status: str = "running"
     last_validation: dict[str, float] = field(default_factory=dict)
+    validated_step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def epoch_loss(self) -> float:
@@ -66,6 +68,7 @@ def progress_to_plain(progress: Progress) -> dict[str, Any]:
             "loss_sum": progress.loss_sum.cpu(),
             "loss_samples": progress.loss_samples,
             "last_validation": progress.last_validation,
+            "validated_step": progress.validated_step,
         },
         "halvings": progress.halvings,
         "history": progress.history,
@@ -87,6 +90,7 @@ def progress_from_plain(state: dict[str, Any]) -> Progress:
         halvings=state["halvings"],
         status=state["status"],
         last_validation=state["metrics"]["last_validation"],
+        validated_step=state["metrics"]["validated_step"],
         history=state["history"],
     )
 

@@ -1,7 +1,7 @@
 """One optimizer step, and what to do when it does not fit into memory."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from finetune.errors import RunError, is_out_of_memory
 from finetune.tasks import Task, training_loss
 
 
-def optimizer_step(
+def gradients(
     forward: Callable[[Tensor], Any],
     task: Task,
     inputs: Tensor,
@@ -20,17 +20,15 @@ def optimizer_step(
     accumulate: int,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    clip_norm: float,
     precision: str,
     halvings: int = 0,
 ) -> Tensor:
-    """Move the weights along the gradient of a batch's mean loss.
+    """Leave the gradient of a batch's mean loss in the parameters.
 
     Args:
         inputs, targets: of the batch, on the device.
         accumulate: forward and backward passes, each over its share of the batch.
         halvings: each doubles that number; the gradient stays the same but for rounding.
-        clip_norm: largest norm of the whole gradient; 0 = any.
 
     Returns:
         () the mean loss, on the device.
@@ -45,13 +43,32 @@ def optimizer_step(
         loss = training_loss(task, outputs, part_targets) / batch_weight
         scaler.scale(loss).backward()
         part_losses.append(loss.detach())
-    if clip_norm:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
     return sum(part_losses[1:], start=part_losses[0])
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float) -> None:
+    """Move the weights along their gradients.
+
+    Args:
+        clip_norm: largest norm of the whole gradient; 0 = any.
+
+    Raises:
+        RunError: out of memory; some weights have moved already, so there is no second attempt.
+    """
+    try:
+        if clip_norm:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            "out of memory in the optimizer's own step, where fewer samples do not help; the last checkpoint is good: "
+            "train fewer layers, give --optimizer sgd, or a device with more memory"
+        ) from None
+    optimizer.zero_grad(set_to_none=True)
 
 
 def free_memory(device: torch.device) -> None:
@@ -72,14 +89,18 @@ def _generators() -> list[Tensor]:
 
 
 def in_halves(
-    compute: Callable[[int], Any], samples: int, halvings: int, say: Callable[[str], None]
+    compute: Callable[[int], Any],
+    samples: int,
+    halvings: int,
+    say: Callable[[str], None],
+    changed: Sequence[Tensor] = (),
 ) -> tuple[Any, int]:
     """Compute over `samples` samples, halving what is held in memory at once until it fits.
 
     Args:
-        compute: halvings -> result; called again after it ran out of memory, with torch's generators as they were,
-            so it must not have changed anything else.
+        compute: halvings -> result; called again after it ran out of memory, with torch's generators as they were.
         halvings: to begin with.
+        changed: tensors that it changes as it goes (statistics of BatchNorm); put back before it is called again.
 
     Returns:
         (result, halvings that it took).
@@ -87,7 +108,7 @@ def in_halves(
     Raises:
         RunError: not even one sample at a time fits.
     """
-    generators = _generators()
+    generators, before = _generators(), [tensor.clone() for tensor in changed]
     while True:
         try:
             return compute(halvings), halvings
@@ -107,4 +128,6 @@ def in_halves(
         torch.set_rng_state(generators[0])
         if len(generators) > 1:
             torch.cuda.set_rng_state(generators[1])
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
         say(f"out of memory ({reason}) at {size} samples at once: {max(1, samples >> halvings)} from here on")

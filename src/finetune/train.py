@@ -16,12 +16,20 @@ from finetune.data.contents import Contents
 from finetune.data.images import Batch, Request
 from finetune.data.order import batches_from, epoch_order, reading_order
 from finetune.device import autocast, to_device
-from finetune.errors import RunError
+from finetune.errors import RunError, UsageError
 from finetune.guard import StopRequest
 from finetune.losses import Losses
 from finetune.memory import own_memory_mb
 from finetune.metrics_file import MetricsFile
-from finetune.models.freeze import Rule, changeable_tensors, frozen_tensors, hash_tensors, phase_of, set_modes
+from finetune.models.freeze import (
+    Rule,
+    changeable_tensors,
+    frozen_tensors,
+    hash_tensors,
+    learning_statistics,
+    phase_of,
+    set_modes,
+)
 from finetune.optim import load_optimizer_state, optimizer_state, schedule_factor, set_learning_rate
 from finetune.phase import Feed, Phase
 from finetune.recipe import Recipe
@@ -33,7 +41,7 @@ from finetune.state import (
     progress_to_plain,
     restore_generators,
 )
-from finetune.step import free_memory, in_halves, optimizer_step
+from finetune.step import free_memory, gradients, in_halves, optimizer_step
 from finetune.tasks import Task
 from finetune.watch.progress import Terminal
 
@@ -55,6 +63,14 @@ class Settings:
     keep: int = 2
     log_every_steps: int = 10
 
+    def __post_init__(self):
+        """Raises UsageError for values that mean nothing."""
+        for name, least in (("save_every_steps", 0), ("save_every_minutes", 0), ("keep", 1), ("log_every_steps", 1)):
+            value = getattr(self, name)
+            if not least <= value < math.inf:
+                text = "0 (off) or more" if least == 0 else "1 or more"
+                raise UsageError(f"--{name.replace('_', '-')} {value}: not allowed; give {text}")
+
 
 def validate(
     model: nn.Module,
@@ -64,14 +80,21 @@ def validate(
     task: Task,
     device: torch.device,
     precision: str,
+    stop: StopRequest,
     halvings: int = 0,
 ) -> dict[str, float]:
-    """The task's figures over the samples `indices`, everything in eval mode; the batch halved so many times."""
+    """The task's figures over the samples `indices`, everything in eval mode; the batch halved so many times.
+
+    Returns:
+        {} when a stop was asked for before the end.
+    """
     model.eval()
     tally = task.tally(device)
     requests = (Request(batch.tolist()) for batch in batches_from(indices, max(1, batch_size >> halvings)))
     with torch.inference_mode(), autocast(device, precision):
         for batch in feed.validation.batches(requests):
+            if stop.requested:
+                return {}
             tally.add(feed.forward(to_device(batch.inputs, device)), batch.targets.to(device))
     return {f"val/{name}": value for name, value in tally.figures().items()}
 
@@ -80,6 +103,21 @@ def is_better(metric: str, value: float, best: dict[str, Any]) -> bool:
     if not best or not math.isfinite(best["value"]):
         return True
     return value < best["value"] if metric in LOWER_IS_BETTER else value > best["value"]
+
+
+def record_validation(recipe: Recipe, progress: Progress, values: dict[str, float], epoch: int) -> bool:
+    """Take down a validation's figures; whether they are the best so far."""
+    value = values[f"val/{recipe.stop.metric}"]
+    best = is_better(recipe.stop.metric, value, progress.best)
+    progress.last_validation, progress.validated_step = values, progress.step
+    if best:
+        progress.best = {"metric": recipe.stop.metric, "value": value, "step": progress.step, "epoch": epoch}
+        progress.validations_without_best = 0
+    else:
+        progress.validations_without_best += 1
+        if recipe.schedule.name == "plateau" and progress.validations_without_best % recipe.schedule.patience == 0:
+            progress.reductions += 1
+    return best
 
 
 def learning_rate(recipe: Recipe, progress: Progress, steps_per_epoch: int, horizon_steps: int) -> float:
@@ -150,7 +188,7 @@ def train(
     samples = len(train_indices)
     steps_per_epoch, horizon_steps, end_step = count_steps(recipe, samples, progress)
     epochs = math.ceil(end_step / steps_per_epoch)
-    batchnorm = recipe.trainable.batchnorm
+    batchnorm, every = recipe.trainable.batchnorm, recipe.validate_every_steps
     spec = recipe.optimizer
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     last_saved = time.monotonic()
@@ -196,29 +234,45 @@ def train(
         free_memory(device)
         terminal.say(text)
 
+    def validation_is_due() -> bool:
+        at_end = progress.position_samples >= samples or progress.step >= end_step
+        due = at_end or bool(every and progress.step % every == 0)
+        return due and progress.validated_step < progress.step
+
     def run_validation() -> bool:
-        """Validate, record, and say whether it is the best so far."""
+        """Validate, record, and say whether it is the best so far. A stop leaves it due."""
         losses.check()
         epoch_loss = progress.epoch_loss()
         size = recipe.batch_size * 4
 
-        attempt = partial(validate, model, phase.feed, validation_indices, size, task, device, precision)
+        attempt = partial(validate, model, phase.feed, validation_indices, size, task, device, precision, stop)
         values, progress.halvings = in_halves(attempt, size, progress.halvings, ran_out_of_memory)
         set_modes(model, rules, batchnorm, phase.epoch)
+        if not values:
+            return False
         epoch = math.ceil(progress.step / steps_per_epoch)
         metrics_file.write({"step": progress.step, "epoch": epoch, "train/epoch_loss": epoch_loss} | values)
-        value = values[f"val/{recipe.stop.metric}"]
-        best = is_better(recipe.stop.metric, value, progress.best)
-        progress.last_validation = values
-        if best:
-            progress.best = {"metric": recipe.stop.metric, "value": value, "step": progress.step, "epoch": epoch}
-            progress.validations_without_best = 0
-        else:
-            progress.validations_without_best += 1
-            if recipe.schedule.name == "plateau" and progress.validations_without_best % recipe.schedule.patience == 0:
-                progress.reductions += 1
+        best = record_validation(recipe, progress, values, epoch)
         terminal.validated(epoch, epochs, {"train loss": epoch_loss} | values, best)
         return best
+
+    def conclude_step(save_is_due: bool) -> None:
+        """What follows a step: validation, the end of an epoch or of the run, a save, a stop. A stop does not wait for
+        a validation: whoever resumes begins with it."""
+        due = validation_is_due()
+        is_best = run_validation() if due and not stop.requested else False
+        if not validation_is_due():
+            if due and 0 < recipe.stop.patience <= progress.validations_without_best:
+                progress.status = "stopped early"
+            elif progress.step >= end_step:
+                progress.status = "finished"
+            if progress.position_samples >= samples:
+                progress.epoch, progress.position_samples = progress.epoch + 1, 0
+                progress.loss_sum, progress.loss_samples = torch.zeros(()), 0
+        if due or save_is_due or stop.requested:
+            save(is_best)
+        if stop.requested and progress.status == "running":
+            raise stop.stopped(f"at step {progress.step} of {end_step}, saved")
 
     def batches_of_epoch() -> Iterator[Batch]:
         order = train_indices[epoch_order(recipe.seed, progress.epoch, samples)]
@@ -240,6 +294,8 @@ def train(
         # Last of all: whatever was built above may have drawn random numbers.
         if resumed:
             restore_generators(resumed["rng"])
+        if validation_is_due():
+            conclude_step(save_is_due=False)
 
         while progress.step < end_step and progress.status == "running":
             # ---- Thaw -------------------------------------------------------------------------------------------
@@ -253,6 +309,7 @@ def train(
 
             optimizer = phase.optimizer
             set_modes(model, rules, batchnorm, phase.epoch)
+            statistics = learning_statistics(model)
             for batch in batches_of_epoch():
                 # ---- One optimizer step -------------------------------------------------------------------------
                 inputs, targets = to_device(batch.inputs, device), batch.targets.to(device, non_blocking=True)
@@ -260,11 +317,11 @@ def train(
                 set_learning_rate(optimizer, lr)
                 batch_samples, halvings = len(targets), progress.halvings
                 attempt = partial(
-                    optimizer_step, phase.feed.forward, task, inputs, targets, spec.accumulate, optimizer, scaler,
-                    spec.clip_norm, precision,
-                )  # fmt: skip
+                    gradients, phase.feed.forward, task, inputs, targets, spec.accumulate, optimizer, scaler, precision
+                )
                 at_once = math.ceil(batch_samples / spec.accumulate)
-                batch_loss, progress.halvings = in_halves(attempt, at_once, halvings, ran_out_of_memory)
+                batch_loss, progress.halvings = in_halves(attempt, at_once, halvings, ran_out_of_memory, statistics)
+                optimizer_step(optimizer, scaler, spec.clip_norm)
 
                 # ---- Where we are now ---------------------------------------------------------------------------
                 progress.step += 1
@@ -272,7 +329,6 @@ def train(
                 progress.loss_sum = progress.loss_sum.to(device).add(batch_loss, alpha=batch_samples)
                 progress.loss_samples += batch_samples
                 epoch_number = progress.epoch + 1
-                epoch_done = progress.position_samples >= samples
                 losses.note(progress.step, batch.indices, batch_loss)
                 if progress.step % settings.log_every_steps == 0:
                     losses.check()
@@ -280,30 +336,14 @@ def train(
                     metrics_file.write(values | {"memory/process_mb": own_memory_mb()})
                 terminal.step(progress.step, epoch_number, epochs, batch_samples)
 
-                # ---- Validate -----------------------------------------------------------------------------------
-                every = recipe.validate_every_steps
-                done = progress.step >= end_step
-                validated = epoch_done or done or bool(every and progress.step % every == 0)
-                is_best = run_validation() if validated else False
-                if validated and 0 < recipe.stop.patience <= progress.validations_without_best:
-                    progress.status = "stopped early"
-                elif done:
-                    progress.status = "finished"
-                if epoch_done:
-                    progress.epoch, progress.position_samples = progress.epoch + 1, 0
-                    progress.loss_sum, progress.loss_samples = torch.zeros(()), 0
-
-                # ---- Save: on step boundaries only ----------------------------------------------------------------
+                # ---- Validate and save: on step boundaries only ---------------------------------------------------
                 minutes = (time.monotonic() - last_saved) / 60
-                due = bool(settings.save_every_steps and progress.step % settings.save_every_steps == 0)
-                due |= bool(settings.save_every_minutes and minutes >= settings.save_every_minutes)
-                due |= progress.halvings != halvings  # not to be found out again
-                if validated or due or stop.requested:
-                    save(is_best)
+                save_is_due = bool(settings.save_every_steps and progress.step % settings.save_every_steps == 0)
+                save_is_due |= bool(settings.save_every_minutes and minutes >= settings.save_every_minutes)
+                save_is_due |= progress.halvings != halvings  # not to be found out again
+                conclude_step(save_is_due)
                 if progress.status != "running":
                     break
-                if stop.requested:
-                    raise stop.stopped(f"at step {progress.step} of {end_step}, saved")
         if hash_tensors(frozen_tensors(model, rules, phase.epoch)) != phase.frozen_sha256:
             raise RunError("frozen tensors changed while training; this is a fault of finetune: please report it")
     finally:

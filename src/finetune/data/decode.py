@@ -4,6 +4,7 @@ import io
 import os
 import stat
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -15,6 +16,7 @@ from finetune.errors import RunError, one_line
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 # By content, whatever the name. PIL knows many more, and starts other programs for some of them.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+LARGEST_FILE_BYTES = 1 << 30
 # A large photo is no reason to warn; PIL still refuses what would fill the memory.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -30,8 +32,11 @@ def read_bytes(path: Path) -> bytes:
         BrokenImage: it is missing or cannot be read.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep us waiting for ever
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would keep us waiting for ever
             raise BrokenImage(f"image {path} is no file; remove it")
+        if status.st_size > LARGEST_FILE_BYTES:
+            raise BrokenImage(f"image {path} has {status.st_size:,} bytes, more than {LARGEST_FILE_BYTES:,}; remove it")
         return path.read_bytes()
     except FileNotFoundError:
         raise BrokenImage(f"image {path} does not exist; check the path") from None
@@ -58,7 +63,9 @@ def decode(content: bytes, path: Path) -> Tensor:
     except UnidentifiedImageError:
         kind = "empty" if not content else "of no known image format"
         raise BrokenImage(f"image {path} cannot be decoded ({kind}); repair or remove it") from None
-    except (OSError, SyntaxError, ValueError, LookupError, OverflowError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can make a decoder fail in any way
         raise BrokenImage(f"image {path} cannot be decoded ({one_line(error)}); repair or remove it") from None
 
 
@@ -69,7 +76,9 @@ def read_image(path: Path) -> Tensor:
 
 def to_rgb_tensor(image: Image.Image) -> Tensor:
     """(3, height, width) uint8 of a PIL image of any mode."""
-    image = ImageOps.exif_transpose(image)
+    image.load()  # whatever is wrong with the picture itself shows here
+    with suppress(Exception):  # what a camera wrote beside the picture is damaged: it stays as it is
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # 16-bit grey (and 32-bit grey that holds 16-bit values, as some PNGs give it): PIL's own conversion clips.
         image = image.convert("I").point(lambda value: value / 257).convert("L")

@@ -214,7 +214,7 @@ def _fingerprint(
             size_bytes = -1  # missing: found to be broken like any other, and named
         part = "" if parts is None else PARTS[parts[row]]
         line = f"{path}\0{size_bytes}\0{part}\0" + "\0".join(labels[row]) + "\n"
-        listing.update(line.encode("utf-8", "surrogateescape"))
+        listing.update(line.encode("utf-8", "surrogatepass"))
     return f"files {listing.hexdigest()}"
 
 

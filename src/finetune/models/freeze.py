@@ -119,6 +119,14 @@ def set_modes(model: nn.Module, rules: Sequence[Rule], batchnorm: bool, epoch: i
     return held
 
 
+def learning_statistics(model: nn.Module) -> list[Tensor]:
+    """The running statistics that a forward pass would move, as modes are set now."""
+    return [
+        buffer for module in model.modules() if isinstance(module, _BatchNorm) and module.training
+        for buffer in module.buffers(recurse=False)
+    ]  # fmt: skip
+
+
 def frozen_tensors(model: nn.Module, rules: Sequence[Rule], epoch: int) -> dict[str, Tensor]:
     """Parameters and buffers of every module that is frozen in `epoch`: what a checkpoint need not hold."""
     tensors = {}

@@ -128,7 +128,7 @@ def _prepared_for_file(backbone: Backbone, path: Path, sha256: str) -> tuple[Bac
             found = json.loads(description.read_text(encoding="utf-8"))
             if sha256 in found["files"].values() and found["architecture"]["backbone"] == backbone.name:
                 return backbone_of_export(found), description.name
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass  # some other JSON
     if backbone.name in torchvision_names():
         for member in members(backbone.name):

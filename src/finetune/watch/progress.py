@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from finetune.errors import printable
+from finetune.text import printable
 
 
 class PatientConsole(Console):
