@@ -257,6 +257,7 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], int, list[str]]] = {
     "photos that were added": (more_photos, 1, ["the data is not what run run was trained on: fingerprint"]),
     "weights of a run that is not there": (lambda: ["vgg_head", "--init-from", "no/run"], 1, ["run folder no/run does not exist"]),
     "neither best nor latest": (lambda: ["vgg_head", "--init-from", "run:worst"], 2, ["--init-from run:worst: 'worst' is not allowed; give RUN, RUN:best or RUN:latest"]),
+    "a bucket with one slash": (lambda: ["vgg_head", *QUICK, "--run", "s3:/bucket/run"], 2, ["--run s3:/bucket/run: neither a folder nor a URL; give s3://bucket/run, or a folder"]),
     "a bucket of a kind that is not known": (lambda: ["vgg_head", *QUICK, "--run", "ftpx://bucket/run"], 2, ["--run ftpx://bucket/run: cannot be used"]),
     # ---- Exports
     "an export of no run": (lambda: ["export", "no/run"], 1, ["run folder no/run does not exist"]),

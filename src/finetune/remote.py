@@ -33,6 +33,10 @@ MB = 1_000_000
 NUMBERED = re.compile(r"checkpoints/step-(\d+)\.pt")
 
 
+# A drive has one letter.
+ONE_SLASH = re.compile(r"[a-z][a-z0-9+.-]+:/(?!/)")
+
+
 def is_remote(run: str) -> bool:
     """Whether a run's name is a URL."""
     return re.match(r"[a-z][a-z0-9+.-]+://", run) is not None
@@ -312,6 +316,8 @@ def open_run(run: str, say: Callable[[str], None], *, writes: bool = True) -> It
         UsageError: a URL of an unknown kind.
         RunError: another process uses the remote run, or it cannot be reached to begin with.
     """
+    if ONE_SLASH.match(run):
+        raise UsageError(f"--run {run}: neither a folder nor a URL; give {run.replace(':/', '://', 1)}, or a folder")
     if not is_remote(run):
         yield RunFolder(Path(run))
         return
