@@ -25,7 +25,7 @@ class Owner:
     """A process, as far as another one can tell.
 
     Attributes:
-        boot: which start of that machine; "" where the system does not tell. Machines may share a name.
+        boot: which start of that machine or container; "" where the system does not tell. Machines may share a name.
         since: local time, to the second.
     """
 
@@ -53,7 +53,8 @@ class Owner:
 
 def boot_id() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # Containers of one machine share its start, but not their numbering of processes.
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
