@@ -265,9 +265,12 @@ def test_a_real_limit_of_the_address_space_is_survived_by_halves(tmp_path):
     found = subprocess.run(
         [sys.executable, "-c", LITTLE_ROOM, "900", *words], capture_output=True, text=True, timeout=280
     )
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    # So near the limit the guard may ask for a stop besides, if it looks at the right moment.
+    assert found.returncode in (0, 75), found.stdout[-2000:] + found.stderr[-2000:]
     assert "out of memory (RuntimeError) at 600 samples at once: 300 from here on" in found.stdout
     assert read(RunFolder(tmp_path / "run"))["halvings"] > 0
+    resume_run(RunFolder(tmp_path / "run"))
+    assert read(RunFolder(tmp_path / "run"))["status"] == "finished"
 
 
 @pytest.mark.gpu

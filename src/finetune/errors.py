@@ -33,8 +33,14 @@ class RunError(FinetuneError):
     exit_code = 1
 
 
-# How torch's allocators say it.
-OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+# How torch's allocators say it, and oneDNN.
+OUT_OF_MEMORY_WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "out of memory",
+    "could not create a primitive",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
