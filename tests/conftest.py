@@ -28,6 +28,13 @@ from finetune.watch.progress import Terminal, make_console
 
 
 @pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard() -> None:
+    """Whoever starts this suite in the background passes on that SIGINT is ignored, and the kit respects that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def features_folder(tmp_path_factory) -> Path:
     """Features are kept for the tests alone, never with the user's own."""
     folder = tmp_path_factory.mktemp("features")

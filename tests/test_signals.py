@@ -16,6 +16,18 @@ from finetune.run import RunFolder
 POLITE = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1, signal.SIGHUP] if os.name == "posix" else [])]
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_ignored():
+    """Whoever runs this suite behind `nohup` passes on that SIGHUP is ignored, and the kit respects that."""
+    previous = {number: signal.getsignal(number) for number in POLITE}
+    for number, handler in previous.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
 def wait_until(condition, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not condition():
