@@ -345,7 +345,8 @@ def test_what_lies_outside_the_folder_is_read_only_when_allowed(tmp_path, monkey
 def test_a_folder_that_is_itself_a_link_is_no_way_out(tmp_path):
     photos(tmp_path / "somewhere")
     (tmp_path / "photos").symlink_to(tmp_path / "somewhere", target_is_directory=True)
-    train_run(tmp_path / "run", small_recipe(data=Images(str(tmp_path / "photos")), batch_size=4, epochs=1))
+    run = train_run(tmp_path / "run", small_recipe(data=Images(str(tmp_path / "photos")), batch_size=4, epochs=1))
+    assert read(run)["status"] == "finished"
 
 
 def test_a_record_of_frozen_weights_that_names_another_file_is_refused(tmp_path):
