@@ -69,20 +69,19 @@ def make_writable(place: Path) -> None:
     (place / "filler").unlink(missing_ok=True)
 
 
-def test_too_little_room_is_said_before_the_first_step_and_nothing_is_left(small_disk):
-    fill(small_disk, 250_000)
-    with pytest.raises(
-        RunError, match=r"too little room: up to \d+ checkpoints of 0\.1 MB .* and 0\.\d MB are free; make room"
-    ):
-        train_run(small_disk / "run", small_recipe(epochs=1))
-    assert os.listdir(small_disk) == ["filler"]
-
-
-def test_no_room_for_a_single_checkpoint_is_said_at_once(small_disk):
-    fill(small_disk, 40_000)
-    with pytest.raises(
-        RunError, match=r"a checkpoint cannot be written there \(.*No space left on device\); make room"
-    ):
+@pytest.mark.parametrize(
+    ("free_bytes", "said"),
+    [
+        (250_000, r"too little room: up to \d+ checkpoints of 0\.1 MB .* and 0\.\d MB are free; make room"),
+        (40_000, r"a checkpoint cannot be written there \(.*No space left on device\); make room"),
+    ],
+    ids=["for all of them", "for a single one"],
+)
+def test_too_little_room_for_checkpoints_is_said_before_the_first_step_and_nothing_is_left(
+    small_disk, free_bytes, said
+):
+    fill(small_disk, free_bytes)
+    with pytest.raises(RunError, match=said):
         train_run(small_disk / "run", small_recipe(epochs=1))
     assert os.listdir(small_disk) == ["filler"]
 

@@ -139,9 +139,9 @@ class RunFolder:
                 f"{self.recipe_file} has schema {record.get('schema_version')}, this finetune reads {SCHEMA_VERSION}; "
                 "use the version that wrote it"
             )
-        if not all(isinstance(record.get(name), kind) for name, kind in RECORD_KINDS.items()):
-            wrong = next(name for name, kind in RECORD_KINDS.items() if not isinstance(record.get(name), kind))
-            raise BadFile(f"{self.recipe_file}: {wrong!r} is missing or of a wrong kind; restore it from a copy")
+        wrong = [name for name, kind in RECORD_KINDS.items() if not isinstance(record.get(name), kind)]
+        if wrong:
+            raise BadFile(f"{self.recipe_file}: {wrong[0]!r} is missing or of a wrong kind; restore it from a copy")
         return record
 
 
