@@ -9,7 +9,7 @@ and in 3 s once the features are kept.
 
 from typing import Literal
 
-from finetune import ImageTable, Recipe, Training, image_head
+from finetune import ImageTable, ImageTraining, Recipe, image_head
 
 
 def recipe(
@@ -25,7 +25,7 @@ def recipe(
     lr: float = 3e-3,
     seed: int = 0,
     table: ImageTable = ImageTable(),
-    training: Training = Training(),
+    training: ImageTraining = ImageTraining(),
 ) -> Recipe:
     """A new head on a frozen ResNet; `image_head` documents the options."""
     return image_head(**locals())

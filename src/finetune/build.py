@@ -10,19 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune import recipe as recipes
 from finetune.checkpoint import read_checkpoint
 from finetune.data.images import ImagePipeline, Split, names_to_indices, open_images, split_source, without
-from finetune.data.source import Source, class_counts
+from finetune.data.order import epoch_order, side_by_side
+from finetune.data.source import Source, TextSource, class_counts
 from finetune.data.table import Columns
+from finetune.data.texts import TextPipeline, open_texts
+from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, UsageError
 from finetune.files import BadFile
 from finetune.models.backbones import Backbone, backbone_from_plain, check_image_size
 from finetune.models.freeze import check_rules, frozen_tensors
 from finetune.models.network import Network, build_network, load_frozen
-from finetune.models.weights import Weights, choose_weights, load_state, read_weights
+from finetune.models.weights import Weights, choose_text_weights, choose_weights, load_state, read_weights
 from finetune.plain import differences, from_plain, to_plain
-from finetune.recipe import Images, Recipe
+from finetune.recipe import Recipe, Texts
 from finetune.run import RunFolder
+from finetune.tasks import scale_of
 
 
 @dataclass(frozen=True)
@@ -77,22 +82,47 @@ class Data:
     source: Source
     split: Split
     whole: Split
-    pipeline: ImagePipeline
+    pipeline: ImagePipeline | TextPipeline
     skipped: tuple[str, ...] = ()
 
     @property
     def class_count(self) -> int:
         return len(self.source.classes)
 
+    @property
+    def output_count(self) -> int:
+        """Numbers that the network gives for a sample: one a class; one to predict; or the width of an embedding."""
+        return self.class_count or (1 if self.source.targets.dim() == 1 else self.source.targets.shape[1])
+
+    @property
+    def scale(self) -> list[float]:
+        """Mean and deviation of the training targets, where those are numbers to predict."""
+        targets = self.source.targets[self.split.train]
+        return scale_of(targets) if targets.is_floating_point() and targets.dim() == 1 else []
+
+    def epoch_samples(self, seed: int, epoch: int, batch_size: int, train_samples: Tensor) -> Tensor:
+        """`train_samples` in the order of an epoch; texts of about equal length side by side."""
+        samples = train_samples[epoch_order(seed, epoch, len(train_samples))]
+        if isinstance(self.pipeline, TextPipeline):
+            return side_by_side(samples, self.pipeline.lengths, batch_size)
+        return samples
+
     def facts(self) -> dict[str, Any]:
         """What a run was trained on, as plain values; a resume must find the same."""
         return {
             "fingerprint": self.source.fingerprint,
             "classes": list(self.source.classes),
+            "outputs": self.output_count,
+            "scale": self.scale,
             "train_samples": len(self.split.train),
             "validation_samples": len(self.split.validation),
             "skipped": list(self.skipped),
         }
+
+    def with_targets(self, targets: Tensor) -> "Data":
+        """The same with other targets."""
+        source = dataclasses.replace(self.source, targets=targets)
+        return dataclasses.replace(self, source=source, pipeline=dataclasses.replace(self.pipeline, source=source))
 
     def leave_out(self, names: Sequence[str]) -> "Data":
         """The same without some images.
@@ -114,37 +144,52 @@ class Data:
         for name, count in zip(self.source.classes, class_counts(targets, self.class_count).tolist(), strict=True):
             if not count:
                 raise UsageError(
-                    f"class {name!r} has no image to train on; add some, remove it, or raise --train-samples"
+                    f"class {name!r} has no {self.source.noun} to train on; add some, remove it, or raise "
+                    "--train-samples"
                 )
         if not len(self.split.validation):
-            raise UsageError("no class has two images, so nothing is left to validate with; add images")
+            noun = self.source.noun
+            raise UsageError(f"no class has two {noun}s, so nothing is left to validate with; add {noun}s")
 
 
-def open_source(spec: Images, classes: Sequence[str] | None = None) -> Source:
-    """The data that the recipe names, not split yet."""
+def open_source(spec: recipes.Data, kind: str, classes: Sequence[str] | None = None) -> Source:
+    """The data that the recipe names, not split yet.
+
+    Args:
+        kind: of the task.
+    """
+    if isinstance(spec, Texts):
+        columns = Columns(spec.text_column, spec.label_column, spec.split_column, spec.separator)
+        return open_texts(spec.texts, kind, columns, classes, spec.allow_outside)
     columns = Columns(spec.image_column, spec.label_column, spec.split_column, spec.separator)
     return open_images(spec.images, spec.fonts, columns, classes, spec.allow_outside)
 
 
-def make_pipeline(source: Source, spec: Images, backbone: Backbone, seed: int) -> ImagePipeline:
+def make_pipeline(source: Source, spec: recipes.Data, backbone: Backbone, seed: int) -> ImagePipeline | TextPipeline:
+    if isinstance(source, TextSource):
+        return TextPipeline(source, backbone.preprocessing.tokenize(source.texts))
     return ImagePipeline(source, backbone.preprocessing, spec.augment, spec.mixup, spec.cutmix, seed)
 
 
 def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -> Data:
-    """Open and split what the recipe names. Files are listed, not read.
+    """Open and split what the recipe names. Image files are listed, not read; texts are read and tokenized.
 
     Args:
-        skipped: names of images to leave out.
+        skipped: names of samples to leave out.
 
     Raises:
         UsageError: no such data, too little of it, or of another kind than the task.
     """
-    spec = recipe.data
-    source = open_source(spec)
-    if (source.targets.dim() == 2) != (recipe.task.kind == "multi-label"):
-        several = "several labels" if source.targets.dim() == 2 else "one label"
-        raise UsageError(f"--images {spec.images}: has {several} an image, which is no {recipe.task.kind} task")
-    if spec.augment == "glyphs" and spec.images != "glyphs":
+    spec, kind = recipe.data, recipe.task.kind
+    source = open_source(spec, kind)
+    if kind == "distillation":  # until the teacher has run, only their width is known
+        width = backbone.options["config"]["hidden_size"]
+        source = dataclasses.replace(source, targets=torch.zeros(()).expand(len(source.targets), width))
+    has_several = source.targets.dim() == 2 and not source.targets.is_floating_point()
+    if has_several != (kind == "multi-label"):
+        several = "several labels" if has_several else "one label"
+        raise UsageError(f"{spec.option} {spec.place}: has {several} a sample, which is no {kind} task")
+    if spec.augment == "glyphs" and spec.place != "glyphs":
         raise UsageError("--augment glyphs: is for --images glyphs only; give none, light or standard")
     whole = split_data(source, recipe)
     data = Data(source, whole, whole, make_pipeline(source, spec, backbone, recipe.seed))
@@ -179,26 +224,53 @@ def split_config(config: dict[str, Any]) -> tuple[Recipe, Numerics]:
 
 
 def find_pretrained(recipe: Recipe) -> tuple[Backbone, Weights | None]:
-    """The recipe's backbone, prepared for its image size, and its weights: None for random ones."""
-    backbone, weights = choose_weights(recipe.model.backbone, recipe.model.weights)
+    """The recipe's backbone, prepared for its data, and its weights: None for random ones."""
+    model = recipe.model
+    if isinstance(recipe.data, Texts):
+        backbone, weights = choose_text_weights(model.backbone, model.revision, model.weights, model.pooling)
+    else:
+        backbone, weights = choose_weights(model.backbone, model.weights)
     return sized(backbone, recipe), weights
 
 
 def sized(backbone: Backbone, recipe: Recipe) -> Backbone:
-    """The backbone for the recipe's image size, if it has one.
+    """The backbone for the recipe's image size or length of text, if it has one.
 
     Raises:
-        UsageError: the architecture cannot take it.
+        UsageError: the architecture cannot take it, or is of the other kind.
     """
+    if backbone.reads_texts != isinstance(recipe.data, Texts):
+        raise UsageError(f"--backbone {backbone.name}: does not go with {recipe.data.option} {recipe.data.place}")
+    if isinstance(backbone.preprocessing, Tokenization):
+        length = recipe.data.max_length or backbone.preprocessing.max_length
+        return dataclasses.replace(backbone, preprocessing=backbone.preprocessing.at(length))
     size = recipe.data.image_size or backbone.preprocessing.image_size
     check_image_size(backbone, size)
     return dataclasses.replace(backbone, preprocessing=backbone.preprocessing.at(size))
 
 
-def new_network(recipe: Recipe, backbone: Backbone, weights: Weights | None, class_count: int) -> Network:
-    """The recipe's network with its pretrained weights and a fresh head, on the CPU."""
+def backbone_of_run(run: RunFolder, state: dict[str, Any]) -> Backbone:
+    """The backbone of a run, with its tokenizer, out of a checkpoint and the run's folder."""
+    backbone = backbone_from_plain(state["network"]["backbone"])
+    if not isinstance(backbone.preprocessing, Tokenization):
+        return backbone
+    return dataclasses.replace(backbone, preprocessing=backbone.preprocessing.read(run.tokenizer))
+
+
+def new_network(
+    recipe: Recipe,
+    backbone: Backbone,
+    weights: Weights | None,
+    output_count: int,
+    tensors: dict[str, Tensor] | None = None,
+) -> Network:
+    """The recipe's network with its pretrained weights and a fresh head, on the CPU.
+
+    Args:
+        tensors: what it begins with, where no file holds that.
+    """
     try:
-        tensors = read_weights(weights.path) if weights else None
+        tensors = read_weights(weights.path) if weights else tensors
     except BadFile as error:
         raise UsageError(f"--weights {recipe.model.weights}: {error}") from None
     network = build_network(
@@ -206,7 +278,7 @@ def new_network(recipe: Recipe, backbone: Backbone, weights: Weights | None, cla
         tensors,
         f"--weights {weights.path}" if weights else "",
         head=recipe.model.head,
-        class_count=class_count,
+        class_count=output_count,
         dropout=recipe.model.dropout,
         head_width=recipe.model.head_width,
         seed=recipe.seed,
@@ -226,20 +298,22 @@ def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network,
     folder, _, which = init_from.partition(":")
     if which not in ("", "best", "latest"):
         raise UsageError(f"--init-from {init_from}: {which!r} is not allowed; give RUN, RUN:best or RUN:latest")
-    other, state = trained_network(RunFolder(Path(folder)), which or "best")
-    backbone = backbone_from_plain(state["network"]["backbone"])
-    if (backbone.name, other.head_kind) != (recipe.model.backbone, recipe.model.head):
+    run = RunFolder(Path(folder))
+    other, state = trained_network(run, which or "best")
+    backbone = backbone_of_run(run, state)
+    if (backbone.name, other.head_kind) != (recipe.model.full_name, recipe.model.head):
         raise RunError(f"--init-from {folder}: another architecture or head; use the same --backbone and --head")
     network = build_network(
         backbone,
         None,
         "",
         head=recipe.model.head,
-        class_count=len(state["data"]["classes"]),
+        class_count=state["data"]["outputs"],
         dropout=recipe.model.dropout,
         head_width=recipe.model.head_width,
         seed=recipe.seed,
         old_class_count=other.old_class_count,
+        new_paths=other.new_paths,
     )
     own, found = network.module.state_dict(), other.module.state_dict()
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in found.items()}:
@@ -271,17 +345,17 @@ def saved_network(run: RunFolder, recipe: Recipe, state: dict[str, Any]) -> Netw
     """
     backbone = backbone_from_plain(state["network"]["backbone"])
     kind, tensors = load_frozen(run.frozen)
-    class_count = len(state["data"]["classes"])
     network = build_network(
         backbone,
         tensors if kind == "source" else None,
         f"frozen weights of {run}",
         head=recipe.model.head,
-        class_count=class_count,
+        class_count=state["data"]["outputs"],
         dropout=recipe.model.dropout,
         head_width=recipe.model.head_width,
         seed=recipe.seed,
         old_class_count=state["network"]["old_class_count"],
+        new_paths=state["network"]["new_paths"],
     )
     module = network.module
     what = f"checkpoint of {run} does not fit its recipe"

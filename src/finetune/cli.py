@@ -21,8 +21,9 @@ import tyro
 
 from finetune.errors import FinetuneError, StoppedEarly, UsageError, is_out_of_memory, one_line
 from finetune.guard import exit_on_signals
+from finetune.head_recipes import image_head, text_head
 from finetune.options import CacheOptions, EvaluateOptions, ExportOptions, PredictOptions, ResumeOptions, RunOptions
-from finetune.recipe import Recipe, image_head
+from finetune.recipe import Recipe
 from finetune.recipe_files import call_recipe, find_recipe_file, load_recipe_function, shipped_recipes
 from finetune.text import printable
 
@@ -56,12 +57,14 @@ def _documentation(function: Callable) -> dict[str, str]:
 
 
 def options_class(function: Callable[..., Recipe]) -> type:
-    """A dataclass with one field a parameter of the recipe, documented by its docstring, else by `image_head`'s.
+    """A dataclass with one field a parameter of the recipe, documented by its docstring, else by that of
+    the function that makes such recipes.
 
     Raises:
         UsageError: a parameter without a type or a default, or of the name of an option that every run has.
     """
-    documentation = _documentation(image_head) | _documentation(function)
+    shared = text_head if "texts" in inspect.signature(function).parameters else image_head
+    documentation = _documentation(shared) | _documentation(function)
     fields = []
     taken = {field.name for field in dataclasses.fields(RunOptions)}
     for name, parameter in inspect.signature(function).parameters.items():

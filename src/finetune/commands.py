@@ -85,7 +85,7 @@ def resume_run(options: Any) -> int:
             epochs=options.epochs,
             lr=options.lr,
             from_file=Path(options.from_) if options.from_ else None,
-            images=options.images,
+            place=options.images or options.texts,
         )
         return finish(run, progress, terminal)
 
@@ -104,8 +104,11 @@ def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> int:
         f"finetune evaluate {run}": "figures by class, confusion matrix",
         f"finetune resume {run} --epochs {longer}": "train longer; after a crash, without --epochs",
     }
-    if run.read_recipe()["config"]["data"]["images"] == "digits":
+    data = run.read_recipe()["config"]["data"]
+    if data.get("images") == "digits":
         hints["finetune vgg_head --images FOLDER"] = "your own images, one sub-folder a class"
+    if data.get("texts") == "messages":
+        hints["finetune bert_head --texts FILE"] = "your own texts: a csv with a text and a label in each row"
     width = max(map(len, hints))
     for command, meaning in hints.items():
         terminal.say(f"  {command:<{width}}  {meaning}")
@@ -122,11 +125,20 @@ def _say_aside(text: str) -> None:
 def export_run(options: Any) -> int:
     """`finetune export`."""
     from finetune.export import FORMATS, copy_checkpoint, export
+    from finetune.export_folder import export_folder
 
     with open_run(options.run, _say_aside) as run:
         if not options.weights_only:
             print(copy_checkpoint(run, options.from_, Path(options.output) if options.output else None))
             return 0
+        if options.format == "hf":
+            output = Path(options.output) if options.output else run.path / "hf"
+            report = export_folder(run, options.from_, output, options.half)
+            print(report.text(), file=sys.stderr)
+            print(output)
+            return 0
+        if options.half:
+            raise UsageError("--half: goes with --format hf only; other files hold the numbers as they were trained")
         output = Path(options.output) if options.output else run.path / f"model.{options.format or 'pt'}"
         allowed = [f".{options.format}"] if options.format else FORMATS
         if output.suffix not in allowed:
@@ -142,7 +154,7 @@ def predict_files(options: Any) -> int:
     from finetune.predict import predict
 
     if not options.inputs:
-        raise UsageError("finetune predict: nothing to predict; give images, folders or a csv")
+        raise UsageError("finetune predict: nothing to predict; give images, texts, folders or a csv")
     return predict(
         Path(options.file),
         options.inputs,
@@ -150,6 +162,7 @@ def predict_files(options: Any) -> int:
         batch_size=options.batch_size,
         device_name=options.device,
         image_column=options.image_column,
+        text_column=options.text_column,
         allow_outside=options.allow_outside,
         as_csv=options.csv,
     )
@@ -161,7 +174,8 @@ def evaluate_run(options: Any) -> int:
 
     workers = check_workers(options.workers)
     with open_run(options.run, _say_aside, writes=False) as run:
-        figures = evaluate(run, options.from_, options.images, options.table, options.device, workers)
+        place = options.images or options.texts
+        figures = evaluate(run, options.from_, place, options.table, options.device, workers)
     if options.json:
         print(json_line(figures))
     else:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from finetune.build import make_pipeline, open_source, split_config, split_data, trained_network
+from finetune.build import backbone_of_run, make_pipeline, open_source, split_config, split_data, trained_network
 from finetune.data.contents import Contents
 from finetune.data.images import Request, names_to_indices, without
 from finetune.data.loader import Loader
@@ -22,28 +22,34 @@ from finetune.device import autocast, pick_device, set_numerics, to_device
 from finetune.errors import RunError, UsageError
 from finetune.job import count_workers
 from finetune.metrics import Calibration
-from finetune.models.backbones import backbone_from_plain
+from finetune.options import AnyTable
 from finetune.phase import trained_forward
-from finetune.recipe import Images, ImageTable, Recipe
+from finetune.recipe import Data, Distillation, Recipe
 from finetune.run import RunFolder
-from finetune.tasks import ConfusionTally, MultiLabelTally, make_task
+from finetune.tasks import Classifying, ConfusionTally, MultiLabelTally, make_task
 from finetune.text import printable
 
 BATCH_SAMPLES = 64
 MATRIX_CLASSES = 15  # a larger confusion matrix is shown as its worst mistakes
 SHOWN_MISTAKES = 10
+LABELS = {
+    "f1": "macro F1",
+    "calibration_error": "calibration error",
+    "mae": "mean absolute error",
+    "r2": "R2, variance explained",
+}
 
 
 def evaluate(
-    run: RunFolder, which: str, images: str, table: ImageTable, device_name: str, workers: int | None
+    run: RunFolder, which: str, place: str, table: AnyTable, device_name: str, workers: int | None
 ) -> dict[str, Any]:
     """Figures of a checkpoint, as plain values.
 
     Args:
         which: "best" or "latest".
-        images: other data with the same classes; "" = the run's own test part, or where it has none its validation
+        place: other data with the same classes; "" = the run's own test part, or where it has none its validation
             part.
-        table: of `images`, if that is one; what is not given is as in the run.
+        table: of that data, if it is one; what is not given is as in the run.
 
     Raises:
         FinetuneError: the run or the data cannot be used.
@@ -52,15 +58,16 @@ def evaluate(
     recipe, numerics = split_config(state["config"])
     set_numerics(numerics.deterministic)
     device = pick_device(device_name)
-    backbone = backbone_from_plain(state["network"]["backbone"])
-    classes = state["data"]["classes"]
-    judged = _data_to_judge_on(run, recipe, state["data"], images, table)
+    if isinstance(recipe.task, Distillation):
+        raise UsageError(f"{run} is a distillation; how near it came to its teacher is in {run.metrics_file}")
+    backbone = backbone_of_run(run, state)
+    judged = _data_to_judge_on(run, recipe, state["data"], place, table)
     pipeline = make_pipeline(judged.source, recipe.data, backbone, recipe.seed)
     workers = count_workers(judged.source) if workers is None else workers
     loader = Loader(pipeline, workers, "auto", device.type == "cuda", judged.contents)
     network.module.to(device, memory_format=torch.channels_last)
     forward = trained_forward(network, recipe, numerics, state["frozen"]["epoch"], backbone, device)
-    task = make_task(recipe.task, torch.zeros(len(classes), dtype=torch.int64), 0)
+    task = make_task(recipe.task, state["data"]["outputs"], state["data"]["scale"])
     tally, calibration, broken = task.tally(device), Calibration(device), list[str]()
     batches = batches_from(judged.indices, BATCH_SAMPLES)
     with torch.inference_mode(), autocast(device, numerics.precision):
@@ -69,25 +76,27 @@ def evaluate(
             if len(batch.indices):
                 logits, targets = forward(to_device(batch.inputs, device)), batch.targets.to(device)
                 tally.add(logits, targets)
-                calibration.add(*task.decisions(logits, targets))
+                if isinstance(task, Classifying):
+                    calibration.add(*task.decisions(logits, targets))
     if not tally.samples():
-        raise RunError(f"--images {images}: none of {len(judged.indices)} image(s) could be read; {broken[0]}")
-    return {
+        noun = judged.source.noun
+        raise RunError(f"--{noun}s {place}: none of {len(judged.indices)} {noun}(s) could be read; {broken[0]}")
+    figures = {
         "run": str(run),
         "checkpoint": {"which": which, "step": state["step"]},
-        "images": images or recipe.data.images,
+        f"{judged.source.noun}s": place or recipe.data.place,
         "part": judged.part,
         "samples": tally.samples(),
         **tally.figures(),
-        "calibration_error": calibration.error(),
-        "calibration": calibration.table(),
-        **_by_class(tally, classes),
-        "broken": broken,
     }
+    if isinstance(tally, ConfusionTally | MultiLabelTally):
+        figures |= {"calibration_error": calibration.error(), "calibration": calibration.table()}
+        figures |= _by_class(tally, state["data"]["classes"])
+    return figures | {"broken": broken}
 
 
 def _by_class(tally: ConfusionTally | MultiLabelTally, classes: list[str]) -> dict[str, Any]:
-    """Figures by class, and the confusion matrix where each image has one class."""
+    """Figures by class, and the confusion matrix where each sample has one class."""
     counts = tally.counts()
     columns = counts.precision(), counts.recall(), counts.f1(), counts.actual
     rows = zip(classes, *(column.tolist() for column in columns), strict=True)
@@ -109,22 +118,23 @@ class _Judged(NamedTuple):
     contents: Contents
 
 
-def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: dict[str, Any], images: str, table: ImageTable) -> _Judged:
+def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: dict[str, Any], place: str, table: AnyTable) -> _Judged:
     """Of the run's own data (also where it was moved) what it did not train on: its test part, else its validation
     part. Of other data the test part, else the validation part, else all."""
-    spec = _located(recipe.data, images, table) if images else recipe.data
-    source = open_source(spec, facts["classes"] if images else None)
+    spec = _located(recipe.data, place, table) if place else recipe.data
+    source = open_source(spec, recipe.task.kind, (facts["classes"] or None) if place else None)
     if source.fingerprint == facts["fingerprint"]:
         split = split_data(source, recipe)
         indices, part = (split.test, "test") if len(split.test) else (split.validation, "validation")
         indices = without(indices, names_to_indices(source, facts["skipped"]))
         return _Judged(source, indices, part, Contents(source, run.contents_file))
-    if not images:
+    if not place:
         raise RunError(
-            f"{recipe.data.images} is not what the run was trained on any more; say what to evaluate on with --images"
+            f"{recipe.data.place} is not what the run was trained on any more; say what to evaluate on with "
+            f"{recipe.data.option}"
         )
     if list(source.classes) != facts["classes"]:
-        raise UsageError(f"--images {images}: its classes are not those of the run")
+        raise UsageError(f"{recipe.data.option} {place}: its classes are not those of the run")
     for part in (2, 1) if source.parts is not None else ():
         indices = (source.parts == part).nonzero().squeeze(1)
         if len(indices):
@@ -132,17 +142,16 @@ def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: dict[str, Any], ima
     return _Judged(source, torch.arange(len(source.targets)), "all", Contents(source))
 
 
-def _located(spec: Images, images: str, table: ImageTable) -> Images:
-    """The run's data description for other images: a table has the columns that are given, or, where none is given,
+def _located(spec: Data, place: str, table: AnyTable) -> Data:
+    """The run's data description for other data: a table has the columns that are given, or, where none is given,
     those of the run; a folder has none."""
-    if Path(images).suffix.lower() in TABLE_SUFFIXES:
-        names_columns = table != ImageTable(separator=table.separator, allow_outside=table.allow_outside)
-        table = dataclasses.replace(table, separator=table.separator or spec.separator)
-        if not names_columns:
-            return dataclasses.replace(
-                spec, images=images, separator=table.separator, allow_outside=table.allow_outside
-            )
-    return dataclasses.replace(spec, images=images, **dataclasses.asdict(table))
+    given = {field.name: getattr(table, field.name) for field in dataclasses.fields(spec) if hasattr(table, field.name)}
+    columns = {name: value for name, value in given.items() if name.endswith("_column")}
+    if Path(place).suffix.lower() in TABLE_SUFFIXES:
+        given["separator"] = table.separator or spec.separator
+        if not any(columns.values()):
+            given = {name: value for name, value in given.items() if name not in columns}
+    return dataclasses.replace(spec, **{spec.kind: place}, **given)
 
 
 # ---- For people ----------------------------------------------------------------------------------------------------
@@ -150,32 +159,36 @@ def _located(spec: Images, images: str, table: ImageTable) -> Images:
 
 def show(figures: dict[str, Any], console: Console) -> None:
     """Print what `evaluate` found as tables."""
+    noun = "images" if "images" in figures else "texts"
     console.print(
         Text(
             f"{figures['run']}, {figures['checkpoint']['which']} checkpoint (step {figures['checkpoint']['step']}), on "
-            f"{figures['images']}, {figures['part']} part: {figures['samples']:,} images"
+            f"{figures[noun]}, {figures['part']} part: {figures['samples']:,} {noun}"
         )
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name in ("loss", "accuracy", "f1", "calibration_error"):
-        table.add_row({"f1": "macro F1"}.get(name, name.replace("_", " ")), f"{figures[name]:.4f}")
+    for name in ("loss", "accuracy", "f1", "calibration_error", "mae", "r2"):
+        if name in figures:
+            table.add_row(LABELS.get(name, name), f"{figures[name]:.4f}")
     console.print(table)
+    for reason in figures["broken"][:SHOWN_MISTAKES]:
+        console.print(Text(printable(f"left out: {reason}")))
+    if len(figures["broken"]) > SHOWN_MISTAKES:
+        console.print(Text(f"left out: {len(figures['broken']) - SHOWN_MISTAKES} more"))
+    if "classes" not in figures:
+        return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("class", "precision", "recall", "F1", "images"):
+    for name in ("class", "precision", "recall", "F1", noun):
         table.add_column(name, justify="left" if name == "class" else "right", overflow="fold")
     for row in figures["classes"]:
         values = [f"{row[name]:.3f}" for name in ("precision", "recall", "f1")]
         table.add_row(Text(printable(row["name"])), *values, f"{row['samples']:,}")
     console.print(table)
     if figures["confusion_matrix"]:
-        console.print(_mistakes(figures))
-    for reason in figures["broken"][:SHOWN_MISTAKES]:
-        console.print(Text(printable(f"left out: {reason}")))
-    if len(figures["broken"]) > SHOWN_MISTAKES:
-        console.print(Text(f"left out: {len(figures['broken']) - SHOWN_MISTAKES} more"))
+        console.print(_mistakes(figures, noun))
 
 
-def _mistakes(figures: dict[str, Any]) -> Table:
+def _mistakes(figures: dict[str, Any], noun: str) -> Table:
     """The confusion matrix; of many classes the most frequent mistakes."""
     names, matrix = [row["name"] for row in figures["classes"]], figures["confusion_matrix"]
     if len(names) <= MATRIX_CLASSES:
@@ -193,8 +206,8 @@ def _mistakes(figures: dict[str, Any]) -> Table:
             table.add_row(Text(printable(name)), *cells)
         return table
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="most frequent mistakes", title_justify="left")
-    for column in ("true class", "taken for", "images"):
-        table.add_column(column, justify="right" if column == "images" else "left", overflow="fold")
+    for column in ("true class", "taken for", noun):
+        table.add_column(column, justify="right" if column == noun else "left", overflow="fold")
     mistakes = [
         (count, names[row], names[column])
         for row, counts in enumerate(matrix)

@@ -1,7 +1,8 @@
-"""Kept features: the frozen prefix runs once over the images, its rows lie in a file, and training reads them.
+"""Kept features: the frozen prefix runs once over the samples, its rows lie in a file, and training reads them.
 
 The pass is cut into fixed batches of the sorted samples, broken ones included, so that a row comes out the same in
-every bit whether it is computed at first, after a kill, or again because its block was damaged.
+every bit whether it is computed at first, after a kill, or again because its block was damaged. Within a block, texts
+of about equal length are in one batch.
 """
 
 import hashlib
@@ -52,14 +53,16 @@ def keeping(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Pass:
-    """The frozen backbone on its way over the images.
+    """The frozen backbone on its way over the samples.
 
     Attributes:
-        compute: prepared images (batch, 3, height, width) on the CPU -> rows (batch, width) on the CPU.
+        compute: prepared images (batch, 3, height, width), or tokens (batch, length), on the CPU -> rows (batch, width)
+            on the CPU.
         width, dtype: of the rows.
-        identity: plain values; all that a row depends on besides its image.
-        loader: reads the images.
+        identity: plain values; all that a row depends on besides its sample.
+        loader: reads the samples.
         about: what runs over what, for people.
+        lengths: (samples,) int64: how long each text is; None of images.
     """
 
     compute: Callable[[Tensor], Tensor]
@@ -69,6 +72,7 @@ class Pass:
     source: Source
     loader: Loader
     about: str
+    lengths: Tensor | None = None
 
 
 class KeptRows:
@@ -77,7 +81,7 @@ class KeptRows:
     Attributes:
         samples: (rows,) int64 sample indices, in the order of the rows.
         view: number of the augmented view, or None for the plain images.
-        broken: samples whose image could not be read.
+        broken: samples that could not be read.
     """
 
     def __init__(self, run: Pass, samples: Tensor, view: int | None):
@@ -168,11 +172,11 @@ class KeptRows:
         changed_ns = np.zeros(len(self.samples), dtype=np.int64)
 
         def requests() -> Iterator[Request]:
-            for start, stop_at in self._batches(blocks):
-                batch = self.samples[start:stop_at].tolist()
+            for rows in self._batches(blocks):
+                batch = self.samples[rows].tolist()
                 if isinstance(run.source, FileSource):
                     # Before they are read: a file that is changed meanwhile will then seem older than it is.
-                    changed_ns[start:stop_at] = [run.source.changed_ns(index) for index in batch]
+                    changed_ns[rows] = [run.source.changed_ns(index) for index in batch]
                 yield Request(batch, augment_epoch=self.view, tolerant=True)
 
         batches = run.loader.batches(requests())
@@ -196,12 +200,14 @@ class KeptRows:
         with keeping(self.entry.path.parent):
             file.sync()
 
-    def _batches(self, blocks: list[int]) -> Iterator[tuple[int, int]]:
-        """(first row, last row + 1) of each batch of the pass."""
+    def _batches(self, blocks: list[int]) -> Iterator[Tensor]:
+        """(rows,) numbers of the rows of each batch of the pass: a function of the block alone."""
         for block in blocks:
             numbers = self.file.rows_of(block)
-            for start in range(numbers.start, numbers.stop, BATCH_ROWS):
-                yield start, min(start + BATCH_ROWS, numbers.stop)
+            rows = torch.arange(numbers.start, numbers.stop)
+            if self.run.lengths is not None:
+                rows = rows[self.run.lengths[self.samples[rows]].argsort(stable=True)]
+            yield from rows.split(BATCH_ROWS)
 
     def _digest_of_broken(self, index: int, reason: str) -> int:
         """Of a file that cannot be decoded, to know it again; `UNREADABLE` where it cannot even be read.
@@ -226,7 +232,7 @@ class KeptRows:
 
 
 class Features:
-    """Everything that a run reads in place of images. Used by one process, in one phase of training.
+    """Everything that a run reads in place of samples. Used by one process, in one phase of training.
 
     Args:
         parts: sorted samples by view.
@@ -249,7 +255,7 @@ class Features:
 
     @property
     def broken(self) -> list[int]:
-        """Samples whose image could not be read, under any view."""
+        """Samples that could not be read, under any view."""
         return sorted({index for part in self._parts.values() for index in part.broken})
 
     def check_size(self, limit: str) -> None:
@@ -308,7 +314,7 @@ class Features:
                 missing, count = missing + part.open(terminal, stop), count + part.layout.count
         terminal.say(f"features: {self._how(missing, count)}")
         if missing:
-            with terminal.track("the frozen backbone runs over the images", count) as advance:
+            with terminal.track(f"the frozen backbone runs over the {self._run.source.noun}s", count) as advance:
                 advance(count - missing)
                 for part in self._parts.values():
                     part.fill(part.file.missing(), advance, stop)
@@ -317,12 +323,13 @@ class Features:
         """For people: what is kept, how large, and what the backbone still has to do."""
         views = sum(view is not None for view in self._parts)
         what = f"{views} fixed views of each image are kept" if views else "kept"
+        noun = self._run.source.noun
         size = size_text(sum(part.layout.file_bytes for part in self._parts.values()))
         if not missing:
             return f"{what} from before, so the frozen backbone does not run ({count:,} rows, {size} in {self._folder})"
-        once = f"the frozen backbone runs over {count:,} images once"
+        once = f"the frozen backbone runs over {count:,} {noun}s once"
         if missing < count:
-            once = f"the frozen backbone runs over {missing:,} images, {count - missing:,} rows are there"
+            once = f"the frozen backbone runs over {missing:,} {noun}s, {count - missing:,} rows are there"
         return f"{what}; {once} ({size} in {self._folder})"
 
     def read(self, indices: Tensor, view: int | None) -> Tensor:
@@ -330,7 +337,7 @@ class Features:
         return self._parts[view].read(indices, MEMORY_BYTES // len(self._parts), self._window)
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """What a `Loader` gives, with rows in place of images: one gather a batch."""
+        """What a `Loader` gives, with rows in place of samples: one gather a batch."""
         for request in requests:
             indices = torch.tensor(request.indices, dtype=torch.int64)
             rows = self.read(indices, request.augment_epoch)

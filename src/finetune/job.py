@@ -9,7 +9,8 @@ import torch
 from finetune.build import Data, Numerics, determining_config
 from finetune.data.contents import Contents
 from finetune.data.loader import Loader
-from finetune.data.source import FileSource, Source
+from finetune.data.source import ArraySource, FileSource, Source
+from finetune.data.texts import TextPipeline, repeated
 from finetune.models.backbones import Backbone
 from finetune.models.freeze import frozen_tensors
 from finetune.models.network import Network
@@ -83,6 +84,7 @@ class Job:
             "data": self.data.facts(),
             "network": {
                 "old_class_count": self.network.old_class_count,
+                "new_paths": list(self.network.new_paths),
                 "backbone": self.backbone.to_plain(),
             },
         }
@@ -94,27 +96,40 @@ def describe(run: RunFolder, job: Job) -> dict[str, str]:
     train, validation, test = map(len, data.split)
     parts = [f"{train:,} to train on", f"{validation:,} to validate", *([f"{test:,} to test"] if test else [])]
     unread = isinstance(data.source, FileSource) and not data.skipped and train + validation + test > CHECKED_FILES
-    if isinstance(data.source, FileSource) and data.source.ignored:
+    if not isinstance(data.source, ArraySource) and data.source.ignored:
         parts.append(f"{data.source.ignored:,} other files ignored")
     if data.skipped:
         parts.append(f"{len(data.skipped):,} left out as broken")
-    parts.append(f"{data.class_count} classes" + (", several an image" if recipe.data.separator else ""))
-    changes = [f"augment {recipe.data.augment}"]
-    changes += [
-        f"{name} {alpha:g}" for name, alpha in (("mixup", recipe.data.mixup), ("cutmix", recipe.data.cutmix)) if alpha
-    ]
+    if data.class_count:
+        several = f", several a {data.source.noun}" if recipe.data.separator else ""
+        parts.append(f"{data.class_count} classes{several}")
     return {
-        "backbone": recipe.model.backbone,
+        "backbone": recipe.model.full_name,
         "weights": job.weights_text,
-        "data": f"{recipe.data.images}: {', '.join(parts)}"
+        "data": f"{recipe.data.place}: {', '.join(parts)}"
         + (f"; {CHECKED_FILES:,} files were looked at, the others are in the first epoch" if unread else ""),
-        "images": f"{job.backbone.preprocessing.text} (as of {job.preprocessing_of}), {', '.join(changes)}",
+        f"{data.source.noun}s": _prepared(job),
         "training": (
             f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
         ),
         "device": f"{job.device}, {job.numerics.precision}, {torch.get_num_threads()} threads",
         "run folder": str(run),
     }
+
+
+def _prepared(job: Job) -> str:
+    """How samples become the network's input, in words."""
+    how = f"{job.backbone.preprocessing.text} (as of {job.preprocessing_of})"
+    spec, data = job.recipe.data, job.data
+    if isinstance(data.pipeline, TextPipeline):
+        used = torch.cat(data.split)
+        truncated = int(data.pipeline.table.truncated[used.numpy()].sum())
+        share = f"{truncated:,} of {len(used):,} are longer and cut off" if truncated else "none is longer"
+        twice = repeated(data.source, data.split.train, data.split.validation)
+        also = f"; {twice:,} of those that validate are also trained on" if twice else ""
+        return f"{how}, {share}; pooling {job.backbone.options['pooling']}{also}"
+    mixed = [f"{name} {alpha:g}" for name, alpha in (("mixup", spec.mixup), ("cutmix", spec.cutmix)) if alpha]
+    return ", ".join([how, f"augment {spec.augment}", *mixed])
 
 
 def describe_freeze(job: Job, epoch: int) -> list[tuple[str, int, str]]:

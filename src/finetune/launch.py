@@ -21,8 +21,9 @@ from finetune.build import (
 )
 from finetune.data.contents import Contents
 from finetune.data.order import key
-from finetune.data.source import class_counts
+from finetune.data.tokens import Tokenization
 from finetune.device import pick_device, set_numerics
+from finetune.distil import student, taught
 from finetune.errors import RunError, StoppedEarly, UsageError
 from finetune.guard import StopRequest, listen_for_signals
 from finetune.job import Job, Machine, describe, describe_freeze, make_loaders
@@ -35,7 +36,7 @@ from finetune.models.weights import Weights
 from finetune.old_run import extend, find_checkpoint, located, resumed_job, settings_of, settle
 from finetune.optim import find_optimizer
 from finetune.phase import Phase, start_phase
-from finetune.recipe import Recipe
+from finetune.recipe import Distillation, Recipe
 from finetune.run import RunFolder, fill_folder, next_folder
 from finetune.state import Progress, progress_from_plain, progress_to_plain, seed_generators
 from finetune.tasks import make_task
@@ -59,7 +60,7 @@ def start(
     init_from: str = "",
     copy_frozen: bool = False,
     skip_broken: bool = False,
-    images: str = "",
+    place: str = "",
     url: str = "",
 ) -> tuple[RunFolder, Progress]:
     """Begin a run in a folder that holds none, or one that died before its first checkpoint.
@@ -70,16 +71,16 @@ def start(
         code: files to keep with the run: the recipe and what it imported from its own folder.
         init_from: "RUN", "RUN:best" or "RUN:latest": start from that run's weights.
         copy_frozen: copy the frozen weights into the run folder, so that it stands alone.
-        skip_broken: look at every image first, and leave broken ones out.
-        images: where the recipe's images lie now, if not where it says.
+        skip_broken: look at every sample first, and leave broken ones out.
+        place: where the recipe's data lies now, if not where it says.
         url: of the remote folder that `path` is the mirror of, if it is one.
 
     Raises:
         FinetuneError: see `train`.
     """
-    # What can be wrong is looked at before a folder is made, but for the images themselves: that may take hours, and
+    # What can be wrong is looked at before a folder is made, but for the samples themselves: that may take hours, and
     # a run that is killed there is gone on with like any other.
-    job, weights = new_job(recipe, numerics, machine, init_from, images)
+    job, weights = new_job(recipe, numerics, machine, init_from, place)
     record = {
         "name": name,
         "config": job.identity["config"],
@@ -94,6 +95,9 @@ def start(
         run_id = fill_folder(run, record, list(code))
         frozen = frozen_tensors(job.network.module, job.network.rules(recipe.trainable.rules), 0)
         store_frozen(run.frozen, weights, frozen, copy=copy_frozen, link=not url)
+        if isinstance(job.backbone.preprocessing, Tokenization):
+            job.backbone.preprocessing.write(run.tokenizer)
+        job = taught(job, terminal, stop)
         with closing(start_phase(job, 0, terminal, stop)) as phase:
             # Another run's weights come with that run's measured features, and these stay.
             broken = look(job, phase.feed, measure=not init_from, all_files=skip_broken, terminal=terminal, stop=stop)
@@ -130,7 +134,7 @@ def made_folder(run: RunFolder) -> Iterator[None]:
 
 
 def new_job(
-    recipe: Recipe, numerics: Numerics, machine: Machine, init_from: str, images: str = ""
+    recipe: Recipe, numerics: Numerics, machine: Machine, init_from: str, place: str = ""
 ) -> tuple[Job, Weights | None]:
     """The job of a new run, and the file that its frozen tensors are of, if it is one.
 
@@ -144,17 +148,22 @@ def new_job(
     if init_from:
         backbone, network, classes = network_from_run(recipe, init_from)
         weights, weights_text, preprocessing_of = None, f"from {init_from}", init_from
-        data = open_data(located(recipe, images), backbone)
+        data = open_data(located(recipe, place), backbone)
         if data.source.classes != classes:
             raise RunError(
                 f"--init-from {init_from}: trained on other classes ({len(classes)}, here {data.class_count})"
             )
     else:
+        recipe_here = located(recipe, place)
         backbone, weights = find_pretrained(recipe)
         weights_text = weights.text if weights else "random: nothing is pretrained"
         preprocessing_of = weights.preprocessing_of if weights else "its default weights"
-        data = open_data(located(recipe, images), backbone)
-        network = new_network(recipe, backbone, weights, data.class_count)
+        tensors = None
+        if isinstance(recipe.task, Distillation) and weights is not None:
+            backbone, tensors = student(recipe_here, backbone, weights)
+            weights, weights_text = None, f"begins as a part of {weights.text}"
+        data = open_data(recipe_here, backbone)
+        network = new_network(recipe, backbone, weights, data.output_count, tensors)
     network.module.to(device, memory_format=torch.channels_last)
     loaders = make_loaders(data, machine, device, Contents(data.source))
     job = Job(recipe, numerics, machine, backbone, network, data, loaders, device, weights_text, preprocessing_of)
@@ -173,7 +182,7 @@ def resume(
     epochs: int = 0,
     lr: float = 0.0,
     from_file: Path | None = None,
-    images: str = "",
+    place: str = "",
 ) -> Progress:
     """Go on with a run as if it had never stopped.
 
@@ -184,7 +193,7 @@ def resume(
         settings: fields of `Settings` given now.
         epochs: extend the run to so many epochs, at the recipe's final rate or `lr`.
         from_file: rewind to this checkpoint first.
-        images: where the same data lies now.
+        place: where the same data lies now.
 
     Raises:
         FinetuneError: see `train`; also when the checkpoint belongs to another model, data or recipe.
@@ -200,7 +209,7 @@ def resume(
             extended = extend(progress, epochs, lr, recipe, state["data"]["train_samples"])
             over = progress.status != "running"
             # Whatever can be wrong is found before anything on the disk is changed.
-            job = None if over else resumed_job(run, recipe, numerics, machine, state, images, terminal)
+            job = None if over else resumed_job(run, recipe, numerics, machine, state, place, terminal)
             settle(run, record["id"], path, state, from_file, terminal)
             if extended:
                 # On disk at once: a run killed before its next save must not forget that it was extended.
@@ -224,7 +233,7 @@ def resume(
         init_from=record["init_from"],
         copy_frozen=record["copy_frozen"],
         skip_broken=record["skip_broken"],
-        images=images,
+        place=place,
         url=run.url,
     )
     return progress
@@ -249,6 +258,7 @@ def go_on(
     where = f"step {progress.step} (epoch {progress.epoch + 1}, sample {progress.position_samples})"
     terminal.say(f"resuming {run} at {where}")
     progress.history.append({"event": "resume", "step": progress.step, "epoch": progress.epoch})
+    job = taught(job, terminal, stop)
     with closing(start_phase(job, state["frozen"]["epoch"], terminal, stop, state["frozen"])) as phase:
         check_unbroken(job.data, phase.feed)
         return run_job(run, run_id, job, phase, progress, state, settings, terminal, stop)
@@ -270,8 +280,8 @@ def run_job(
 ) -> Progress:
     """Show what is about to happen, then train."""
     data, recipe = job.data, job.recipe
-    counts = class_counts(data.source.targets[data.split.train], data.class_count)
-    task = task_to_device(make_task(recipe.task, counts, len(data.split.train)), job.device)
+    targets = data.source.targets[data.split.train]
+    task = task_to_device(make_task(recipe.task, data.output_count, data.scale, targets), job.device)
     rules = job.network.rules(recipe.trainable.rules)
     _, _, end_step = count_steps(recipe, len(data.split.train), progress)
     epoch = resumed["frozen"]["epoch"] if resumed else 0
@@ -295,8 +305,7 @@ def run_job(
         phase,
         next_phase,
         job.loaders.train.contents,
-        data.split.train,
-        data.split.validation,
+        data,
         task,
         progress,
         resumed,

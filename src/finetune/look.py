@@ -1,4 +1,4 @@
-"""The first look at the data, before the first step: broken images are found, the head's features are measured."""
+"""The first look at the data, before the first step: broken samples are found, the head's features are measured."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ from torch import Tensor
 from finetune.build import Data
 from finetune.data.images import Batch, Request, without
 from finetune.data.order import batches_from
-from finetune.data.source import FileSource
+from finetune.data.source import ArraySource
+from finetune.data.texts import TextPipeline
 from finetune.device import to_device
 from finetune.errors import RunError
 from finetune.guard import StopRequest
@@ -26,8 +27,8 @@ SHOWN_FILES = 10
 
 
 @dataclass(frozen=True)
-class BrokenFile:
-    """An image that cannot be used, and why."""
+class BrokenSample:
+    """An image or text that cannot be used, and why."""
 
     name: str
     reason: str
@@ -42,8 +43,8 @@ def spread(indices: Tensor, count: int) -> Tensor:
 
 def look(
     job: Job, feed: Feed, *, measure: bool, all_files: bool, terminal: Terminal, stop: StopRequest
-) -> list[BrokenFile]:
-    """Measure the head's features, and find broken files. What is kept of both is not read again.
+) -> list[BrokenSample]:
+    """Measure the head's features, and find broken samples. What is kept of both is not read again.
 
     No augmentation, but where the views of an image are fixed: then the head is measured on the first.
 
@@ -77,34 +78,36 @@ def measured_view(job: Job) -> int | None:
 
 
 def spread_rest(data: Data, looked_at: Tensor, all_files: bool) -> Tensor:
-    """Which files to look at besides."""
-    if not isinstance(data.source, FileSource):
+    """Which samples to look at besides."""
+    if isinstance(data.source, ArraySource):
         return torch.zeros(0, dtype=torch.int64)
     everything = torch.cat(data.split)
     rest = everything[~torch.isin(everything, looked_at)]
+    if isinstance(data.pipeline, TextPipeline):
+        return rest[data.pipeline.is_broken(rest)]
     return rest if all_files else spread(rest, max(CHECKED_FILES - len(looked_at), 0))
 
 
-def _why_broken(data: Data, index: int) -> BrokenFile:
-    """What is wrong with an image that could not be read when its features were computed."""
+def _why_broken(data: Data, index: int) -> BrokenSample:
+    """What is wrong with a sample that could not be read when its features were computed."""
     broken = data.pipeline.fetch(Request([index], tolerant=True)).broken
-    reason = broken[0][1] if broken else f"image {data.source.name(index)} could not be read before"
-    return BrokenFile(data.source.name(index), reason)
+    reason = broken[0][1] if broken else f"{data.source.noun} {data.source.name(index)} could not be read before"
+    return BrokenSample(data.source.name(index), reason)
 
 
-def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal, stop: StopRequest) -> list[BrokenFile]:
-    """Read images: those that the head's features are measured on, then others; return the broken ones."""
+def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal, stop: StopRequest) -> list[BrokenSample]:
+    """Read samples: those that the head's features are measured on, then others; return the broken ones."""
     data, loader = job.data, job.loaders.train
     first, second = (list(batches_from(part, BATCH_SAMPLES)) for part in (measured, others))
     requests = [Request(batch.tolist(), measured_view(job), tolerant=True) for batch in first]
     requests += [Request(batch.tolist(), tolerant=True) for batch in second]
     batches = loader.batches(requests)
-    broken: list[BrokenFile] = []
+    broken: list[BrokenSample] = []
 
     def take(batch: Batch) -> None:
         if stop.requested:
-            raise stop.stopped("in the first look at the images")
-        broken.extend(BrokenFile(data.source.name(index), reason) for index, reason in batch.broken)
+            raise stop.stopped(f"in the first look at the {data.source.noun}s")
+        broken.extend(BrokenSample(data.source.name(index), reason) for index, reason in batch.broken)
         advance(len(batch.indices) + len(batch.broken))
 
     def inputs() -> Iterator[Tensor]:
@@ -113,7 +116,7 @@ def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal, stop: 
             if len(batch.indices):
                 yield to_device(batch.inputs, job.device)
 
-    with terminal.track("first look at the images", len(measured) + len(others)) as advance:
+    with terminal.track(f"first look at the {data.source.noun}s", len(measured) + len(others)) as advance:
         if first:
             standardise(job.network.module, inputs())
         for batch in batches:
@@ -122,10 +125,10 @@ def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal, stop: 
 
 
 def check_unbroken(data: Data, feed: Feed) -> None:
-    """Features that were computed again must be of the same images.
+    """Features that were computed again must be of the same samples.
 
     Raises:
-        RunError: an image that could be read when the run began cannot be read now.
+        RunError: a sample that could be read when the run began cannot be read now.
     """
     if feed.features is None:
         return
@@ -134,14 +137,15 @@ def check_unbroken(data: Data, feed: Feed) -> None:
         raise RunError(f"{_why_broken(data, index).reason}, though it could be read when the run began")
 
 
-def leave_out_broken(data: Data, broken: list[BrokenFile], skip_broken: bool, terminal: Terminal) -> Data:
-    """The data without its broken images, if that is wanted.
+def leave_out_broken(data: Data, broken: list[BrokenSample], skip_broken: bool, terminal: Terminal) -> Data:
+    """The data without its broken samples, if that is wanted.
 
     Raises:
         RunError: it is not; names them.
     """
     if not broken:
         return data
+    noun = data.source.noun
     shown = [f"  {file.reason}" for file in broken[:SHOWN_FILES]]
     if len(broken) > SHOWN_FILES:
         shown.append(f"  ... and {len(broken) - SHOWN_FILES} more")
@@ -149,8 +153,8 @@ def leave_out_broken(data: Data, broken: list[BrokenFile], skip_broken: bool, te
         first = broken[0].reason.rpartition("; ")[0]
         more = "" if len(broken) == 1 else f", and {len(broken) - 1} more"
         raise RunError(
-            f"{len(broken)} broken image(s): {first}{more}; repair or remove them, or leave them out: --skip-broken",
+            f"{len(broken)} broken {noun}(s): {first}{more}; repair or remove them, or leave them out: --skip-broken",
             shown if more else (),
         )
-    terminal.say("\n".join([f"left out, {len(broken)} broken image(s):", *shown]))
+    terminal.say("\n".join([f"left out, {len(broken)} broken {noun}(s):", *shown]))
     return data.leave_out([file.name for file in broken])

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from finetune import checkpoint as checkpoints
-from finetune.build import Numerics, check_precision, check_same_config, open_data, saved_network
+from finetune.build import Numerics, backbone_of_run, check_precision, check_same_config, open_data, saved_network
 from finetune.data.contents import Contents
 from finetune.device import pick_device, set_numerics
 from finetune.errors import RunError, UsageError
 from finetune.files import remove_leftovers
 from finetune.job import Job, Machine, make_loaders
-from finetune.models.backbones import backbone_from_plain
 from finetune.recipe import Recipe
 from finetune.run import RunFolder
 from finetune.state import Progress, environment_differences
@@ -22,9 +21,11 @@ from finetune.train import Settings, count_steps, learning_rate
 from finetune.watch.progress import Terminal
 
 
-def located(recipe: Recipe, images: str) -> Recipe:
-    """The recipe with its images where they lie now; "" = where it says."""
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, images=images)) if images else recipe
+def located(recipe: Recipe, place: str) -> Recipe:
+    """The recipe with its data where that lies now; "" = where it says."""
+    if not place:
+        return recipe
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **{recipe.data.kind: place}))
 
 
 def settings_of(run: RunFolder, record: dict[str, Any], given: dict[str, Any]) -> Settings:
@@ -79,7 +80,7 @@ def resumed_job(
     numerics: Numerics,
     machine: Machine,
     state: dict[str, Any],
-    images: str,
+    place: str,
     terminal: Terminal,
 ) -> Job:
     """The job of a checkpoint, its data and environment compared with what they were.
@@ -90,8 +91,8 @@ def resumed_job(
     device = pick_device(machine.device)
     check_precision(numerics, device)
     set_numerics(numerics.deterministic)
-    backbone = backbone_from_plain(state["network"]["backbone"])
-    data = open_data(located(recipe, images), backbone, state["data"]["skipped"])
+    backbone = backbone_of_run(run, state)
+    data = open_data(located(recipe, place), backbone, state["data"]["skipped"])
     check_same_config(state["data"], data.facts(), f"the data is not what run {run} was trained on")
     network = saved_network(run, recipe, state)
     # Last: which libraries the network needs is known once it is built.

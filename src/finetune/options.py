@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from finetune.recipe import ImageTable
+from finetune.head_recipes import ImageTable
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class ResumeOptions(SavingOptions, MachineOptions):
     """Rewind to this checkpoint first; later ones move to superseded/."""
     images: str = ""
     """Where the same images lie now, if they were moved."""
+    texts: str = ""
+    """Where the same texts lie now, if they were moved."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,10 @@ class ExportOptions:
     """Which checkpoint."""
     output: str = ""
     """The file to write; default: RUN/model.pt."""
-    format: Literal["pt", "safetensors", "onnx"] | None = None
-    """Of the file; default: as --output ends, else pt."""
+    format: Literal["pt", "safetensors", "onnx", "hf"] | None = None
+    """Of the file; default: as --output ends, else pt. hf = a folder that transformers' from_pretrained loads."""
+    half: bool = False
+    """With --format hf: numbers of 16 bits, half the size."""
 
 
 @dataclass(frozen=True)
@@ -107,19 +111,30 @@ class PredictOptions:
     file: Annotated[str, tyro.conf.Positional]
     """The export: its .json must lie beside it."""
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Images, folders of them, and csv, tsv or jsonl files that name them."""
+    """Images, folders of them, and csv, tsv or jsonl files that name them; or texts as they are, .txt files, folders of
+    them, and csv, tsv, jsonl or parquet files that hold them."""
     top_k: int = 3
-    """Classes to list for each image."""
+    """Classes to list for each image or text."""
     csv: bool = False
     """Print csv instead of JSON lines."""
     image_column: str = ""
     """Column of a csv that holds the image's path; default: image, path, file, ..."""
+    text_column: str = ""
+    """Column of a csv that holds the text; default: text, sentence, message, ..."""
     allow_outside: bool = False
-    """Read images outside the folders too: behind links, paths with .. or from the root."""
+    """Read files outside the folders too: behind links, paths with .. or from the root."""
     batch_size: int = 64
-    """Images computed at once."""
+    """Images or texts computed at once."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch."""
+
+
+@dataclass(frozen=True)
+class AnyTable(ImageTable):
+    """The options of a file that lists images, or holds texts."""
+
+    text_column: str = ""
+    """Holds the text; default: text, sentence, message, ..."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +144,10 @@ class EvaluateOptions:
     run: Annotated[str, tyro.conf.Positional]
     """The run's folder."""
     images: str = ""
-    """Other data with the same classes; default: the run's own test part, else its validation part."""
-    table: Annotated[ImageTable, tyro.conf.OmitArgPrefixes] = ImageTable()
+    """Other images with the same classes; default: the run's own test part, else its validation part."""
+    texts: str = ""
+    """Other texts with the same classes, or with numbers to predict."""
+    table: Annotated[AnyTable, tyro.conf.OmitArgPrefixes] = AnyTable()
     from_: Annotated[Literal["best", "latest"], tyro.conf.arg(name="from")] = "best"
     """Which checkpoint."""
     json: bool = False

@@ -1,4 +1,4 @@
-"""A stretch of training between two thaws: what trains, its optimizer, what is fed to it: images or kept features."""
+"""A stretch of training between two thaws: what trains, its optimizer, what is fed to it: samples or kept features."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from finetune.build import Numerics
 from finetune.data.images import Batch, Request
-from finetune.data.order import keyed_generator
+from finetune.data.texts import TextPipeline
 from finetune.device import autocast, to_device
 from finetune.errors import RunError, UsageError
 from finetune.features import CannotKeep, Features, Pass
@@ -24,11 +24,11 @@ from finetune.recipe import Recipe
 from finetune.state import numeric_environment
 from finetune.watch.progress import Terminal
 
-CHECKED_IMAGES = 2
+CHECKED_SAMPLES = 2
 
 
 class Batches(Protocol):
-    """Where batches come from: a `Loader` of images, or kept `Features`."""
+    """Where batches come from: a `Loader` of images or tokens, or kept `Features`."""
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]: ...
 
@@ -38,7 +38,7 @@ class Feed:
     """What training is fed.
 
     Attributes:
-        forward: what a batch holds (images or rows, on the device) -> what the model returns.
+        forward: what a batch holds (images, tokens or rows, on the device) -> what the model returns.
         train, validation: give the batches.
         features: the kept ones, or None where the backbone runs in every epoch.
     """
@@ -134,7 +134,7 @@ def _check_same(trainable: list[str], frozen_sha256: str, saved: dict[str, Any])
 
 
 def choose_feed(job: Job, frozen_sha256: str, kept: bool | None, terminal: Terminal, stop: StopRequest) -> Feed:
-    """Kept features where the backbone need not run again, else images; says which, and why.
+    """Kept features where the backbone need not run again, else samples; says which, and why.
 
     Args:
         kept: as it was when the run's checkpoint was written; None = for the first time.
@@ -143,7 +143,7 @@ def choose_feed(job: Job, frozen_sha256: str, kept: bool | None, terminal: Termi
     reason = _reason_against(job, kept)
     if not reason or job.numerics.splits:
         try:
-            found = cut(job.network.module, job.backbone.preprocessing.image_size, job.device)
+            found = cut(job.network.module, job.backbone, job.device)
         except CannotSplit as error:
             reason = reason or str(error)
             if job.numerics.splits:
@@ -159,7 +159,7 @@ def choose_feed(job: Job, frozen_sha256: str, kept: bool | None, terminal: Termi
     if kept:
         terminal.say(f"not bit for bit from here on: features were kept, and now cannot be: {reason}")
     terminal.say(f"features: not kept, the backbone runs in every epoch, because {reason}")
-    return Feed(forward_of_images(job.network.module, found, job.numerics, job.device), *job.loaders)
+    return Feed(forward_of_samples(job.network.module, found, job.numerics, job.device), *job.loaders)
 
 
 def _reason_against(job: Job, kept: bool | None) -> str:
@@ -174,31 +174,29 @@ def _reason_against(job: Job, kept: bool | None) -> str:
     if data.augment != "none" and not data.views:
         return f"--augment {data.augment} makes other images in every epoch (--views 4 would keep four of each)"
     if not recipe.epochs and recipe.max_steps * recipe.batch_size < len(job.data.split.train):
-        return "the run ends before it has seen each image once"
+        return f"the run ends before it has seen each {job.data.source.noun} once"
     return ""
 
 
-def cut(model: nn.Module, image_size: int, device: torch.device) -> Split:
-    """The model cut where training begins, tried on noise.
+def cut(model: nn.Module, backbone: Backbone, device: torch.device) -> Split:
+    """The model cut where training begins, tried on inputs of no meaning.
 
     Raises:
         CannotSplit: there is no frozen prefix, or it cannot be told apart.
     """
-    with keyed_generator("split"):
-        noise = torch.randn(CHECKED_IMAGES, 3, image_size, image_size)
-    return split(model, to_device(noise, device))
+    return split(model, to_device(backbone.preprocessing.example(CHECKED_SAMPLES), device))
 
 
-def forward_of_images(
+def forward_of_samples(
     model: nn.Module, found: Split | None, numerics: Numerics, device: torch.device
 ) -> Callable[[Tensor], Any]:
     """The whole model; in two parts where the backbone has a precision of its own."""
     if found is None or not numerics.splits:
         return model
 
-    def forward(images: Tensor) -> Any:
+    def forward(samples: Tensor) -> Any:
         with torch.no_grad(), autocast(device, numerics.of_backbone):
-            rows = found.prefix(images)
+            rows = found.prefix(samples)
         return found.suffix(rows.float())
 
     return forward
@@ -207,7 +205,7 @@ def forward_of_images(
 def trained_forward(
     network: Network, recipe: Recipe, numerics: Numerics, epoch: int, backbone: Backbone, device: torch.device
 ) -> Callable[[Tensor], Any]:
-    """images -> logits as the run computed them, everything in eval mode.
+    """Samples -> logits as the run computed them, everything in eval mode.
 
     Args:
         epoch: of the checkpoint: says what was frozen.
@@ -217,9 +215,9 @@ def trained_forward(
         rules = network.rules(recipe.trainable.rules)
         apply_freeze(model, rules, epoch)
         set_modes(model, rules, recipe.trainable.batchnorm, epoch)
-        found = cut(model, backbone.preprocessing.image_size, device)
+        found = cut(model, backbone, device)
     model.eval()
-    return forward_of_images(model, found, numerics, device)
+    return forward_of_samples(model, found, numerics, device)
 
 
 def _feed_of_rows(job: Job, found: Split, frozen_sha256: str, terminal: Terminal, stop: StopRequest) -> Feed:
@@ -237,14 +235,14 @@ def _feed_of_rows(job: Job, found: Split, frozen_sha256: str, terminal: Terminal
 def _pass_of(job: Job, found: Split, frozen_sha256: str) -> Pass:
     device, precision = job.device, job.numerics.of_backbone
 
-    def compute(images: Tensor) -> Tensor:
+    def compute(samples: Tensor) -> Tensor:
         with torch.inference_mode(), autocast(device, precision):
-            return found.prefix(to_device(images, device)).to("cpu", dtype).contiguous()
+            return found.prefix(to_device(samples, device)).to("cpu", dtype).contiguous()
 
-    spec, size = job.recipe.data, job.backbone.preprocessing.image_size
+    spec, preprocessing = job.recipe.data, job.backbone.preprocessing
     # What comes out of the backbone's last layer: half as many bytes where that is bfloat16.
     with torch.inference_mode(), autocast(device, precision):
-        dtype = found.prefix(to_device(torch.zeros(1, 3, size, size), device)).dtype
+        dtype = found.prefix(to_device(preprocessing.example(1), device)).dtype
     identity = {
         "backbone": job.backbone.to_plain(),
         "frozen": frozen_sha256,
@@ -255,5 +253,7 @@ def _pass_of(job: Job, found: Split, frozen_sha256: str) -> Pass:
         "data": job.data.source.fingerprint,
         "augment": {"augment": spec.augment, "seed": job.recipe.seed} if spec.views else "",
     }
-    about = f"{job.recipe.model.backbone} at {size} px over {spec.images}"
-    return Pass(compute, found.width, dtype, identity, job.data.source, job.loaders.train, about)
+    about = f"{job.recipe.model.full_name} over {spec.place}, {preprocessing.text}"
+    pipeline = job.data.pipeline
+    lengths = pipeline.lengths if isinstance(pipeline, TextPipeline) else None
+    return Pass(compute, found.width, dtype, identity, job.data.source, job.loaders.train, about, lengths)

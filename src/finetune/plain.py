@@ -5,7 +5,9 @@ import typing
 from typing import Any
 
 from finetune.errors import UsageError
-from finetune.recipe import TASKS, Recipe, Task
+from finetune.recipe import DATA, TASKS, Data, Recipe, Task
+
+UNIONS: dict[typing.Any, dict[str, typing.Any]] = {Task: TASKS, Data: DATA}
 
 
 def to_plain(recipe: Recipe) -> dict[str, Any]:
@@ -42,8 +44,8 @@ def _from_plain(kind: type, plain: dict[str, Any]) -> Any:
         field_type = fields[name].type
         if not fields[name].init:
             continue
-        if field_type == Task:
-            value = _from_plain(TASKS[value["kind"]], value)
+        if field_type in UNIONS:
+            value = _from_plain(UNIONS[field_type][value["kind"]], value)
         elif dataclasses.is_dataclass(field_type):
             value = _from_plain(typing.cast(type, field_type), value)
         elif isinstance(value, list):

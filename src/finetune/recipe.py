@@ -4,7 +4,7 @@ No import of torch here: help, summaries and search workers make recipes freely.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar
 
 from finetune.errors import UsageError
 
@@ -15,11 +15,14 @@ class Model:
 
     Attributes:
         backbone: architecture: "bundled/vgg", a classification model of torchvision by name, "hf:ID" or a folder with
-            an image encoder of transformers.
+            an image or text encoder of transformers.
         weights: "default" (the backbone's own), "none" (random), a member of torchvision's weights enum, or a file.
-        head: "linear", "mlp", "append", or "keep" (the architecture's own last layer, newly initialised).
+        head: "linear", "mlp", "append", "keep" (the architecture's own last layer, newly initialised), or "none" (the
+            network gives what a head would read).
         dropout: probability that a feature is zeroed before each new linear layer.
         head_width: hidden features of an "mlp" head.
+        revision: of a text encoder on the hub; "" = its newest.
+        pooling: how a text encoder's tokens become one feature vector: "auto", "stock", "mean" or "cls".
     """
 
     backbone: str
@@ -27,6 +30,13 @@ class Model:
     head: str = "linear"
     dropout: float = 0.0
     head_width: int = 256
+    revision: str = ""
+    pooling: str = "auto"
+
+    @property
+    def full_name(self) -> str:
+        """The backbone with its revision."""
+        return f"{self.backbone}@{self.revision}" if self.revision else self.backbone
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class Images:
         fonts: folder of fonts for "glyphs"; "" = those that matplotlib ships.
     """
 
+    kind: str = field(default="images", init=False)
     images: str
     image_column: str = ""
     label_column: str = ""
@@ -64,6 +75,51 @@ class Images:
     validation_fraction: float = 0.2
     train_samples: int = 0
     fonts: str = ""
+
+    @property
+    def place(self) -> str:
+        """What was given to find the data, and the option that it was given by."""
+        return self.images
+
+    option: ClassVar[str] = "--images"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Text data: which, how split, how long.
+
+    Attributes:
+        texts: "messages", a csv, tsv, jsonl or parquet file, or a folder of class/*.txt.
+        text_column, label_column: of such a file; "" = found by their names.
+        split_column, separator, allow_outside, validation_fraction, train_samples: as of images.
+        max_length: tokens of a text, what is longer is cut off; 0 = what the backbone takes, 512 at most.
+    """
+
+    kind: str = field(default="texts", init=False)
+    texts: str
+    text_column: str = ""
+    label_column: str = ""
+    split_column: str = ""
+    separator: str = ""
+    allow_outside: bool = False
+    max_length: int = 0
+    validation_fraction: float = 0.2
+    train_samples: int = 0
+    # Texts are never changed at random.
+    augment: ClassVar[str] = "none"
+    mixup: ClassVar[float] = 0.0
+    cutmix: ClassVar[float] = 0.0
+    views: ClassVar[int] = 0
+
+    @property
+    def place(self) -> str:
+        return self.texts
+
+    option: ClassVar[str] = "--texts"
+
+
+Data = Images | Texts
+DATA: dict[str, type[Data]] = {"images": Images, "texts": Texts}
 
 
 @dataclass(frozen=True)
@@ -94,8 +150,41 @@ class MultiLabel:
     class_weights: str = "none"
 
 
-Task = Classification | MultiLabel
-TASKS: dict[str, type[Task]] = {kind.kind: kind for kind in (Classification, MultiLabel)}
+@dataclass(frozen=True)
+class Regression:
+    """A number a sample, mean squared error."""
+
+    kind: str = field(default="regression", init=False)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The embedding that a teacher gives of each text. The student begins as a part of the teacher.
+
+    Attributes:
+        teacher: a text encoder: folder or name.
+        layers: of the teacher that the student begins with, evenly spread, its first among them; 0 = all.
+        vocabulary_size: tokens that the student knows: those that are most frequent in the texts; 0 = all.
+    """
+
+    kind: str = field(default="distillation", init=False)
+    teacher: str = ""
+    layers: int = 0
+    vocabulary_size: int = 0
+
+
+Task = Classification | MultiLabel | Regression | Distillation
+TASKS: dict[str, type[Task]] = {
+    kind.kind: kind for kind in (Classification, MultiLabel, Regression, Distillation)
+}  # fmt: skip
+# What "accuracy" would mean is nothing of numbers: which figures a validation gives, the default for the best first.
+METRICS = {
+    "classification": ("accuracy", "f1", "loss"),
+    "multi-label": ("accuracy", "f1", "loss"),
+    "regression": ("loss", "mae", "r2"),
+    "distillation": ("loss", "cosine"),
+}
+LOWER_IS_BETTER = ("loss", "mae")
 
 
 @dataclass(frozen=True)
@@ -158,11 +247,11 @@ class Stop:
     """Which metric is "best", and when to stop early.
 
     Attributes:
-        metric: "accuracy", "f1" or "loss" of the validation set.
+        metric: one of the task's `METRICS`, of the validation set; "auto" = the first.
         patience: stop after so many validations without a new best; 0 = never.
     """
 
-    metric: str = "accuracy"
+    metric: str = "auto"
     patience: int = 0
 
 
@@ -177,7 +266,7 @@ class Recipe:
     """
 
     model: Model
-    data: Images
+    data: Data
     task: Task = Classification()
     trainable: Trainable = Trainable()
     optimizer: Optimizer = Optimizer()
@@ -192,6 +281,11 @@ class Recipe:
     def __post_init__(self):
         check_ranges(self)
 
+    @property
+    def best_metric(self) -> str:
+        """That decides which checkpoint is best."""
+        return METRICS[self.task.kind][0] if self.stop.metric == "auto" else self.stop.metric
+
 
 AUGMENTATIONS = ("none", "light", "standard", "glyphs")
 
@@ -203,39 +297,29 @@ def check_ranges(recipe: Recipe) -> None:
         UsageError: the first of them.
     """
     data, optimizer, schedule = recipe.data, recipe.optimizer, recipe.schedule
+    metrics = METRICS[recipe.task.kind]
     rules: list[tuple[str, float | str, bool, str]] = [
         ("epochs", recipe.epochs, recipe.epochs >= (0 if recipe.max_steps else 1), "1 or more"),
         ("max-steps", recipe.max_steps, recipe.max_steps >= 0, "0 (no limit) or more"),
         ("batch-size", recipe.batch_size, recipe.batch_size >= 1, "1 or more"),
         ("validate-every-steps", recipe.validate_every_steps, recipe.validate_every_steps >= 0, "0 or more"),
         ("seed", recipe.seed, recipe.seed >= 0, "0 or more"),
-        (
-            "image-size",
-            data.image_size,
-            data.image_size == 0 or 8 <= data.image_size <= 4096,
-            "0 (the backbone's) or 8 to 4096",
-        ),
         ("train-samples", data.train_samples, data.train_samples >= 0, "0 (all) or more"),
-        ("augment", data.augment, data.augment in AUGMENTATIONS, f"one of {', '.join(AUGMENTATIONS)}"),
-        ("mixup", data.mixup, data.mixup >= 0, "0 (off) or more"),
-        ("cutmix", data.cutmix, data.cutmix >= 0, "0 (off) or more"),
-        ("views", data.views, data.views >= 0, "0 (a new one in every epoch) or more"),
         ("validation-fraction", data.validation_fraction, 0 < data.validation_fraction < 1, "between 0 and 1"),
         ("dropout", recipe.model.dropout, 0 <= recipe.model.dropout < 1, "0 up to, not including, 1"),
         ("head-width", recipe.model.head_width, recipe.model.head_width >= 1, "1 or more"),
-        (
-            "label-smoothing",
-            recipe.task.label_smoothing,
-            0 <= recipe.task.label_smoothing < 1,
-            "0 up to, not including, 1",
-        ),
         ("lr", optimizer.lr, 0 < optimizer.lr < float("inf"), "more than 0"),
         ("weight-decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "0 or more"),
         ("clip-norm", optimizer.clip_norm, optimizer.clip_norm >= 0, "0 (off) or more"),
         ("accumulate", optimizer.accumulate, 1 <= optimizer.accumulate <= recipe.batch_size, "1 up to the batch size"),
         ("warmup-fraction", schedule.warmup_fraction, 0 <= schedule.warmup_fraction < 1, "0 up to, not including, 1"),
         ("patience", recipe.stop.patience, recipe.stop.patience >= 0, "0 (never) or more"),
+        ("stop-metric", recipe.stop.metric, recipe.stop.metric in ("auto", *metrics), f"auto, {', '.join(metrics)}"),
     ]
+    if isinstance(recipe.task, Classification | MultiLabel):
+        share = recipe.task.label_smoothing
+        rules.append(("label-smoothing", share, 0 <= share < 1, "0 up to, not including, 1"))
+    rules += _image_rules(data) if isinstance(data, Images) else _text_rules(data, recipe.task)
     for name, value, allowed, range_text in rules:
         if not allowed:
             raise UsageError(f"--{name} {value}: not allowed; give {range_text}")
@@ -247,133 +331,20 @@ def check_ranges(recipe: Recipe) -> None:
         )
 
 
-@dataclass(frozen=True)
-class ImageTable:
-    """The options of images that a csv, tsv or jsonl file lists.
-
-    Attributes:
-        image_column: holds the image's path; default: image, path, file, ...
-        label_column: holds the label; default: label, class, category, ...
-        split_column: says train, val or test of each row; default: the split is drawn.
-        separator: between the several labels of a row: then each class is a yes or no of its own.
-        allow_outside: read images outside the folder too: behind links, paths with .. or from the root. Only where you
-            trust whoever made the data.
-    """
-
-    image_column: str = ""
-    label_column: str = ""
-    split_column: str = ""
-    separator: str = ""
-    allow_outside: bool = False
+def _image_rules(data: Images) -> list[tuple[str, float | str, bool, str]]:
+    size = data.image_size
+    return [
+        ("image-size", size, size == 0 or 8 <= size <= 4096, "0 (the backbone's) or 8 to 4096"),
+        ("augment", data.augment, data.augment in AUGMENTATIONS, f"one of {', '.join(AUGMENTATIONS)}"),
+        ("mixup", data.mixup, data.mixup >= 0, "0 (off) or more"),
+        ("cutmix", data.cutmix, data.cutmix >= 0, "0 (off) or more"),
+        ("views", data.views, data.views >= 0, "0 (a new one in every epoch) or more"),
+    ]
 
 
-@dataclass(frozen=True)
-class Training:
-    """The options that every recipe for a new head shares.
-
-    Attributes:
-        optimizer: adamw, sgd, or any class of torch.optim.
-        weight_decay: for weight matrices; biases and normalisation layers get none.
-        schedule: of the learning rate, after a short warm-up.
-        label_smoothing: share of the target that is spread over all classes.
-        class_weights: "balanced" = each class weighs the same, however many samples it has.
-        clip_norm: the gradient's largest norm; 0 = no clipping.
-        accumulate: compute each batch in so many parts, to save memory; the step is the same.
-        patience: stop after so many validations without a new best; 0 = never.
-        stop_metric: of the validation set; decides which checkpoint is best.
-        validate_every_steps: validate also every so many steps; 0 = each epoch only.
-        train_samples: train on so many samples only, each class in its share; 0 = all.
-        validation_fraction: share of each class that validates, where the images come without a validation part.
-        mixup: blend each image with another, by a share drawn from Beta(alpha, alpha); 0 = off.
-        cutmix: paste a piece of another image into each; 0 = off; with mixup, each batch gets one of the two.
-        views: with augment: keep so many augmented views of each image, so that a frozen backbone runs once over each;
-            0 = a new view in every epoch, and the backbone runs in every epoch.
-    """
-
-    optimizer: str = "adamw"
-    weight_decay: float = 1e-2
-    schedule: Literal["cosine", "step", "plateau", "constant"] = "cosine"
-    label_smoothing: float = 0.0
-    class_weights: Literal["none", "balanced"] = "none"
-    clip_norm: float = 0.0
-    accumulate: int = 1
-    patience: int = 0
-    stop_metric: Literal["accuracy", "f1", "loss"] = "accuracy"
-    validate_every_steps: int = 0
-    train_samples: int = 0
-    validation_fraction: float = 0.2
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    views: int = 0
-
-
-def image_head(
-    *,
-    images: str,
-    backbone: str,
-    weights: str,
-    image_size: int,
-    augment: str,
-    head: str,
-    dropout: float,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    table: ImageTable,
-    training: Training,
-) -> Recipe:
-    """A new head on a frozen, pretrained image backbone.
-
-    Args:
-        images: "digits"; a folder with one sub-folder of images a class, or with train/, val/ and test/, each so; or a
-            csv, tsv or jsonl file with a path and a label in each row.
-        backbone: the pretrained network: bundled/vgg, bundled/resnet; any classification model of torchvision
-            (mobilenet_v2, resnet50, vit_b_16, ...); hf:ID or a folder: an image encoder of transformers.
-        weights: "default" (the backbone's own), "none" (random), a name of torchvision's (IMAGENET1K_V1), or a
-            .safetensors, .pt or .pth file.
-        image_size: edge in pixels of what the backbone sees; 0 = what it was trained at.
-        augment: random changes of each training image: "light" = affine, crop, colour; "standard", for photos = crop,
-            flip, RandAugment.
-        head: one linear layer; a small mlp; or a linear layer behind the old head.
-        dropout: probability that a feature is zeroed while training.
-        epochs: passes over the training data.
-        batch_size: samples an optimizer step.
-        lr: learning rate at its peak.
-        seed: of the split, the order, the head's first weights, dropout and augmentation.
-        table: the options of images that a file lists.
-        training: the options that every recipe for a new head shares.
-    """
-    task = MultiLabel if table.separator else Classification
-    return Recipe(
-        model=Model(backbone=backbone, weights=weights, head=head, dropout=dropout),
-        data=Images(
-            images=images,
-            image_column=table.image_column,
-            label_column=table.label_column,
-            split_column=table.split_column,
-            separator=table.separator,
-            allow_outside=table.allow_outside,
-            image_size=image_size,
-            augment=augment,
-            mixup=training.mixup,
-            cutmix=training.cutmix,
-            views=training.views,
-            validation_fraction=training.validation_fraction,
-            train_samples=training.train_samples,
-        ),
-        task=task(label_smoothing=training.label_smoothing, class_weights=training.class_weights),
-        optimizer=Optimizer(
-            name=training.optimizer,
-            lr=lr,
-            weight_decay=training.weight_decay,
-            clip_norm=training.clip_norm,
-            accumulate=training.accumulate,
-        ),
-        schedule=Schedule(name=training.schedule),
-        stop=Stop(metric=training.stop_metric, patience=training.patience),
-        epochs=epochs,
-        batch_size=batch_size,
-        validate_every_steps=training.validate_every_steps,
-        seed=seed,
-    )
+def _text_rules(data: Texts, task: Task) -> list[tuple[str, float | str, bool, str]]:
+    several = isinstance(task, MultiLabel)
+    return [
+        ("max-length", data.max_length, data.max_length >= 0, "0 (the backbone's) or more"),
+        ("separator", data.separator, several or not data.separator, "one only to a task of several labels"),
+    ]

@@ -24,7 +24,7 @@ from finetune.torch_files import load_plain
 
 RUNS_FOLDER = Path("runs")
 RECIPE_FILE = "recipe.json"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # What recipe.json holds besides.
 RECORD_KINDS = {
     "id": str,
@@ -64,6 +64,11 @@ class RunFolder:
     @property
     def frozen(self) -> Path:
         return self.path / "frozen"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of a run on texts."""
+        return self.frozen / "tokenizer"
 
     @property
     def code(self) -> Path:

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass

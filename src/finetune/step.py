@@ -120,8 +120,8 @@ def in_halves(
         size = max(1, samples >> halvings)
         if size == 1:
             raise RunError(
-                f"out of memory ({reason}) with one sample at a time; give a smaller --image-size, another --backbone, "
-                "--precision bf16, or a device with more memory"
+                f"out of memory ({reason}) with one sample at a time; give a smaller --image-size or --max-length, "
+                "another --backbone, --precision bf16, or a device with more memory"
             )
         halvings += 1
         # How far the failed attempt came must not show in what dropout draws.

@@ -38,15 +38,14 @@ def summary_text(recipe: Recipe) -> str:
     """torchinfo's table with the trainable column, then the counts and sizes that decide."""
     backbone, weights = find_pretrained(recipe)
     data = open_data(recipe, backbone)
-    network = new_network(recipe, backbone, weights, data.class_count)
+    network = new_network(recipe, backbone, weights, data.output_count)
     rules = network.rules(recipe.trainable.rules)
     module = network.module
     apply_freeze(module, rules, 0)
     held = set_modes(module, rules, recipe.trainable.batchnorm, 0)
-    size = backbone.preprocessing.image_size
     table = summary(
         module,
-        input_size=(1, 3, size, size),
+        input_data=[backbone.preprocessing.example(1)],
         col_names=("output_size", "num_params", "trainable"),
         row_settings=("var_names", "depth"),
         depth=4,

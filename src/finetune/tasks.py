@@ -1,6 +1,7 @@
 """What a network is trained to do: the loss of a sample, what a target is, and the figures of a validation."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from finetune import recipe as recipes
+from finetune.data.source import class_counts
 from finetune.metrics import ClassCounts, accuracy, confusion_matrix
 
 # What each auxiliary head adds to the loss: Szegedy et al., "Going deeper with convolutions", CVPR 2015.
@@ -97,29 +99,94 @@ class MultiLabelTask:
         return MultiLabelTally(MultiLabelTask(self.class_count), device)
 
 
-Task = ClassificationTask | MultiLabelTask
+@dataclass(frozen=True)
+class RegressionTask:
+    """A number a sample. The network gives it standardised, as features are: mean squared error then has one scale,
+    whatever the unit.
+
+    Attributes:
+        mean, deviation: of the training targets.
+    """
+
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Squared errors of standardised numbers, added up.
+
+        Args:
+            outputs: (batch, 1), standardised.
+            targets: (batch,) in their own unit.
+        """
+        return (outputs.float().squeeze(1) - (targets - self.mean) / self.deviation).square().sum()
+
+    def weight(self, targets: Tensor) -> int:
+        return len(targets)
+
+    def values(self, outputs: Tensor) -> Tensor:
+        """(batch,) numbers in the unit of the targets."""
+        return outputs.float().squeeze(1) * self.deviation + self.mean
+
+    def tally(self, device: torch.device) -> "RegressionTally":
+        return RegressionTally(self, device)
 
 
-def make_task(spec: recipes.Classification | recipes.MultiLabel, counts: Tensor, samples: int) -> Task:
+@dataclass(frozen=True)
+class DistillationTask:
+    """The embedding that a teacher gives: mean squared error over the width, in units of what the teacher's embeddings
+    are long (Reimers and Gurevych, "Making monolingual sentence embeddings multilingual using knowledge distillation",
+    EMNLP 2020)."""
+
+    def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Of each sample the squared distance over the teacher's squared length, added up. Both: (batch, width)."""
+        distance = (outputs.float() - targets).square().sum(1)
+        return (distance / targets.square().sum(1).clamp(min=1e-12)).sum()
+
+    def weight(self, targets: Tensor) -> int:
+        return len(targets)
+
+    def tally(self, device: torch.device) -> "DistillationTally":
+        return DistillationTally(self, device)
+
+
+Classifying = ClassificationTask | MultiLabelTask
+Task = Classifying | RegressionTask | DistillationTask
+
+
+def make_task(spec: recipes.Task, outputs: int, scale: Sequence[float] = (), targets: Tensor | None = None) -> Task:
     """The recipe's task.
 
     Args:
-        counts: (classes,) int64 training samples of each class.
-        samples: training samples in all.
+        outputs: numbers that the network gives for a sample.
+        scale: mean and deviation of the training targets, of a regression.
+        targets: of the training samples, for the weights of classes; None = none are needed.
     """
-    balanced = spec.class_weights == "balanced"
-    if isinstance(spec, recipes.MultiLabel):
-        weights = (samples - counts).clamp(min=1) / counts.clamp(min=1) if balanced else None
-        return MultiLabelTask(len(counts), weights, spec.label_smoothing)
-    # Each class's samples together weigh the same; the mean over samples is 1.
-    weights = samples / (len(counts) * counts.clamp(min=1)).float() if balanced else None
-    return ClassificationTask(len(counts), weights, spec.label_smoothing)
+    if isinstance(spec, recipes.Regression):
+        return RegressionTask(*scale)
+    if isinstance(spec, recipes.Distillation):
+        return DistillationTask()
+    weights = None
+    if spec.class_weights == "balanced" and targets is not None:
+        counts, samples = class_counts(targets, outputs), len(targets)
+        if isinstance(spec, recipes.MultiLabel):
+            weights = (samples - counts).clamp(min=1) / counts.clamp(min=1)
+        else:  # each class's samples together weigh the same; the mean over samples is 1
+            weights = samples / (outputs * counts.clamp(min=1)).float()
+    kind = MultiLabelTask if isinstance(spec, recipes.MultiLabel) else ClassificationTask
+    return kind(outputs, weights, spec.label_smoothing)
+
+
+def scale_of(targets: Tensor) -> list[float]:
+    """Mean and deviation of numbers to predict; deviation 1 where they are all the same."""
+    mean, deviation = targets.double().mean().item(), targets.double().std(correction=0).item()
+    return [mean, deviation or 1.0]
 
 
 def to_device(task: Task, device: torch.device) -> Task:
     """The task with its weights on `device`."""
-    weights = task.class_weights
-    return task if weights is None else dataclasses.replace(task, class_weights=weights.to(device))
+    if not isinstance(task, Classifying) or task.class_weights is None:
+        return task
+    return dataclasses.replace(task, class_weights=task.class_weights.to(device))
 
 
 def training_loss(task: Task, outputs: Any, targets: Tensor) -> Tensor:
@@ -195,3 +262,55 @@ class MultiLabelTally:
             "accuracy": self.exact.item() / self.sample_count,
             "f1": self.counts().macro_f1(),
         }
+
+
+class RegressionTally:
+    """Figures of regression."""
+
+    def __init__(self, task: RegressionTask, device: torch.device):
+        self.task = task
+        # Of standardised numbers: squared errors, absolute errors, targets, squared targets.
+        self.sums = torch.zeros(4, device=device)
+        self.sample_count = 0
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        wanted = (targets - self.task.mean) / self.task.deviation
+        errors = outputs.float().squeeze(1) - wanted
+        self.sums += torch.stack([errors.square().sum(), errors.abs().sum(), wanted.sum(), wanted.square().sum()])
+        self.sample_count += len(targets)
+
+    def samples(self) -> int:
+        return self.sample_count
+
+    def figures(self) -> dict[str, float]:
+        """loss (mean squared error of standardised numbers), mean absolute error in the targets' unit, and r2: the
+        share of their variance that is explained."""
+        squared, absolute, total, squares = (value / self.sample_count for value in self.sums.tolist())
+        variance = squares - total**2
+        return {
+            "loss": squared,
+            "mae": absolute * self.task.deviation,
+            "r2": 1 - squared / variance if variance > 0 else 0.0,
+        }
+
+
+class DistillationTally:
+    """Figures of distillation."""
+
+    def __init__(self, task: DistillationTask, device: torch.device):
+        self.task = task
+        self.sums = torch.zeros(2, device=device)
+        self.sample_count = 0
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        likeness = functional.cosine_similarity(outputs.float(), targets).sum()
+        self.sums += torch.stack([self.task.loss_sum(outputs, targets), likeness])
+        self.sample_count += len(targets)
+
+    def samples(self) -> int:
+        return self.sample_count
+
+    def figures(self) -> dict[str, float]:
+        """loss, and the mean cosine between the network's embeddings and the teacher's."""
+        loss, cosine = (self.sums / self.sample_count).tolist()
+        return {"loss": loss, "cosine": cosine}

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.build import Data
 from finetune.checkpoint import check_room, write_checkpoint
 from finetune.data.contents import Contents
 from finetune.data.images import Batch, Request
-from finetune.data.order import batches_from, epoch_order, reading_order
+from finetune.data.order import batches_from, reading_order
 from finetune.device import autocast, to_device
 from finetune.errors import RunError, UsageError
 from finetune.guard import StopRequest
@@ -32,7 +33,7 @@ from finetune.models.freeze import (
 )
 from finetune.optim import load_optimizer_state, optimizer_state, schedule_factor, set_learning_rate
 from finetune.phase import Feed, Phase
-from finetune.recipe import Recipe
+from finetune.recipe import LOWER_IS_BETTER, Recipe
 from finetune.run import RunFolder
 from finetune.state import (
     Progress,
@@ -44,8 +45,6 @@ from finetune.state import (
 from finetune.step import free_memory, gradients, in_halves, optimizer_step
 from finetune.tasks import Task
 from finetune.watch.progress import Terminal
-
-LOWER_IS_BETTER = ("loss",)
 
 
 @dataclass(frozen=True)
@@ -107,11 +106,12 @@ def is_better(metric: str, value: float, best: dict[str, Any]) -> bool:
 
 def record_validation(recipe: Recipe, progress: Progress, values: dict[str, float], epoch: int) -> bool:
     """Take down a validation's figures; whether they are the best so far."""
-    value = values[f"val/{recipe.stop.metric}"]
-    best = is_better(recipe.stop.metric, value, progress.best)
+    metric = recipe.best_metric
+    value = values[f"val/{metric}"]
+    best = is_better(metric, value, progress.best)
     progress.last_validation, progress.validated_step = values, progress.step
     if best:
-        progress.best = {"metric": recipe.stop.metric, "value": value, "step": progress.step, "epoch": epoch}
+        progress.best = {"metric": metric, "value": value, "step": progress.step, "epoch": epoch}
         progress.validations_without_best = 0
     else:
         progress.validations_without_best += 1
@@ -161,8 +161,7 @@ def train(
     phase: Phase,
     next_phase: Callable[[int], Phase],
     contents: Contents,
-    train_indices: Tensor,
-    validation_indices: Tensor,
+    data: Data,
     task: Task,
     progress: Progress,
     resumed: dict[str, Any] | None,
@@ -185,7 +184,7 @@ def train(
         StoppedEarly: a signal asked for it; the state is saved.
         RunError: the loss is not finite, memory or disk do not suffice, or frozen tensors changed.
     """
-    samples = len(train_indices)
+    samples = len(data.split.train)
     steps_per_epoch, horizon_steps, end_step = count_steps(recipe, samples, progress)
     epochs = math.ceil(end_step / steps_per_epoch)
     batchnorm, every = recipe.trainable.batchnorm, recipe.validate_every_steps
@@ -193,9 +192,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     last_saved = time.monotonic()
 
-    train_indices, validation_indices = (
-        reading_order(indices, samples) for indices in (train_indices, validation_indices)
-    )
+    train_samples, validation_samples = (reading_order(part, samples) for part in data.split[:2])
 
     if resumed:
         load_optimizer_state(phase.optimizer, resumed["optimizer"])
@@ -245,7 +242,7 @@ def train(
         epoch_loss = progress.epoch_loss()
         size = recipe.batch_size * 4
 
-        attempt = partial(validate, model, phase.feed, validation_indices, size, task, device, precision, stop)
+        attempt = partial(validate, model, phase.feed, validation_samples, size, task, device, precision, stop)
         values, progress.halvings = in_halves(attempt, size, progress.halvings, ran_out_of_memory)
         set_modes(model, rules, batchnorm, phase.epoch)
         if not values:
@@ -275,7 +272,7 @@ def train(
             raise stop.stopped(f"at step {progress.step} of {end_step}, saved")
 
     def batches_of_epoch() -> Iterator[Batch]:
-        order = train_indices[epoch_order(recipe.seed, progress.epoch, samples)]
+        order = data.epoch_samples(recipe.seed, progress.epoch, recipe.batch_size, train_samples)
         batches = batches_from(order, recipe.batch_size, progress.position_samples)
         batches = itertools.islice(batches, end_step - progress.step)
         view = progress.epoch % recipe.data.views if recipe.data.views else progress.epoch

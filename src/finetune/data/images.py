@@ -15,7 +15,7 @@ from finetune.data.digits import load_digits
 from finetune.data.folder import open_folder
 from finetune.data.order import key, keyed_generator, stratified_split
 from finetune.data.preprocess import Preprocessing
-from finetune.data.source import FileSource, Source
+from finetune.data.source import Source
 from finetune.data.table import TABLE_SUFFIXES, Columns, open_table
 from finetune.errors import UsageError
 
@@ -99,8 +99,9 @@ class Batch(NamedTuple):
     """What comes of a request.
 
     Attributes:
-        inputs: (batch, 3, image_size, image_size) float32 images; or (batch, width) rows of kept features.
-        targets: (batch,) int64; (batch, classes) uint8 of several labels, float32 of mixed images.
+        inputs: (batch, 3, image_size, image_size) float32 images; (batch, length) int64 tokens; or (batch, width) rows
+            of kept features.
+        targets: (batch,) int64; (batch, classes) uint8 of several labels, float32 of mixed images; as in `TextSource`.
         indices: (batch,) int64: the samples, without broken ones.
         digests: (batch,) int64 of the files' contents; 0 = no file.
         broken: (index, what is wrong with it).
@@ -183,7 +184,7 @@ def without(indices: Tensor, dropped: Sequence[int]) -> Tensor:
 
 def names_to_indices(source: Source, names: Sequence[str]) -> list[int]:
     """The samples of those names."""
-    if not names or not isinstance(source, FileSource):
+    if not names:
         return []
     wanted = set(names)
-    return [index for index, path in enumerate(source.paths) if path in wanted]
+    return [index for index in range(len(source.targets)) if source.name(index) in wanted]

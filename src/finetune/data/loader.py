@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.data.contents import Contents
 from finetune.data.images import Batch, ImagePipeline, Request
+from finetune.data.texts import TextPipeline
 from finetune.errors import FinetuneError
 
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
@@ -18,7 +19,7 @@ START_METHODS = ("auto", "fork", "forkserver", "spawn")
 class _PipelineDataset(Dataset):
     """A DataLoader wants a map from a key to an item; our key is a whole batch."""
 
-    def __init__(self, pipeline: ImagePipeline):
+    def __init__(self, pipeline: ImagePipeline | TextPipeline):
         self.pipeline = pipeline
 
     def __getitem__(self, request: Request) -> Batch | FinetuneError:
@@ -70,7 +71,14 @@ class Loader:
         contents: what the files held when they were first read.
     """
 
-    def __init__(self, pipeline: ImagePipeline, workers: int, start_method: str, pin_memory: bool, contents: Contents):
+    def __init__(
+        self,
+        pipeline: ImagePipeline | TextPipeline,
+        workers: int,
+        start_method: str,
+        pin_memory: bool,
+        contents: Contents,
+    ):
         self._pipeline = pipeline
         self.contents = contents
         self._requests = _Requests()
@@ -100,7 +108,7 @@ class Loader:
         """The batches of `requests`, in their order.
 
         Raises:
-            FinetuneError: an image is broken, or not what it was.
+            FinetuneError: a sample is broken, or not what it was.
         """
         with closing(self._fetched(requests)) as fetched:
             for batch in fetched:

@@ -15,6 +15,8 @@ from torch import Tensor
 LARGE_SAMPLES = 65_536
 BLOCK_SAMPLES = 4_096
 WINDOW_SAMPLES = 8 * BLOCK_SAMPLES
+# So many batches are sorted by length at once: few enough that an epoch stays shuffled.
+SORTED_BATCHES = 32
 
 
 def key(*parts: str | int) -> int:
@@ -61,6 +63,27 @@ def reading_order(indices: Tensor, train_samples: int) -> Tensor:
     return indices[torch.from_numpy(np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable"))]
 
 
+def side_by_side(order: Tensor, lengths: Tensor, batch_size: int) -> Tensor:
+    """An order in which the samples of a batch are about equally long, so that little is padded.
+
+    The order is cut into blocks of batches; in each the samples are sorted by length, and whole batches change places
+    among each other, so that long ones do not come last. A batch that is not full stays at the end. Pure: no generator.
+
+    Args:
+        order: (samples,) int64, shuffled.
+        lengths: by sample.
+    """
+    blocks = []
+    for block in order.split(SORTED_BATCHES * batch_size):
+        places = lengths[block].argsort(stable=True)
+        full = len(block) // batch_size * batch_size
+        batches = places[:full].view(-1, batch_size)
+        # Where a batch's first sample stood in the shuffled block is as good as a draw of its own.
+        batches = batches[batches[:, 0].argsort()]
+        blocks += [block[batches.flatten()], block[places[full:]]]
+    return torch.cat(blocks) if blocks else order
+
+
 def batches_from(order: Tensor, batch_size: int, position_samples: int = 0) -> Iterator[Tensor]:
     """The index batches of an epoch from `position_samples` on; the last one may be smaller."""
     for start in range(position_samples, len(order), batch_size):
@@ -88,7 +111,7 @@ def stratified_split(
     """Split indices so that each class keeps its share.
 
     Args:
-        targets: (samples,) int64 class numbers; or (samples, classes), not 0 where a class applies.
+        targets: (samples,) int64 class numbers; or (samples, classes), not 0 where a class applies; or float numbers.
         validation_fraction: share of each class that validates; each class keeps at least one sample to train on,
             and gives one to validate with as soon as it has two. 0 = nothing validates.
         seed: the same seed gives the same split.
@@ -104,7 +127,7 @@ def stratified_split(
         count = min(max(round(len(members) * validation_fraction), 1), len(members) - 1) if validation_fraction else 0
         validation.append(members[:count])
         train.append(members[count:])
-    if targets.dim() == 2 and validation_fraction:
+    if targets.dim() == 2 and not targets.is_floating_point() and validation_fraction:
         train, validation = _give_back(targets, torch.cat(train), torch.cat(validation))
     if train_samples:
         # Deal the classes out in turn until there are enough: shares as equal as the classes' sizes allow.
@@ -130,6 +153,10 @@ def _strata(targets: Tensor) -> Iterator[tuple[int, Tensor]]:
     idea of Sechidis, Tsoumakas and Vlahavas, "On the stratification of multi-label data", ECML PKDD 2011); samples
     without any label are a group of their own.
     """
+    if targets.is_floating_point():
+        # Numbers by their size, in tenths; of embeddings one is like another.
+        tenths = targets.argsort(stable=True).argsort(stable=True) * 10 // max(len(targets), 1)
+        targets = tenths if targets.dim() == 1 else torch.zeros(len(targets), dtype=torch.int64)
     if targets.dim() == 2:
         applies = targets != 0
         rarity = applies.sum(0).argsort(stable=True)  # the rarest class first

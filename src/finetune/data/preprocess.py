@@ -11,6 +11,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from finetune.data.order import keyed_generator
+
 # Beyond this a picture is a strip; keeping its proportions would cost memory without end.
 MAX_ASPECT = 20
 LARGEST_IMAGE = 4096
@@ -72,6 +74,11 @@ class Preprocessing:
         scale = torch.tensor(self.std).view(3, 1, 1) * 255
         shift = torch.tensor(self.mean).view(3, 1, 1) * 255
         return images.float().sub_(shift).div_(scale)
+
+    def example(self, count: int) -> Tensor:
+        """Network inputs of no meaning, (count, 3, image_size, image_size) float32; always the same."""
+        with keyed_generator("split"):
+            return torch.randn(count, 3, self.image_size, self.image_size)
 
     def to_plain(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

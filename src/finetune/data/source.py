@@ -1,10 +1,14 @@
-"""What a data set is to the rest of the kit: classes, a target for each sample, a way to read one."""
+"""What a data set is to the rest of the kit: classes, a target for each sample, a way to read one.
+
+Images in memory, image files, or texts; `texts.TextSource` is the third.
+"""
 
 import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +49,7 @@ class ArraySource:
     fingerprint: str
     groups: Tensor | None = None
     parts: Tensor | None = None
+    noun: ClassVar[str] = "image"
 
     def read(self, index: int) -> tuple[Tensor, int]:
         """One image, (3, height, width) uint8; and 0, for its content is in the fingerprint."""
@@ -70,6 +75,7 @@ class FileSource:
     groups: Tensor | None = None
     parts: Tensor | None = None
     ignored: int = 0
+    noun: ClassVar[str] = "image"
 
     def read(self, index: int) -> tuple[Tensor, int]:
         """One image, (3, height, width) uint8; and a digest of the file's content, a positive int64.
@@ -103,7 +109,34 @@ class FileSource:
         return self.paths[index]
 
 
-Source = ArraySource | FileSource
+@dataclass(frozen=True)
+class TextSource:
+    """Texts, in memory.
+
+    Attributes:
+        texts: as they are; an empty one cannot be used.
+        names: of each: where it stands.
+        targets: (samples,) int64 class numbers, (samples, classes) uint8 of several labels, (samples,) float32 numbers
+            to predict, or (samples, width) float32 embeddings to come close to.
+        classes: names, by class number; none where numbers or embeddings are predicted.
+        fingerprint, parts, ignored: as of the others.
+    """
+
+    texts: list[str]
+    names: list[str]
+    targets: Tensor
+    classes: list[str]
+    fingerprint: str
+    groups: Tensor | None = None
+    parts: Tensor | None = None
+    ignored: int = 0
+    noun: ClassVar[str] = "text"
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+
+Source = ArraySource | FileSource | TextSource
 
 
 def digest_of(content: bytes) -> int:
@@ -111,7 +144,7 @@ def digest_of(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1 or 1
 
 
-def check_inside(folder: Path, paths: Sequence[str], what: str) -> None:
+def check_inside(folder: Path, paths: Sequence[str], what: str, noun: str = "image") -> None:
     """Refuse files that are not below `folder`: a data set from elsewhere must not lead to what else lies on the disk.
 
     Args:
@@ -140,9 +173,53 @@ def check_inside(folder: Path, paths: Sequence[str], what: str) -> None:
             outside.append(path)
     if outside:
         raise UsageError(
-            f"{what}: {len(outside)} image(s) lie outside {folder}, like {outside[0]}; if you trust whoever made this "
+            f"{what}: {len(outside)} {noun}(s) lie outside {folder}, like {outside[0]}; if you trust whoever made this "
             "data, give --allow-outside"
         )
+
+
+def encode_labels(
+    labels: Sequence[str] | Sequence[tuple[str, ...]],
+    parts: Sequence[int] | None,
+    classes: Sequence[str] | None,
+    what: str,
+    noun: str = "image",
+) -> tuple[Tensor, list[str]]:
+    """Labels as numbers: (samples,) int64, or, multi-label, (samples, classes) uint8; and the classes' names.
+
+    Args:
+        labels, parts, classes, what: see `make_file_source`.
+
+    Raises:
+        UsageError: fewer than two classes, or a label that is no class.
+    """
+    multi_label = bool(labels) and isinstance(labels[0], tuple)
+    sets = [label if isinstance(label, tuple) else (label,) for label in labels]
+    if classes is None:
+        training = sets if parts is None else [one for one, part in zip(sets, parts, strict=True) if part == 0]
+        classes = sorted({name for one in training for name in one})
+        if len(classes) < 2:
+            raise UsageError(
+                f"{what}: {len(classes)} class(es) found ({', '.join(classes)}), at least 2 are needed; "
+                f"put the {noun}s of each class into a sub-folder of its own, or name the classes in a csv"
+            )
+    for name in classes:
+        if name.encode("utf-8", "replace").decode() != name:
+            raise UsageError(f"{what}: class {name!r} has a name that is no text (UTF-8); rename it")
+    numbers = {name: number for number, name in enumerate(classes)}
+    strange = sorted({name for one in sets for name in one if name not in numbers})
+    if strange:
+        raise UsageError(
+            f"{what}: class {', '.join(map(repr, strange[:5]))} is not among those trained on "
+            f"({', '.join(map(repr, list(numbers)[:10]))}{', ...' if len(numbers) > 10 else ''}); rename or remove it"
+        )
+    if not multi_label:
+        return torch.tensor([numbers[one[0]] for one in sets], dtype=torch.int64), list(classes)
+    targets = torch.zeros(len(labels), len(classes), dtype=torch.uint8)
+    for row, one in enumerate(sets):
+        for name in one:
+            targets[row, numbers[name]] = 1
+    return targets, list(classes)
 
 
 def make_file_source(
@@ -164,45 +241,22 @@ def make_file_source(
     Raises:
         UsageError: fewer than two classes, or a label that is no class.
     """
-    multi_label = bool(labels) and isinstance(labels[0], tuple)
-    sets = [label if isinstance(label, tuple) else (label,) for label in labels]
-    if classes is None:
-        training = sets if parts is None else [one for one, part in zip(sets, parts, strict=True) if part == 0]
-        classes = sorted({name for one in training for name in one})
-        if len(classes) < 2:
-            raise UsageError(
-                f"{what}: {len(classes)} class(es) found ({', '.join(classes)}), at least 2 are needed; "
-                "put the images of each class into a sub-folder of its own, or name the classes in a csv"
-            )
-    for name in classes:
-        if name.encode("utf-8", "replace").decode() != name:
-            raise UsageError(f"{what}: class {name!r} has a name that is no text (UTF-8); rename it")
-    numbers = {name: number for number, name in enumerate(classes)}
-    strange = sorted({name for one in sets for name in one if name not in numbers})
-    if strange:
-        raise UsageError(
-            f"{what}: class {', '.join(map(repr, strange[:5]))} is not among those trained on "
-            f"({', '.join(map(repr, list(numbers)[:10]))}{', ...' if len(numbers) > 10 else ''}); rename or remove it"
-        )
-    if multi_label:
-        targets = torch.zeros(len(paths), len(classes), dtype=torch.uint8)
-        for row, one in enumerate(sets):
-            for name in one:
-                targets[row, numbers[name]] = 1
-    else:
-        targets = torch.tensor([numbers[one[0]] for one in sets], dtype=torch.int64)
+    targets, names = encode_labels(labels, parts, classes, what)
     return FileSource(
         folder,
         list(paths),
         targets,
-        list(classes),
-        _fingerprint(folder, paths, sets, parts),
+        names,
+        _fingerprint(folder, paths, labels, parts),
         parts=None if parts is None else torch.tensor(parts, dtype=torch.int64),
     )
 
 
 def _fingerprint(
-    folder: Path, paths: Sequence[str], labels: Sequence[tuple[str, ...]], parts: Sequence[int] | None
+    folder: Path,
+    paths: Sequence[str],
+    labels: Sequence[str] | Sequence[tuple[str, ...]],
+    parts: Sequence[int] | None,
 ) -> str:
     """A hash over path, size, part and labels of every file."""
     listing = hashlib.sha256()
@@ -213,13 +267,17 @@ def _fingerprint(
         except (OSError, ValueError):
             size_bytes = -1  # missing: found to be broken like any other, and named
         part = "" if parts is None else PARTS[parts[row]]
-        line = f"{path}\0{size_bytes}\0{part}\0" + "\0".join(labels[row]) + "\n"
+        label = labels[row]
+        names = (label,) if isinstance(label, str) else label
+        line = f"{path}\0{size_bytes}\0{part}\0" + "\0".join(names) + "\n"
         listing.update(line.encode("utf-8", "surrogatepass"))
     return f"files {listing.hexdigest()}"
 
 
 def class_counts(targets: Tensor, class_count: int) -> Tensor:
-    """(classes,) int64: how many samples each class has."""
+    """(classes,) int64: how many samples each class has; nothing where numbers are predicted."""
+    if targets.is_floating_point():
+        return torch.zeros(0, dtype=torch.int64)
     if targets.dim() == 2:
         return targets.sum(0, dtype=torch.int64)
     return torch.bincount(targets, minlength=class_count)

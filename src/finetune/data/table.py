@@ -1,6 +1,7 @@
-"""A table of images: csv, tsv or jsonl, a row an image with its label or labels."""
+"""A table of samples: csv, tsv, jsonl or parquet, a row a sample with its label or labels."""
 
 import csv
+import importlib.util
 import json
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -9,37 +10,74 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.source import PART_NAMES, FileSource, check_inside, make_file_source
-from finetune.errors import UsageError
+from finetune.errors import UsageError, one_line
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 # Tried in this order where no column is named.
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "image_path", "file_path", "filepath", "file_name", "img")
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "tags")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "tags", "intent", "topic", "sentiment")
+# A long text is one value.
+csv.field_size_limit(1 << 26)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what; "" = found by their names. With a separator, a row has several labels."""
+    """Which columns hold what; "" = found by their names. With a separator, a row has several labels.
 
-    image: str = ""
+    `content` holds the image's path, or the text.
+    """
+
+    content: str = ""
     label: str = ""
     split: str = ""
     separator: str = ""
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, column name to value) of each row.
+    """(line number, column name to value) of each row; of a parquet file the number of the row.
 
     Raises:
         UsageError: the file or one of its lines cannot be read; names the line.
     """
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; give a .csv, .tsv or .jsonl file with a line an image")
+        raise UsageError(f"{path}: no such file; give a {', '.join(TABLE_SUFFIXES)} file with a line a sample")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            yield from _json_rows(path, stream) if path.suffix.lower() == ".jsonl" else _csv_rows(path, stream)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: is not UTF-8 (byte {error.start} of a block); save it as UTF-8") from None
+            yield from _json_rows(path, stream) if suffix == ".jsonl" else _csv_rows(path, stream)
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} line {_undecodable_line(path)}: is not UTF-8; save the file as UTF-8") from None
+
+
+def _undecodable_line(path: Path) -> int:
+    """Number of the first line that is not UTF-8."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UsageError(f"{path}: parquet files need pyarrow; install with: pip install pyarrow, or give a csv")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UsageError(f"{path}: cannot be read ({one_line(error)}); save it anew") from None
 
 
 def _csv_rows(path: Path, stream) -> Iterator[tuple[int, dict[str, str]]]:
@@ -47,21 +85,23 @@ def _csv_rows(path: Path, stream) -> Iterator[tuple[int, dict[str, str]]]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
     stream.seek(0)
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    begins = 1  # where the row begins: one that is never closed is read to the end of the file
     try:
         names = [name.strip() for name in next(reader, [])]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise UsageError(f"{path}: has several columns called {repeated[0]!r}; rename all but one")
+        begins = reader.line_num + 1
         for row in reader:
-            if not row:
-                continue
-            if len(row) != len(names):
-                raise UsageError(
-                    f"{path} line {reader.line_num}: has {len(row)} values, the header {len(names)} columns; "
-                    "quote values that hold the separator"
-                )
-            yield reader.line_num, dict(zip(names, row, strict=True))
+            if row:
+                if len(row) != len(names):
+                    raise UsageError(
+                        f"{path} line {begins}: has {len(row)} values, the header {len(names)} columns; "
+                        "quote values that hold the separator"
+                    )
+                yield begins, dict(zip(names, row, strict=True))
+            begins = reader.line_num + 1
     except csv.Error as error:
-        raise UsageError(f"{path} line {reader.line_num}: {error}; check its quotes") from None
+        raise UsageError(f"{path} line {begins}: {error}; check the quotes from there on") from None
 
 
 def _json_rows(path: Path, stream) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -73,7 +113,7 @@ def _json_rows(path: Path, stream) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} line {number}: is not JSON ({error}); a line must be one JSON object") from None
         if not isinstance(row, dict):
-            raise UsageError(f'{path} line {number}: must be a JSON object, as in {{"image": ..., "label": ...}}')
+            raise UsageError(f'{path} line {number}: must be a JSON object, as in {{"label": ..., ...}}')
         yield number, row
 
 
@@ -98,24 +138,71 @@ def find_column(path: Path, columns: Sequence[str], given: str, candidates: Sequ
     )
 
 
-def _image_of(row: dict[str, Any], column: str, where: str) -> str:
+@dataclass(frozen=True)
+class Row:
+    """A sample as a table lists it.
+
+    Attributes:
+        where: file and line, for errors.
+        line: number.
+        content: what the image or text column holds.
+        label: one, or, with a separator, all of them; None where the table is read without labels.
+        part: place in `PARTS`; None without a split column.
+    """
+
+    where: str
+    line: int
+    content: Any
+    label: str | tuple[str, ...] | None
+    part: int | None
+
+
+def sample_rows(
+    path: Path, columns: Columns, candidates: Sequence[str], option: str, *, labelled: bool = True
+) -> Iterator[Row]:
+    """The samples that a table lists.
+
+    Args:
+        candidates: names of the content column, tried where none is given.
+        option: that names it.
+        labelled: whether there must be labels.
+
+    Raises:
+        UsageError: a line cannot be read, or lacks a label; names it.
+    """
+    content_column = label_column = ""
+    for number, row in read_rows(path):
+        if not content_column:
+            names = list(row)
+            content_column = find_column(path, names, columns.content, candidates, option)
+            if labelled:
+                label_column = find_column(path, names, columns.label, LABEL_COLUMNS, "--label-column")
+            if columns.split:
+                find_column(path, names, columns.split, (), "--split-column")
+        where, part = f"{path} line {number}", None
+        label = _labels(row.get(label_column), columns.separator, where, label_column) if labelled else None
+        if columns.split:
+            name = str(row.get(columns.split) or "").strip()
+            if name.lower() not in PART_NAMES:
+                raise UsageError(f"{where}: {columns.split} {name!r} is not allowed; give train, val or test")
+            part = PART_NAMES[name.lower()]
+        yield Row(where, number, row.get(content_column), label, part)
+    if not content_column:
+        raise UsageError(f"{path}: holds no rows; give a line a sample")
+
+
+def _image_of(row: Row) -> str:
     """The path in a row, with "/"."""
-    image = row.get(column)
+    image = row.content
     if not isinstance(image, str) or not image.strip():
-        raise UsageError(f"{where}: column {column!r} is empty; name an image")
+        raise UsageError(f"{row.where}: its image column is empty; name an image")
     return image.strip().replace("\\", "/")
 
 
 def image_paths(path: Path, image_column: str = "") -> list[str]:
     """The image column of a table alone."""
-    paths: list[str] = []
-    column = ""
-    for number, row in read_rows(path):
-        column = column or find_column(path, list(row), image_column, IMAGE_COLUMNS, "--image-column")
-        paths.append(_image_of(row, column, f"{path} line {number}"))
-    if not paths:
-        raise UsageError(f"{path}: holds no rows; give a line an image")
-    return paths
+    rows = sample_rows(path, Columns(content=image_column), IMAGE_COLUMNS, "--image-column", labelled=False)
+    return [_image_of(row) for row in rows]
 
 
 def open_table(
@@ -134,30 +221,17 @@ def open_table(
     lines: dict[str, int] = {}
     labels: list[Any] = []
     parts: list[int] = []
-    image_column = label_column = ""
-    for number, row in read_rows(path):
-        if not image_column:
-            names = list(row)
-            image_column = find_column(path, names, columns.image, IMAGE_COLUMNS, "--image-column")
-            label_column = find_column(path, names, columns.label, LABEL_COLUMNS, "--label-column")
-            if columns.split:
-                find_column(path, names, columns.split, (), "--split-column")
-        where = f"{path} line {number}"
-        image = posixpath.normpath(_image_of(row, image_column, where))
+    for row in sample_rows(path, columns, IMAGE_COLUMNS, "--image-column"):
+        image = posixpath.normpath(_image_of(row))
         if image in lines:
             raise UsageError(
-                f"{where}: names {image!r} like line {lines[image]}, and what is trained on must not validate: "
+                f"{row.where}: names {image!r} like line {lines[image]}, and what is trained on must not validate: "
                 "remove one line, or join their labels and give --separator"
             )
-        lines[image] = number
-        labels.append(_labels(row.get(label_column), columns.separator, where, label_column))
-        if columns.split:
-            part = str(row.get(columns.split) or "").strip()
-            if part.lower() not in PART_NAMES:
-                raise UsageError(f"{where}: {columns.split} {part!r} is not allowed; give train, val or test")
-            parts.append(PART_NAMES[part.lower()])
-    if not lines:
-        raise UsageError(f"{path}: holds no rows; give a line an image")
+        lines[image] = row.line
+        labels.append(row.label)
+        if row.part is not None:
+            parts.append(row.part)
     if not allow_outside:
         check_inside(path.parent, list(lines), f"--images {path}")
     given_parts = parts if columns.split else None

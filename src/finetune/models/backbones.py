@@ -3,19 +3,21 @@
 import difflib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torchvision.models import WeightsEnum
 
 from finetune.data.preprocess import Preprocessing
+from finetune.data.tokens import Tokenization
 from finetune.errors import UsageError
-from finetune.models import huggingface
-from finetune.models.bundled import BUNDLED, GLYPHS
+from finetune.models import hub, huggingface, text_encoders
+from finetune.models.bundled import BUNDLED, BUNDLED_TEXT, GLYPHS, bundled_folder
+from finetune.models.shapes import build_shapes
 
 # Their own initialisation takes long and warns; pretrained or not, torch's own will do.
 NO_OWN_INITIALISATION = ("googlenet", "inception_v3")
@@ -28,24 +30,28 @@ CANDIDATE_SIZES = (32, 64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 299, 320,
 
 @dataclass(frozen=True)
 class Backbone:
-    """An architecture and how to prepare images for it.
+    """An architecture and how to prepare images, or texts, for it.
 
     Attributes:
         name: what `--backbone` takes.
-        build: class count -> the network, randomly initialised, its head included. Called with a batch of images it
-            returns logits.
-        preprocessing: what its weights were trained with.
+        build: class count -> the network, randomly initialised, its head included. Called with a batch of images, or of
+            tokens, it returns logits.
+        preprocessing: what its weights were trained with; of a text encoder its tokenizer and longest text.
         stock_lines: Python lines that build the same network without this kit, into `model`; `{classes}` stands for
             the number of classes, `{json}` for the export's description.
         options: plain values that, with the name, make the same architecture again: arguments of torchvision's
-            builder, or the config of a transformers model. No file and no network is needed then.
+            builder, or the config of a transformers model and how it pools. No file and no network is needed then.
     """
 
     name: str
     build: Callable[[int], nn.Module]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | Tokenization
     stock_lines: str
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def reads_texts(self) -> bool:
+        return isinstance(self.preprocessing, Tokenization)
 
     def to_plain(self) -> dict[str, Any]:
         """What `backbone_from_plain` makes it from again."""
@@ -53,8 +59,12 @@ class Backbone:
 
 
 def backbone_from_plain(plain: dict[str, Any]) -> Backbone:
-    """The backbone that a run or an export describes; nothing is looked up."""
+    """The backbone that a run or an export describes; nothing is looked up. A text encoder's tokenizer is a file of its
+    own: `Tokenization.read`."""
     name, options = plain["name"], plain["options"]
+    if "pooling" in options:
+        build = functools.partial(text_encoders.build, options)
+        return Backbone(name, build, Tokenization(**plain["preprocessing"]), text_encoders.STOCK_LINES, options)
     preprocessing = Preprocessing(**plain["preprocessing"])
     if name in BUNDLED:
         build, _, stock_lines = BUNDLED[name]
@@ -89,8 +99,9 @@ def find_backbone(name: str) -> Backbone:
         return backbone_from_plain({"name": name, "options": {}, "preprocessing": GLYPHS.to_plain()})
     if name in torchvision_names():
         return torchvision_backbone(name, default_member(name))
-    if huggingface.is_name(name):
-        config, preprocessing = huggingface.describe(huggingface.folder_of(name))
+    if name.startswith(hub.PREFIX) or hub.is_folder(name):
+        folder = hub.folder_of(name, [huggingface.PREPROCESSOR_FILE])
+        config, preprocessing = huggingface.describe(folder)
         plain = {"name": name, "options": {"config": config}, "preprocessing": preprocessing.to_plain()}
         return backbone_from_plain(plain)
     names = [*BUNDLED, *torchvision_names()]
@@ -100,6 +111,33 @@ def find_backbone(name: str) -> Backbone:
         f"--backbone {name}: unknown; allowed are {', '.join(BUNDLED)}, a classification model of torchvision "
         f"(resnet50, mobilenet_v2, ...), hf:ID, or a folder with a config.json{hint}"
     )
+
+
+def find_text_backbone(name: str, pooling: str) -> tuple[Backbone, Path]:
+    """The text encoder of that name, and the folder that it lies in.
+
+    Args:
+        name: "bundled/bert", a folder, hf:ID, hf:ID@REVISION, or a plain ID.
+        pooling: "auto", "stock", "mean" or "cls".
+
+    Raises:
+        UsageError: there is none, or it is no text encoder.
+        RunError: it is not at hand, and cannot be fetched.
+    """
+    if name in BUNDLED_TEXT:
+        folder = bundled_folder(name)
+    elif hub.is_folder(name) or name.startswith(hub.PREFIX):
+        folder = hub.folder_of(name, text_encoders.FOLDER_FILES)
+    elif hub.is_identifier(name) and name not in BUNDLED:
+        folder = hub.folder_of(hub.PREFIX + name, text_encoders.FOLDER_FILES)
+    else:
+        raise UsageError(
+            f"--backbone {name}: is no text encoder; give {', '.join(BUNDLED_TEXT)}, a folder with a "
+            f"{hub.CONFIG_FILE}, or a model's name on the hub, as in google-bert/bert-base-uncased"
+        )
+    options, tokenization = text_encoders.describe(folder, pooling)
+    plain = {"name": name, "options": options, "preprocessing": tokenization.to_plain()}
+    return replace(backbone_from_plain(plain), preprocessing=tokenization), folder
 
 
 # ---- torchvision -------------------------------------------------------------------------------------------------
@@ -151,29 +189,6 @@ def _arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _build_torchvision(name: str, options: dict[str, Any], class_count: int) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, num_classes=class_count, **_arguments(name, options))
-
-
-# ---- Looking at an architecture without its weights ------------------------------------------------------------------
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Parameters are made without memory. Not everything as `torch.device("meta")` does: some builders compute."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def build_shapes(build: Callable[[int], nn.Module], class_count: int) -> nn.Module:
-    """The network without values: for looking at names and shapes only."""
-    state = torch.get_rng_state()
-    try:
-        with _EmptyOnMeta():
-            return build(class_count).to("meta")
-    finally:
-        torch.set_rng_state(state)
 
 
 def check_image_size(backbone: Backbone, image_size: int) -> None:

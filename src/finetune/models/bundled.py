@@ -1,4 +1,4 @@
-"""The two small backbones that ship with the kit, made of torchvision's own classes."""
+"""The small backbones that ship with the kit: two made of torchvision's own classes, and a BERT in a folder."""
 
 from importlib import resources
 from pathlib import Path
@@ -91,3 +91,12 @@ BUNDLED = {
 def bundled_weights(name: str) -> Path:
     """The weights file of a bundled backbone."""
     return Path(str(resources.files("finetune"))) / "bundled" / BUNDLED[name][1]
+
+
+# Folders in transformers' format.
+BUNDLED_TEXT = ("bundled/bert",)
+
+
+def bundled_folder(name: str) -> Path:
+    """The folder of a bundled text encoder."""
+    return Path(str(resources.files("finetune"))) / name

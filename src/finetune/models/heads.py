@@ -13,9 +13,11 @@ from torch.nn import functional
 from torchvision.models import GoogLeNet, Inception3
 
 from finetune.errors import UsageError
-from finetune.models.backbones import build_shapes
+from finetune.models.shapes import build_shapes
 
 HEADS = ("linear", "mlp", "append")
+# No head at all: the network gives what the head would read.
+NO_HEAD = "none"
 # A feature that deviates by less than this share of its mean counts as constant: it is centred, not blown up. Folded
 # into float32 weights, a smaller share would also cost the export its precision. The floor is for features all zero.
 SMALLEST_DEVIATION_SHARE = 1e-3
@@ -27,14 +29,20 @@ class StandardisedLinear(nn.Linear):
 
     Buffers `mean` and `deviation`: (in_features,), of the features over the training set; 0 and 1 until
     `standardise` measures them. Without a bias there is nothing to fold a mean into: the mean stays 0.
+
+    Args:
+        measured: whether its features are measured at all: not those that come from a layer which itself trains.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, in_features: int, out_features: int, dropout: float, bias: bool = True):
+    def __init__(
+        self, in_features: int, out_features: int, dropout: float, bias: bool = True, *, measured: bool = True
+    ):
         super().__init__(in_features, out_features, bias)
         self.dropout = dropout
+        self.measured = measured
         self.register_buffer("mean", torch.zeros(in_features))
         self.register_buffer("deviation", torch.ones(in_features))
 
@@ -57,9 +65,12 @@ class StandardisedConv2d(nn.Conv2d):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, in_features: int, out_features: int, dropout: float, bias: bool = True):
+    def __init__(
+        self, in_features: int, out_features: int, dropout: float, bias: bool = True, *, measured: bool = True
+    ):
         super().__init__(in_features, out_features, kernel_size=1, bias=bias)
         self.dropout = dropout
+        self.measured = measured
         self.register_buffer("mean", torch.zeros(in_features))
         self.register_buffer("deviation", torch.ones(in_features))
 
@@ -103,23 +114,42 @@ def replaced_layers(head_paths: list[str], kind: str) -> list[str]:
     return head_paths[-1:] if kind == "append" else head_paths
 
 
-def _like(old: nn.Module, path: str, out_features: int, dropout: float) -> Standardised:
+def _like(old: nn.Module, path: str, out_features: int, dropout: float, measured: bool) -> Standardised:
     """A new layer in place of `old`."""
+    has_bias = getattr(old, "bias", None) is not None
     if isinstance(old, nn.Linear):
-        return StandardisedLinear(old.in_features, out_features, dropout, old.bias is not None)
+        return StandardisedLinear(old.in_features, out_features, dropout, has_bias, measured=measured)
     if isinstance(old, nn.Conv2d) and old.kernel_size == (1, 1):
-        return StandardisedConv2d(old.in_channels, out_features, dropout, old.bias is not None)
+        return StandardisedConv2d(old.in_channels, out_features, dropout, has_bias, measured=measured)
     raise UsageError(f"the head {path} is a {type(old).__name__}; only a linear layer or a 1 x 1 convolution will do")
 
 
-def attach_head(model: nn.Module, path: str, kind: str, class_count: int, dropout: float, width: int) -> None:
+def renew_layer(model: nn.Module, path: str, dropout: float) -> None:
+    """Give a layer without pretrained weights standardised features and dropout, if it is linear; its shape stays."""
+    old = model.get_submodule(path)
+    if isinstance(old, nn.Linear):
+        model.set_submodule(path, _like(old, path, old.out_features, dropout, True))
+
+
+def attach_head(
+    model: nn.Module,
+    path: str,
+    kind: str,
+    class_count: int,
+    dropout: float,
+    width: int,
+    *,
+    measured: bool = True,
+) -> None:
     """Replace one layer of `model` by a new, randomly initialised head.
 
     Args:
         path: of the layer to replace.
-        kind: "linear"; "mlp" = linear, ReLU, dropout, linear; "append" = the old layer stays, a linear one behind it.
+        kind: "linear"; "mlp" = linear, ReLU, dropout, linear; "append" = the old layer stays, a linear one behind it;
+            "none" = nothing in its place.
         dropout: probability that a feature is zeroed while training, before each new linear layer.
         width: hidden features of "mlp".
+        measured: whether what it reads is standardised.
 
     Raises:
         UsageError: unknown kind, or a head that is neither a linear layer nor a 1 x 1 convolution.
@@ -127,15 +157,17 @@ def attach_head(model: nn.Module, path: str, kind: str, class_count: int, dropou
     old = model.get_submodule(path)
     head: nn.Module
     if kind == "linear":
-        head = _like(old, path, class_count, dropout)
+        head = _like(old, path, class_count, dropout, measured)
     elif kind == "mlp":
-        first = _like(old, path, width, dropout)
+        first = _like(old, path, width, dropout, measured)
         plain = nn.Conv2d(width, class_count, 1) if isinstance(first, nn.Conv2d) else nn.Linear(width, class_count)
         head = nn.Sequential(first, nn.ReLU(), nn.Dropout(dropout), plain)
     elif kind == "append":
         old_classes = old.out_channels if isinstance(old, nn.Conv2d) else old.out_features
         last = StandardisedConv2d if isinstance(old, nn.Conv2d) else StandardisedLinear
-        head = nn.Sequential(old, last(old_classes, class_count, dropout))
+        head = nn.Sequential(old, last(old_classes, class_count, dropout, measured=measured))
+    elif kind == NO_HEAD:
+        head = nn.Identity()
     else:
         raise UsageError(f"--head {kind}: unknown; allowed are {', '.join(HEADS)}")
     model.set_submodule(path, head)
@@ -165,7 +197,7 @@ def standardise(model: nn.Module, batches: Iterable[Tensor], forward: Callable[[
     forward = forward or model
     sums: dict[str, list] = {}
     hooks = []
-    layers = dict(standardised_layers(model))
+    layers = {path: layer for path, layer in standardised_layers(model) if layer.measured}
 
     def hook_for(path: str):
         def add(_module, inputs):
@@ -208,6 +240,17 @@ def folded_state(model: nn.Module) -> dict[str, Tensor]:
             state[f"{path}.{name}"] = value.cpu().contiguous()
         del state[f"{path}.mean"], state[f"{path}.deviation"]
     return state
+
+
+def last_layer(path: str, kind: str) -> str:
+    """Path of the last linear layer of a head that stands at `path`."""
+    return path + {"mlp": ".3", "append": ".1"}.get(kind, "")
+
+
+def rescale(state: dict[str, Tensor], path: str, mean: float, deviation: float) -> None:
+    """Make a state dict's last layer, at `path`, give numbers in their own unit, not standardised ones."""
+    state[f"{path}.weight"] = (state[f"{path}.weight"].double() * deviation).float()
+    state[f"{path}.bias"] = (state[f"{path}.bias"].double() * deviation + mean).float()
 
 
 def plain_head(model: nn.Module, path: str, kind: str, class_count: int, width: int) -> None:

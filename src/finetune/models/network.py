@@ -1,5 +1,6 @@
 """Backbone, weights and head put together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 from finetune.data.order import keyed_generator
 from finetune.errors import RunError, UsageError
 from finetune.files import BadFile, copy_file, link_or_copy, read_json, sha256_of_file, write_json
-from finetune.models import huggingface
-from finetune.models.backbones import Backbone, build_shapes
+from finetune.models import hub, huggingface, text_encoders
+from finetune.models.backbones import Backbone
 from finetune.models.freeze import Rule
-from finetune.models.heads import attach_head, find_head, has_auxiliary_heads, replaced_layers
+from finetune.models.heads import NO_HEAD, attach_head, find_head, has_auxiliary_heads, renew_layer, replaced_layers
+from finetune.models.shapes import build_shapes
 from finetune.models.weights import Weights, load_backbone_weights, locate, read_weights, stock_names
 
 
@@ -23,12 +25,15 @@ class Network:
     Attributes:
         head_paths: the stock places of its heads; the last one is the main one, others are auxiliary.
         old_class_count: classes of the layer that an appended head stands behind; else those of the data.
+        new_paths: modules before the head that the pretrained file lacks, as the poolers of some text classifiers are:
+            they train like the head.
     """
 
     module: nn.Module
     head_paths: list[str]
     head_kind: str
     old_class_count: int
+    new_paths: tuple[str, ...] = ()
 
     def rules(self, rules: tuple[tuple[str, str, int], ...]) -> tuple[Rule, ...]:
         """The recipe's freeze rules with "head" replaced by the paths of what trains of it.
@@ -38,6 +43,7 @@ class Network:
         """
         # The old layer under an appended head stays as it is.
         heads = [f"{self.head_paths[-1]}.1"] if self.head_kind == "append" else self.head_paths
+        heads = [*self.new_paths, *(heads if self.head_kind != NO_HEAD else [])]
         for pattern, state, _ in rules:
             if state not in ("trainable", "frozen"):
                 raise UsageError(f"freeze rule {pattern!r}: {state!r} is not allowed; give 'trainable' or 'frozen'")
@@ -59,14 +65,17 @@ def build_network(
     head_width: int,
     seed: int,
     old_class_count: int = 0,
+    new_paths: Sequence[str] | None = None,
 ) -> Network:
     """Build the architecture, load pretrained tensors, put the head on.
 
     Args:
         state: pretrained tensors by their stock names, or None for random ones drawn from `seed`.
         source: what to call `state` in an error.
-        head: "linear", "mlp", "append", or "keep" = the architecture's own last layer.
+        head: "linear", "mlp", "append", "none", or "keep" = the architecture's own last layer.
+        class_count: numbers that the network gives for a sample.
         old_class_count: classes of the old layer under an appended head; 0 = as `state` has.
+        new_paths: see `Network`; None = what `state` lacks.
 
     Raises:
         UsageError: the weights do not fit, or "append" without weights.
@@ -80,12 +89,33 @@ def build_network(
         old_class_count = _old_class_count(backbone, state, head_paths[-1], source)
     with keyed_generator("model", seed):
         module = backbone.build(old_class_count)
+        # An old head that stays must be whole; one that goes may be missing.
+        may_lack = head_paths[:-1] if head == "append" else head_paths
+        if backbone.reads_texts:
+            if new_paths is None:
+                new_paths = _lacking(module, state, may_lack)
+            if state is not None:  # pooling other than the stock one leaves some of the file aside
+                own = module.state_dict()
+                state = {name: value for name, value in state.items() if name in own}
+        new_paths = tuple(new_paths or ())
         if state is not None:
-            # An old head that stays must be whole; one that goes may be missing.
-            load_backbone_weights(module, state, head_paths[:-1] if head == "append" else head_paths, source)
+            load_backbone_weights(module, state, [*may_lack, *new_paths], source)
+        for path in new_paths:
+            renew_layer(module, path, dropout)
         for path in replaced_layers(head_paths, head):
-            attach_head(module, path, head, class_count, dropout, head_width)
-    return Network(module, head_paths, head, old_class_count)
+            # Behind a layer that itself trains there is nothing to measure.
+            attach_head(module, path, head, class_count, dropout, head_width, measured=not new_paths)
+    return Network(module, head_paths, head, old_class_count, new_paths)
+
+
+def _lacking(module: nn.Module, state: dict[str, Tensor] | None, head_paths: list[str]) -> list[str]:
+    """Paths of a text network's modules behind the encoder's tokens, but for its head, that `state` has no weights of:
+    all of them, where nothing is pretrained."""
+    heads = tuple(f"{path}." for path in head_paths)
+    return list(dict.fromkeys(
+        name.rpartition(".")[0] for name, _ in module.named_parameters()
+        if text_encoders.may_be_new(module, name) and not name.startswith(heads) and name not in (state or {})
+    ))  # fmt: skip
 
 
 def _old_class_count(backbone: Backbone, state: dict[str, Tensor] | None, path: str, source: str) -> int:
@@ -131,12 +161,14 @@ def store_frozen(
         # A cache is never overwritten; a file of the user's may be, and a hard link with it.
         place = copy_file if copy or not weights.reference else link_or_copy
         record |= {"kind": "source", "reference": weights.reference, "sha256": weights.sha256}
+        keeps = copy or not weights.reference or (link and on_one_file_system(weights.path, folder))
         if weights.path.is_dir():
-            record["file"] = "model"
-            (folder / "model").mkdir(exist_ok=True)
-            for path in huggingface.source_files(weights.path):
-                place(path.resolve(), folder / "model" / path.name)
-        elif copy or not weights.reference or (link and on_one_file_system(weights.path, folder)):
+            if keeps:
+                record["file"] = "model"
+                (folder / "model").mkdir(exist_ok=True)
+                for path in hub.source_files(weights.path, [huggingface.PREPROCESSOR_FILE]):
+                    place(path.resolve(), folder / "model" / path.name)
+        elif keeps:
             record["file"] = f"weights{weights.path.suffix}"
             place(weights.path.resolve(), folder / record["file"])
     elif frozen:
@@ -164,7 +196,7 @@ def load_frozen(folder: Path) -> tuple[str, dict[str, Tensor] | None]:
             raise BadFile(f"{folder / 'frozen.json'} names {record['file']}, which lies outside {folder}; restore it")
         if not path.exists():
             raise RunError(f"frozen weights {path} are gone; put the file with sha256 {record['sha256']} there")
-        found = huggingface.hash_of_folder(path) if path.is_dir() else sha256_of_file(path)
+        found = hub.hash_of_folder(path) if path.is_dir() else sha256_of_file(path)
     else:
         path, found = locate(record["reference"])
     if found != record["sha256"]:

@@ -29,10 +29,10 @@ class CannotSplit(Exception):
 
 @dataclass(frozen=True)
 class Split:
-    """A model in two: `suffix(prefix(images))` are its outputs.
+    """A model in two: `suffix(prefix(samples))` are its outputs.
 
     Attributes:
-        prefix: images (batch, 3, height, width) -> rows (batch, width). Wants inference mode.
+        prefix: images (batch, 3, height, width) or tokens (batch, length) -> rows (batch, width). Wants inference mode.
         suffix: rows -> what the model returns. It trains, or does not, as the model's modules are set.
         places: the operations whose outputs lie in a row, by their paths in the model.
         shapes: of those outputs, a sample each.
@@ -49,22 +49,23 @@ class Split:
         return sum(map(_numel, self.shapes))
 
 
-def split(model: nn.Module, images: Tensor) -> Split:
-    """Cut a model whose `requires_grad` and modes are those of its training, and try the cut on `images`.
+def split(model: nn.Module, samples: Tensor) -> Split:
+    """Cut a model whose `requires_grad` and modes are those of its training, and try the cut on `samples`.
 
     Args:
-        images: (batch, 3, height, width) on the model's device, in the memory format of training; two or more.
+        samples: (batch, 3, height, width) images or (batch, length) tokens, on the model's device, in the memory format
+            of training; two or more.
 
     Raises:
         CannotSplit: nothing is frozen before what trains, or the parts do not compute what the whole does.
     """
     if not any(map(_is_live, model.modules())):
         raise CannotSplit("nothing trains")
-    is_of_transformers = type(model).__module__.startswith("transformers.")
+    is_of_transformers = hasattr(model, "base_model_prefix")
     with torch.inference_mode():
-        found, rows = _split_off_head(model, images) if is_of_transformers else _split_traced(model, images)
+        found, rows = _split_off_head(model, samples) if is_of_transformers else _split_traced(model, samples)
         with _in_eval(model):
-            _hold_against(model(images), found.suffix(rows))
+            _hold_against(model(samples), found.suffix(rows))
     return found
 
 
@@ -231,15 +232,18 @@ def _split_traced(model: nn.Module, images: Tensor) -> tuple[Split, Tensor]:
 # ---- transformers ---------------------------------------------------------------------------------------------------
 
 
-def _split_off_head(model: nn.Module, images: Tensor) -> tuple[Split, Tensor]:
+def _split_off_head(model: nn.Module, samples: Tensor) -> tuple[Split, Tensor]:
     """Rows are what enters the modules that train. The suffix is the stock forward with a stub in the encoder's place:
     its outputs have the right shapes, and what matters of them is put in where it enters what trains."""
     encoder = model.get_submodule(model.base_model_prefix)
-    if _is_live(encoder):
+    # A pooler without pretrained weights trains with the head, though it is the encoder that calls it.
+    pooler = getattr(encoder, "pooler", None)
+    live = [path for path, part in encoder.named_children() if _is_live(part)]
+    if live not in ([], ["pooler"]) or any(parameter.requires_grad for parameter in encoder.parameters(recurse=False)):
         raise CannotSplit(
             "of a model of transformers only what comes after its encoder can be cut off, and more trains"
         )
-    places, output = _entered_first(model, encoder, images)
+    places, output = _entered_first(model, encoder, samples)
     modules = [model.get_submodule(place) for place in places]
 
     def take(batch: Tensor) -> list[Tensor]:
@@ -248,21 +252,28 @@ def _split_off_head(model: nn.Module, images: Tensor) -> tuple[Split, Tensor]:
             model(batch)
         return [taken[module] for module in modules]
 
-    values = take(images)
-    if any(len(value) != len(images) or value.dim() < 2 for value in values):
+    values = take(samples)
+    if any(len(value) != len(samples) or value.dim() < 2 for value in values):
         raise CannotSplit(f"{', '.join(places)} takes something else than a tensor a sample")
     shapes = tuple(tuple(value.shape[1:]) for value in values)
+    one_sample = samples[:1]
+
+    def encoded(count: int) -> Any:
+        stub = {name: value.new_zeros(()).expand(count, *value.shape[1:]) for name, value in output.items()}
+        if live and pooler is not None:
+            stub["pooler_output"] = pooler(stub["last_hidden_state"])
+        return type(output)(**stub)
 
     def suffix(rows: Tensor) -> Any:
         given = dict(zip(modules, _from_rows(rows, shapes), strict=True))
-        stub = {name: value.new_zeros(()).expand(len(rows), *value.shape[1:]) for name, value in output.items()}
-        with _entering(modules, lambda module, _inputs: (given[module],)), _replaced(encoder, type(output)(**stub)):
-            return model(rows)
+        entering = _entering(modules, lambda module, _inputs: (given[module],))
+        with entering, _replaced(encoder, lambda: encoded(len(rows))):
+            return model(one_sample.expand(len(rows), *one_sample.shape[1:]))
 
     return Split(lambda batch: _to_rows(take(batch)), suffix, places, shapes), _to_rows(values)
 
 
-def _entered_first(model: nn.Module, encoder: nn.Module, images: Tensor) -> tuple[tuple[str, ...], Any]:
+def _entered_first(model: nn.Module, encoder: nn.Module, samples: Tensor) -> tuple[tuple[str, ...], Any]:
     """Paths of the trained modules that are fed by frozen ones only, and what the encoder returns."""
     paths = {
         module: path
@@ -279,7 +290,7 @@ def _entered_first(model: nn.Module, encoder: nn.Module, images: Tensor) -> tupl
     hook = encoder.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     try:
         with torch.inference_mode(False), torch.enable_grad(), _entering(list(paths), note):
-            model(images)
+            model(samples)
     finally:
         hook.remove()
     return tuple(entered), outputs[0]
@@ -297,9 +308,9 @@ def _entering(modules: Sequence[nn.Module], hook: Callable[[nn.Module, Any], Any
 
 
 @contextmanager
-def _replaced(module: nn.Module, output: Any) -> Iterator[None]:
-    """Within the block the module does nothing and returns `output`."""
-    module.forward = lambda *_args, **_kwargs: output
+def _replaced(module: nn.Module, compute: Callable[[], Any]) -> Iterator[None]:
+    """Within the block the module does nothing and returns what `compute` gives."""
+    module.forward = lambda *_args, **_kwargs: compute()
     try:
         yield
     finally:

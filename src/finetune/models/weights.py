@@ -19,17 +19,18 @@ from torchvision.models import WeightsEnum
 
 from finetune.errors import RunError, UsageError, one_line
 from finetune.files import BadFile, sha256_of_file
-from finetune.models import huggingface
+from finetune.models import hub, huggingface, text_encoders
 from finetune.models.backbones import (
     Backbone,
     backbone_of_export,
     default_member,
     find_backbone,
+    find_text_backbone,
     members,
     torchvision_backbone,
     torchvision_names,
 )
-from finetune.models.bundled import BUNDLED, bundled_weights
+from finetune.models.bundled import BUNDLED, BUNDLED_TEXT, bundled_folder, bundled_weights
 from finetune.torch_files import load_plain
 
 # What a damaged file makes of torch's and safetensors' readers.
@@ -89,17 +90,44 @@ def choose_weights(backbone_name: str, weights: str) -> tuple[Backbone, Weights 
         if backbone_name in BUNDLED:
             reference = f"bundled:{backbone_name}"
             return backbone, Weights(*locate(reference), reference, backbone_name)
-        path = huggingface.folder_of(backbone_name)
+        path = hub.folder_of(backbone_name, [huggingface.PREPROCESSOR_FILE])
         has_own = (path / huggingface.PREPROCESSOR_FILE).is_file()
         origin = f"its {huggingface.PREPROCESSOR_FILE}" if has_own else "mean and deviation 0.5"
-        reference = backbone_name if backbone_name.startswith(huggingface.PREFIX) else ""
-        return backbone, Weights(path, huggingface.hash_of_folder(path), reference, origin)
+        reference = backbone_name if backbone_name.startswith(hub.PREFIX) else ""
+        return backbone, Weights(path, hub.hash_of_folder(path), reference, origin)
     path = Path(os.path.expanduser(weights))
     if not path.is_file():
         raise UsageError(f"--weights {weights}: no such file; allowed are {_allowed(backbone_name, weights)}")
     sha256 = sha256_of_file(path)
     backbone, origin = _prepared_for_file(backbone, path, sha256)
     return backbone, Weights(path, sha256, "", origin)
+
+
+def choose_text_weights(
+    backbone_name: str, revision: str, weights: str, pooling: str
+) -> tuple[Backbone, Weights | None]:
+    """The text encoder, and its weights: None for random ones.
+
+    Args:
+        backbone_name: see `find_text_backbone`.
+        revision: of a model on the hub; "" = its newest.
+        weights: "default" or "none".
+        pooling: "auto", "stock", "mean" or "cls".
+
+    Raises:
+        UsageError: no such backbone.
+        RunError: it cannot be downloaded.
+    """
+    if weights not in ("default", "none"):
+        raise UsageError(f"--weights {weights}: not allowed for texts; give default, or none (random)")
+    if revision and (backbone_name in BUNDLED_TEXT or hub.is_folder(backbone_name)):
+        raise UsageError(f"--revision {revision}: belongs to a model on the hub, not to {backbone_name}; leave it out")
+    backbone, folder = find_text_backbone(f"{backbone_name}@{revision}" if revision else backbone_name, pooling)
+    if weights == "none":
+        return backbone, None
+    is_local = hub.is_folder(backbone_name)
+    reference = f"bundled:{backbone_name}" if backbone_name in BUNDLED_TEXT else "" if is_local else backbone.name
+    return backbone, Weights(folder, hub.hash_of_folder(folder), reference, "its tokenizer")
 
 
 def _find_member(name: str, weights: str) -> WeightsEnum | None:
@@ -140,15 +168,20 @@ def _prepared_for_file(backbone: Backbone, path: Path, sha256: str) -> tuple[Bac
 
 
 def locate(reference: str) -> tuple[Path, str]:
-    """The file that a `Weights.reference` names, and its sha256; torchvision's are downloaded where not cached.
+    """The file or folder that a `Weights.reference` names, and its sha256; what is not cached is downloaded.
 
     Raises:
         RunError: it cannot be had, or is damaged.
     """
     kind, name, *rest = reference.split(":")
     if kind == "bundled":
+        if name in BUNDLED_TEXT:
+            return bundled_folder(name), hub.hash_of_folder(bundled_folder(name))
         path = bundled_weights(name)
         return path, sha256_of_file(path)
+    if kind == hub.PREFIX.rstrip(":"):
+        folder = hub.folder_of(reference, [])
+        return folder, hub.hash_of_folder(folder)
     member = next(member for member in members(name) if member.name == rest[0])
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / member.url.rsplit("/", 1)[-1]
@@ -181,7 +214,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         BadFile: not such a file, or one that would run code.
     """
     if path.is_dir():
-        return huggingface.read_tensors(path)
+        return hub.read_tensors(path, _stock_class(path))
     try:
         content: Any = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
     except UNREADABLE as error:
@@ -193,6 +226,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not _is_state_dict(content):
         raise BadFile(f"{path} does not hold a state dict (names to tensors), plain or under {', '.join(NESTS)}")
     return content
+
+
+def _stock_class(folder: Path) -> Any:
+    """transformers' auto class for what lies in a folder: of images, where its config has one."""
+    from transformers import AutoModelForImageClassification
+
+    config, _ = hub.read_config(folder)
+    is_of_images = type(config) in AutoModelForImageClassification._model_mapping
+    return AutoModelForImageClassification if is_of_images else text_encoders.stock_class()
 
 
 def _is_state_dict(value: Any) -> bool:

@@ -1,0 +1,169 @@
+"""What `predict` is asked about: image files or texts, wherever they stand, in batches of network inputs."""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from finetune.data.decode import read_image
+from finetune.data.folder import files_below
+from finetune.data.preprocess import Preprocessing
+from finetune.data.source import check_inside
+from finetune.data.table import TABLE_SUFFIXES, Columns, image_paths, sample_rows
+from finetune.data.texts import TEXT_COLUMNS, TEXT_SUFFIXES, read_text
+from finetune.data.tokens import Tokenization
+from finetune.errors import RunError, UsageError
+
+
+class Inputs(NamedTuple):
+    """A batch.
+
+    Attributes:
+        where: of each sample, what says where it is from.
+        errors: of each, what is wrong with it, or "".
+        inputs: of those that are good, on the CPU; None where none is.
+    """
+
+    where: list[dict[str, Any]]
+    errors: list[str]
+    inputs: Tensor | None
+
+
+# ---- Images -------------------------------------------------------------------------------------------------------
+
+
+def image_files(inputs: Iterable[str], image_column: str = "", allow_outside: bool = False) -> list[Path]:
+    """The files meant: a file as it stands, a folder with every image below it in the order of their names, a csv, tsv
+    or jsonl with the images that it names, relative to its own folder.
+
+    Raises:
+        UsageError: an input that does not exist, a folder without images, a table that cannot be read, or one of both
+            that leads out of its folder, unless `allow_outside`.
+    """
+
+    def below(folder: Path, found: list[str], what: str) -> list[Path]:
+        if not allow_outside:
+            check_inside(folder, found, what)
+        return [folder / file for file in found]
+
+    files: list[Path] = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            found, _ = files_below(path)
+            if not found:
+                raise UsageError(f"folder {path}: holds no images")
+            files += below(path, found, f"folder {path}")
+        elif path.suffix.lower() in TABLE_SUFFIXES:
+            files += below(path.parent, image_paths(path, image_column), str(path))
+        elif path.exists():
+            files.append(path)
+        else:
+            raise UsageError(f"{path}: no such file or folder; give images, folders, or a csv that names them")
+    return files
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Image files, prepared for the network."""
+
+    files: list[Path]
+    preprocessing: Preprocessing
+    noun: ClassVar[str] = "image"
+    fields: ClassVar[list[str]] = ["file"]
+
+    @property
+    def count(self) -> int:
+        return len(self.files)
+
+    def batches(self, batch_size: int) -> Iterator[Inputs]:
+        """In order; the next batch is decoded while one is computed."""
+
+        def read(path: Path) -> Tensor | RunError:
+            try:
+                return self.preprocessing.resize(read_image(path))
+            except RunError as error:
+                return error
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ahead = [pool.submit(read, path) for path in self.files[:batch_size]]
+            for start in range(0, len(self.files), batch_size):
+                ready, paths = ahead, self.files[start : start + batch_size]
+                following = self.files[start + batch_size : start + 2 * batch_size]
+                ahead = [pool.submit(read, path) for path in following]
+                found = [future.result() for future in ready]
+                good = [image for image in found if isinstance(image, Tensor)]
+                yield Inputs(
+                    [{"file": str(path)} for path in paths],
+                    ["" if isinstance(image, Tensor) else str(image) for image in found],
+                    self.preprocessing.normalise(torch.stack(good)) if good else None,
+                )
+
+
+# ---- Texts --------------------------------------------------------------------------------------------------------
+
+
+def texts_in(inputs: Iterable[str], text_column: str = "", allow_outside: bool = False) -> list[dict[str, Any]]:
+    """The texts meant: of a table the rows, of a folder every .txt file below it, a .txt file as a whole; anything else
+    is a text itself.
+
+    Returns:
+        Of each its "text", and the "file" and "line" that it is from.
+
+    Raises:
+        UsageError: a file that does not exist or cannot be read, or a folder without texts.
+    """
+    found: list[dict[str, Any]] = []
+    for name in inputs:
+        path = Path(name)
+        suffix = path.suffix.lower()
+        if _is_folder(path):
+            files, _ = files_below(path, TEXT_SUFFIXES)
+            if not files:
+                raise UsageError(f"folder {path}: holds no .txt files")
+            if not allow_outside:
+                check_inside(path, files, f"folder {path}", "text")
+            found += [{"file": str(path / file), "line": "", "text": read_text(path / file)} for file in files]
+        elif suffix in TABLE_SUFFIXES and len(name.split()) == 1:
+            rows = sample_rows(path, Columns(content=text_column), TEXT_COLUMNS, "--text-column", labelled=False)
+            found += [{"file": name, "line": row.line, "text": str(row.content or "")} for row in rows]
+        elif suffix in TEXT_SUFFIXES and len(name.split()) == 1:
+            found.append({"file": name, "line": "", "text": read_text(path)})
+        else:
+            found.append({"file": "", "line": "", "text": name})
+    return found
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a text that no file could be called
+        return False
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """Texts, prepared for the network."""
+
+    texts: list[dict[str, Any]]
+    tokenization: Tokenization
+    noun: ClassVar[str] = "text"
+    fields: ClassVar[list[str]] = ["file", "line", "text"]
+
+    @property
+    def count(self) -> int:
+        return len(self.texts)
+
+    def batches(self, batch_size: int) -> Iterator[Inputs]:
+        """In order."""
+        for start in range(0, len(self.texts), batch_size):
+            chunk = self.texts[start : start + batch_size]
+            errors = ["" if one["text"].strip() else "is empty; write a text" for one in chunk]
+            good = [one["text"] for one, error in zip(chunk, errors, strict=True) if not error]
+            tokens = self.tokenization.tokenize(good).batch(list(range(len(good)))) if good else None
+            yield Inputs([{name: value for name, value in one.items() if value != ""} for one in chunk], errors, tokens)

@@ -1,0 +1,204 @@
+"""From `--texts` to batches of tokens."""
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.data.folder import list_folder
+from finetune.data.images import Batch, Request
+from finetune.data.source import PARTS, TextSource, encode_labels
+from finetune.data.table import TABLE_SUFFIXES, Columns, sample_rows
+from finetune.data.tokens import TokenTable
+from finetune.errors import RunError, UsageError
+
+BUNDLED = "messages"
+TEXT_COLUMNS = (
+    "text", "sentence", "message", "content", "review", "body", "question", "utterance", "document", "comment",
+    "tweet", "headline", "title", "description",
+)  # fmt: skip
+TEXT_SUFFIXES = (".txt",)
+LARGEST_FILE_BYTES = 1 << 26
+# So much of a text stands for it in a message.
+SHOWN_CHARACTERS = 40
+
+
+class BrokenText(RunError):
+    """One text that cannot be used."""
+
+
+def bundled_file() -> Path:
+    """The labelled messages that ship with the kit; see bundled/messages.md."""
+    return Path(str(resources.files("finetune"))) / "bundled" / "messages.csv"
+
+
+def open_texts(
+    texts: str,
+    kind: str,
+    columns: Columns = Columns(),
+    classes: Sequence[str] | None = None,
+    allow_outside: bool = False,
+) -> TextSource:
+    """The data set that `--texts` names: `messages`, a csv, tsv, jsonl or parquet file, a folder of class/*.txt; for
+    "distillation" also a .txt file with a text a line, and no labels.
+
+    Args:
+        kind: of the task: "classification", "multi-label", "regression" or "distillation".
+        classes: the only classes allowed, in order; None = those found.
+        allow_outside: texts may lie outside the folder.
+
+    Raises:
+        UsageError: there is no such data, or a line or file of it cannot be read.
+    """
+    what, path = f"--texts {texts}", Path(os.path.expanduser(texts))
+    if texts == BUNDLED and not path.exists():
+        path = bundled_file()
+    if path.is_dir():
+        if columns != Columns():
+            raise UsageError(f"{what}: columns and --separator belong to a table; leave them out")
+        found = list_folder(path, TEXT_SUFFIXES, what, "text", allow_outside)
+        contents, names, labels = [read_text(path / file) for file in found.paths], found.paths, found.labels
+        parts, ignored = found.parts, found.ignored
+    elif path.suffix.lower() in TABLE_SUFFIXES:
+        rows = list(sample_rows(path, columns, TEXT_COLUMNS, "--text-column", labelled=kind != "distillation"))
+        contents = [_text_of(row.content, row.where) for row in rows]
+        names = [f"{path.name} line {row.line}" for row in rows]
+        labels, parts, ignored = [row.label for row in rows], [row.part for row in rows], 0
+        parts = parts if columns.split else None
+    elif kind == "distillation" and path.is_file():
+        contents = [line for line in read_text(path).splitlines() if line.strip()]
+        names = [f"{path.name} text {number}" for number in range(1, len(contents) + 1)]
+        labels, parts, ignored = [None] * len(contents), None, 0
+    else:
+        raise UsageError(
+            f"{what}: no such data; give {BUNDLED!r}, a {', '.join(TABLE_SUFFIXES)} file, or a folder with one "
+            "sub-folder of .txt files a class"
+        )
+    targets, classes = _targets(kind, labels, parts, classes, names, what)
+    fingerprint = _fingerprint(contents, labels, parts)
+    part_numbers = None if parts is None else torch.tensor(parts, dtype=torch.int64)
+    return TextSource(contents, names, targets, classes, fingerprint, parts=part_numbers, ignored=ignored)
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        UsageError: it cannot be read, or is not UTF-8; names the line.
+    """
+    try:
+        if path.stat().st_size > LARGEST_FILE_BYTES:
+            raise UsageError(f"{path}: has more than {LARGEST_FILE_BYTES:,} bytes; split or remove it")
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path} line {line}: is not UTF-8; save the file as UTF-8") from None
+
+
+def _text_of(content: Any, where: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, dict | list):
+        raise UsageError(f"{where}: its text is a {type(content).__name__}; give a column of texts: --text-column")
+    return str(content)
+
+
+def _targets(
+    kind: str, labels: list[Any], parts: list[int] | None, classes: Sequence[str] | None, names: list[str], what: str
+) -> tuple[Tensor, list[str]]:
+    """Targets and classes as in `TextSource`."""
+    if kind == "distillation":
+        return torch.zeros(len(labels), 0), []
+    if kind == "regression":
+        return torch.tensor([_number(label, name, what) for label, name in zip(labels, names, strict=True)]), []
+    targets, found = encode_labels(labels, parts, classes, what, "text")
+    if classes is None and kind == "classification" and len(found) > 20 and all(map(_is_fraction, found)):
+        raise UsageError(
+            f"{what}: {len(found)} labels, all of them numbers ({', '.join(found[:3])}, ...): to predict numbers, give "
+            "--task regression"
+        )
+    return targets, found
+
+
+def _is_fraction(label: str) -> bool:
+    try:
+        return not float(label).is_integer()
+    except (ValueError, OverflowError):
+        return False
+
+
+def _number(label: Any, name: str, what: str) -> float:
+    try:
+        value = float(label)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(f"{what}, {name}: {label!r} is no number, and --task regression predicts numbers; mend it")
+    return value
+
+
+def _fingerprint(texts: list[str], labels: list[Any], parts: list[int] | None) -> str:
+    """A hash over every text, its label and part."""
+    listing = hashlib.sha256()
+    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        part = "" if parts is None else PARTS[parts[row]]
+        label = label if isinstance(label, tuple) else (label or "",)
+        content = "\0".join([part, *label, text]).encode("utf-8", "surrogatepass")
+        listing.update(len(content).to_bytes(8, "little") + content)
+    return f"texts {listing.hexdigest()}"
+
+
+def repeated(source: TextSource, train: Tensor, validation: Tensor) -> int:
+    """How many of the texts that validate are also trained on."""
+    known = {source.texts[index] for index in train.tolist()}
+    return sum(source.texts[index] in known for index in validation.tolist())
+
+
+@dataclass(frozen=True)
+class TextPipeline:
+    """Gives tokens. Stateless, so that any process can fetch any batch in any order.
+
+    Attributes:
+        table: the tokens of the source's texts.
+    """
+
+    source: TextSource
+    table: TokenTable
+
+    @property
+    def lengths(self) -> Tensor:
+        """(samples,) int64: tokens of each."""
+        return self.table.lengths
+
+    def is_broken(self, indices: Tensor) -> Tensor:
+        """(samples,) bool: which texts are empty."""
+        return torch.tensor([not self.source.texts[index].strip() for index in indices.tolist()], dtype=torch.bool)
+
+    def fetch(self, request: Request) -> Batch:
+        """A batch of tokens.
+
+        Raises:
+            BrokenText: one of the texts is empty, unless the request is tolerant.
+        """
+        broken = [(index, self._reason(index)) for index in request.indices if not self.source.texts[index].strip()]
+        if broken and not request.tolerant:
+            raise BrokenText(broken[0][1])
+        bad = {index for index, _ in broken}
+        indices = [index for index in request.indices if index not in bad]
+        chosen = torch.tensor(indices, dtype=torch.int64)
+        digests = torch.zeros_like(chosen)
+        return Batch(self.table.batch(indices), self.source.targets[chosen], chosen, digests, broken)
+
+    def _reason(self, index: int) -> str:
+        return f"text {self.source.name(index)} is empty; write or remove it"

@@ -1,0 +1,175 @@
+"""Texts as numbers: a tokenizer in one JSON file, how long a text may be, and rows of tokens padded to the longest.
+
+Tokens of a batch are one int64 tensor, `PADDING` behind a text's end; the network makes its attention mask from that.
+So a batch of texts is cut, moved and kept like a batch of images.
+"""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.errors import RunError, UsageError, one_line
+from finetune.files import BadFile, make_folders, write_atomically
+
+PADDING = -1
+TOKENIZER_FILE = "tokenizer.json"
+# Its two ends and one token.
+FEWEST_TOKENS = 3
+LONGEST_TEXT_TOKENS = 1 << 16
+# What is tokenized at once: the tokenizer's own objects take a hundred times the memory of the numbers.
+CHUNK_TEXTS = 10_000
+EXAMPLE_TOKENS = 8
+
+
+def hash_of_text(text: str) -> str:
+    """sha256."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of many texts.
+
+    Attributes:
+        tokens: (all tokens,) int32, text after text.
+        starts: (texts + 1,) int64: where each begins.
+        truncated: (texts,) bool: whether a text was longer.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    truncated: np.ndarray
+
+    @property
+    def lengths(self) -> Tensor:
+        """(texts,) int64."""
+        return torch.from_numpy(np.diff(self.starts))
+
+    def batch(self, indices: list[int]) -> Tensor:
+        """(batch, longest of them) int64, `PADDING` behind the shorter ones."""
+        rows = [self.tokens[self.starts[index] : self.starts[index + 1]] for index in indices]
+        padded = np.full((len(rows), max(map(len, rows), default=0)), PADDING, dtype=np.int64)
+        for number, row in enumerate(rows):
+            padded[number, : len(row)] = row
+        return torch.from_numpy(padded)
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """How texts become the network's input.
+
+    Attributes:
+        max_length: tokens of a text, those that mark its ends included; what is longer is cut off.
+        most_tokens: the largest `max_length` that the network can take.
+        vocabulary_size: numbers that the network has an embedding for.
+        sha256: of the tokenizer's file.
+        files: that file's content, and those of others beside it, by their names; None where only what a run did is
+            described.
+    """
+
+    max_length: int
+    most_tokens: int
+    vocabulary_size: int
+    sha256: str
+    files: dict[str, str] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __post_init__(self):
+        """Refuse what no text can be prepared with: it may come from a file that somebody else wrote."""
+        lengths = (self.max_length, self.most_tokens)
+        if not all(type(length) is int and FEWEST_TOKENS <= length <= LONGEST_TEXT_TOKENS for length in lengths):
+            raise ValueError(f"max_length {self.max_length!r}, most_tokens {self.most_tokens!r} are no text's lengths")
+        if type(self.vocabulary_size) is not int or self.vocabulary_size < 1 or not isinstance(self.sha256, str):
+            raise ValueError("vocabulary_size must be a number above 0, sha256 a text")
+
+    def to_plain(self) -> dict[str, Any]:
+        names = ("max_length", "most_tokens", "vocabulary_size", "sha256")
+        return {name: getattr(self, name) for name in names}
+
+    def at(self, max_length: int) -> "Tokenization":
+        """The same for longer or shorter texts.
+
+        Raises:
+            UsageError: the network has no positions for such long ones.
+        """
+        if not FEWEST_TOKENS <= max_length <= self.most_tokens:
+            allowed = f"{FEWEST_TOKENS} to {self.most_tokens} tokens"
+            raise UsageError(f"--max-length {max_length}: not allowed; this backbone takes {allowed}")
+        return dataclasses.replace(self, max_length=max_length)
+
+    def write(self, folder: Path) -> None:
+        """Keep the tokenizer in a folder, as transformers' `AutoTokenizer` reads it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        assert self.files is not None, "read() comes first"
+        make_folders(folder)
+        for name, content in self.files.items():
+            write_atomically(folder / name, lambda stream, content=content: stream.write(content.encode("utf-8")))
+
+    def read(self, folder: Path) -> "Tokenization":
+        """The same with the files that `write` kept.
+
+        Raises:
+            RunError: there are none, or others.
+        """
+        try:
+            files = {path.name: path.read_bytes().decode("utf-8") for path in sorted(folder.glob("*.json"))}
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"tokenizer {folder} cannot be read ({one_line(error)}); put its files back") from None
+        if TOKENIZER_FILE not in files:
+            raise RunError(f"tokenizer {folder / TOKENIZER_FILE} does not exist; put the file back")
+        found = hash_of_text(files[TOKENIZER_FILE])
+        if found != self.sha256:
+            raise BadFile(
+                f"{folder / TOKENIZER_FILE} is not the tokenizer that it was (sha256 {found}, expected {self.sha256}); "
+                "restore it"
+            )
+        return dataclasses.replace(self, files=files)
+
+    @property
+    def text(self) -> str:
+        return f"up to {self.max_length} tokens"
+
+    def example(self, count: int) -> Tensor:
+        """Network inputs of no meaning, (count, a few tokens) int64, one of them padded."""
+        tokens = torch.arange(count * EXAMPLE_TOKENS).view(count, -1) % self.vocabulary_size
+        tokens[-1, EXAMPLE_TOKENS // 2 :] = PADDING
+        return tokens
+
+    def tokenize(self, texts: list[str]) -> TokenTable:
+        """The tokens of texts, each cut at `max_length`.
+
+        Raises:
+            RunError: the tokenizer gives numbers that the network knows nothing of.
+        """
+        from tokenizers import Tokenizer
+
+        assert self.files is not None, "read() comes first"
+        try:
+            tokenizer = Tokenizer.from_str(self.files[TOKENIZER_FILE])
+        except Exception as error:  # its own base class
+            raise BadFile(f"the tokenizer cannot be read ({one_line(error)}); restore its file") from None
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(self.max_length)
+        pieces, lengths, truncated = [np.zeros(0, np.int32)], [0], []
+        for start in range(0, len(texts), CHUNK_TEXTS):
+            # Half of a character that was cut in two is no text for the tokenizer.
+            chunk = [text.encode("utf-8", "replace").decode() for text in texts[start : start + CHUNK_TEXTS]]
+            for encoding in tokenizer.encode_batch(chunk):
+                pieces.append(np.asarray(encoding.ids, dtype=np.int32))
+                lengths.append(len(encoding.ids))
+                truncated.append(bool(encoding.overflowing))
+        tokens = np.concatenate(pieces)
+        if len(tokens) and not 0 <= tokens.max() < self.vocabulary_size:
+            raise RunError(
+                f"the tokenizer gives number {tokens.max()}, the network has {self.vocabulary_size:,} embeddings; give "
+                "the tokenizer that belongs to it"
+            )
+        return TokenTable(tokens, np.cumsum(lengths), np.asarray(truncated, dtype=bool))

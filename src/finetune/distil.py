@@ -1,0 +1,203 @@
+"""Distillation of sentence embeddings: a student that begins as a part of its teacher, and what the teacher gives.
+
+A student of a few of the teacher's layers, evenly spread, learns faster than one from nothing: Sanh et al.,
+"DistilBERT, a distilled version of BERT", 2019. The teacher runs over the texts once; what it gives is kept like the
+features of any frozen backbone.
+"""
+
+import dataclasses
+import json
+import re
+from collections import OrderedDict
+from contextlib import closing
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.build import open_source, sized
+from finetune.data.contents import Contents
+from finetune.data.loader import Loader
+from finetune.data.source import TextSource
+from finetune.data.texts import TextPipeline
+from finetune.data.tokens import TOKENIZER_FILE, Tokenization, hash_of_text
+from finetune.device import autocast, to_device
+from finetune.errors import RunError, UsageError
+from finetune.features import CannotKeep, Features, Pass
+from finetune.guard import StopRequest
+from finetune.job import Job, make_loaders
+from finetune.models.backbones import Backbone, backbone_from_plain
+from finetune.models.heads import NO_HEAD
+from finetune.models.network import build_network
+from finetune.models.weights import Weights, choose_text_weights, read_weights
+from finetune.recipe import Distillation, Recipe
+from finetune.state import numeric_environment
+from finetune.watch.progress import Terminal
+
+LAYER = re.compile(r"(\.layer\.)(\d+)(\.)")
+EMBEDDINGS = "embeddings.word_embeddings.weight"
+# Of a config: a network this small has nothing to spare.
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+# ---- The student ----------------------------------------------------------------------------------------------------
+
+
+def student(recipe: Recipe, teacher: Backbone, weights: Weights) -> tuple[Backbone, dict[str, Tensor]]:
+    """The student that a recipe for distillation begins with; see `student_of`."""
+    spec, source = recipe.task, open_source(recipe.data, recipe.task.kind)
+    assert isinstance(spec, Distillation) and isinstance(source, TextSource)
+    return student_of(teacher, read_weights(weights.path), source.texts, spec.layers, spec.vocabulary_size)
+
+
+def student_of(
+    teacher: Backbone, tensors: dict[str, Tensor], texts: list[str], layers: int, vocabulary_size: int
+) -> tuple[Backbone, dict[str, Tensor]]:
+    """A smaller encoder and what it begins with.
+
+    Args:
+        tensors: the teacher's, by their stock names.
+        layers: to keep; 0 = all.
+        vocabulary_size: tokens to keep; 0 = all.
+
+    Raises:
+        UsageError: the teacher's architecture or tokenizer cannot be made smaller so.
+    """
+    config = teacher.options["config"] | NO_DROPOUT
+    tokenization = teacher.preprocessing
+    if layers:
+        config, tensors = _fewer_layers(config, tensors, layers)
+    if vocabulary_size:
+        tokenization, kept = _fewer_tokens(tokenization, texts, vocabulary_size)
+        names = [name for name in tensors if name.endswith(EMBEDDINGS)]
+        if len(names) != 1:
+            raise UsageError(f"--vocabulary-size: a {config['model_type']} keeps its tokens elsewhere; leave it out")
+        tensors = tensors | {names[0]: tensors[names[0]][kept]}
+        config = config | {"vocab_size": len(kept), "pad_token_id": _place(kept, config.get("pad_token_id") or 0)}
+    plain = {"name": teacher.name, "options": teacher.options | {"config": config}, "preprocessing": {}}
+    student = backbone_from_plain(plain | {"preprocessing": tokenization.to_plain()})
+    return dataclasses.replace(student, preprocessing=tokenization), tensors
+
+
+def _place(kept: Tensor, token: int) -> int:
+    return int((kept == token).nonzero()[0])
+
+
+def _fewer_layers(config: dict, tensors: dict[str, Tensor], count: int) -> tuple[dict, dict[str, Tensor]]:
+    """Evenly spread layers, the first among them."""
+    found = sorted({int(match[2]) for name in tensors if (match := LAYER.search(name))})
+    if "num_hidden_layers" not in config or len(found) != config["num_hidden_layers"]:
+        raise UsageError(f"--layers {count}: the layers of a {config['model_type']} are not known; leave it out")
+    if not 1 <= count <= len(found):
+        raise UsageError(f"--layers {count}: the teacher has {len(found)}; give 1 to {len(found)}, or 0 for all")
+    chosen = [found[round(place)] for place in np.linspace(0, len(found) - 1, count)] if count > 1 else found[:1]
+    numbers = {old: new for new, old in enumerate(chosen)}
+    kept = OrderedDict()
+    for name, value in tensors.items():
+        match = LAYER.search(name)
+        if match is None:
+            kept[name] = value
+        elif int(match[2]) in numbers:
+            kept[LAYER.sub(rf"\g<1>{numbers[int(match[2])]}\g<3>", name, count=1)] = value
+    return config | {"num_hidden_layers": count}, kept
+
+
+def _fewer_tokens(tokenization: Tokenization, texts: list[str], count: int) -> tuple[Tokenization, Tensor]:
+    """The tokenizer with only the tokens that are most frequent in the texts, those it marks texts with, and every
+    single ASCII character; and the old numbers of what is kept (tokens,) int64."""
+    assert tokenization.files is not None
+    plain = json.loads(tokenization.files[TOKENIZER_FILE])
+    if plain["model"]["type"] != "WordPiece":
+        raise UsageError(f"--vocabulary-size {count}: of a {plain['model']['type']} tokenizer all must stay; give 0")
+    vocabulary: dict[str, int] = plain["model"]["vocab"]
+    counts = np.bincount(tokenization.tokenize(texts).tokens, minlength=max(vocabulary.values()) + 1)
+    special = {token["content"] for token in plain["added_tokens"]}
+    prefix = plain["model"]["continuing_subword_prefix"]
+
+    def is_always_kept(token: str) -> bool:
+        piece = token.removeprefix(prefix)
+        return token in special or (len(piece) == 1 and piece.isascii())
+
+    ranked = sorted(vocabulary, key=lambda token: (not is_always_kept(token), -counts[vocabulary[token]]))
+    kept = sorted(ranked[:count], key=vocabulary.__getitem__)
+    old = [vocabulary[token] for token in kept]
+    new = {token: number for number, token in enumerate(kept)}
+    plain["model"]["vocab"] = new
+    for token in plain["added_tokens"]:
+        token["id"] = new[token["content"]]
+    post = plain["post_processor"]
+    if post["type"] != "TemplateProcessing":
+        raise UsageError(f"--vocabulary-size {count}: a tokenizer with {post['type']} cannot be made smaller; give 0")
+    for token in post["special_tokens"].values():
+        token["ids"] = [new[name] for name in token["tokens"]]
+    content = json.dumps(plain, ensure_ascii=False)
+    files = tokenization.files | {TOKENIZER_FILE: content}
+    smaller = dataclasses.replace(
+        tokenization, vocabulary_size=len(kept), sha256=hash_of_text(content), files=files
+    )  # fmt: skip
+    return smaller, torch.tensor(old)
+
+
+# ---- The teacher ----------------------------------------------------------------------------------------------------
+
+
+def taught(job: Job, terminal: Terminal, stop: StopRequest) -> Job:
+    """The job with the teacher's embeddings as its targets, where its task is distillation.
+
+    Raises:
+        RunError: there is no room to keep them.
+        StoppedEarly: asked for while the teacher ran; what it has computed is kept.
+    """
+    spec = job.recipe.task
+    if not isinstance(spec, Distillation):
+        return job
+    source = job.data.source
+    assert isinstance(source, TextSource)
+    teacher = _teacher_pass(job, spec.teacher, source)
+    everything = torch.arange(len(source.texts))
+    terminal.say(f"teacher: {spec.teacher}")
+    try:
+        with closing(Features(teacher, {None: everything}, 0)) as embeddings:
+            embeddings.fill(terminal, stop)
+            targets = embeddings.read(everything, None).float()
+    except CannotKeep as error:
+        raise RunError(f"the teacher's embeddings cannot be kept, because {error}; make room for them") from None
+    data = job.data.with_targets(targets)
+    loaders = make_loaders(data, job.machine, job.device, Contents(data.source))
+    return dataclasses.replace(job, data=data, loaders=loaders)
+
+
+def _teacher_pass(job: Job, name: str, source: TextSource) -> Pass:
+    backbone, weights = choose_text_weights(name, "", "default", "auto")
+    backbone = sized(backbone, job.recipe)
+    if backbone.options["pooling"] == "stock":
+        raise UsageError(f"--teacher {name}: makes no sentence embeddings; give one of sentence-transformers")
+    assert weights is not None
+    network = build_network(
+        backbone,
+        read_weights(weights.path),
+        f"--teacher {name}",
+        head=NO_HEAD,
+        class_count=1,
+        dropout=0.0,
+        head_width=1,
+        seed=0,
+    )
+    module = network.module.to(job.device).eval()
+    pipeline = TextPipeline(source, backbone.preprocessing.tokenize(source.texts))
+
+    def compute(tokens: Tensor) -> Tensor:
+        with torch.inference_mode(), autocast(job.device, job.numerics.of_backbone):
+            return module(to_device(tokens, job.device)).to("cpu", torch.float32).contiguous()
+
+    identity = {
+        "teacher": backbone.to_plain(),
+        "weights": weights.sha256,
+        "precision": job.numerics.of_backbone,
+        "environment": numeric_environment(job.device),
+        "data": source.fingerprint,
+    }
+    loader = Loader(pipeline, 0, "auto", False, Contents(source))
+    width = backbone.options["config"]["hidden_size"]
+    about = f"{name} over {job.recipe.data.place}, {backbone.preprocessing.text}"
+    return Pass(compute, width, torch.float32, identity, source, loader, about, pipeline.lengths)

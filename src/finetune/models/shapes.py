@@ -1,0 +1,27 @@
+"""A network without values: for looking at names and shapes, and at what it can take."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Parameters are made without memory. Not everything as `torch.device("meta")` does: some builders compute."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_shapes(build: Callable[[int], nn.Module], class_count: int) -> nn.Module:
+    """The network without values: for looking at names and shapes only."""
+    state = torch.get_rng_state()
+    try:
+        with _EmptyOnMeta():
+            return build(class_count).to("meta")
+    finally:
+        torch.set_rng_state(state)
