@@ -187,6 +187,8 @@ def train_alone(
     """
     import torch
 
+    from finetune.build import Data
+    from finetune.data.images import Split
     from finetune.guard import StopRequest
     from finetune.models.freeze import apply_freeze, frozen_tensors, hash_tensors
     from finetune.optim import build_optimizer
@@ -201,12 +203,14 @@ def train_alone(
     parameters = {name: value for name, value in model.named_parameters() if name in trainable}
     optimizer = build_optimizer(parameters, "adamw", recipe.optimizer.lr, 1e-2, 0.9)
     phase = Phase(0, 0, trainable, optimizer, hash_tensors(frozen_tensors(model, rules, 0)), [], feed)
-    task = make_task(Classification(), torch.ones(class_count, dtype=torch.int64), len(train_indices))
+    task = make_task(Classification(), class_count)
+    split = Split(train_indices, validation_indices, torch.zeros(0, dtype=torch.int64))
+    data = Data(contents.source, split, split, None)  # type: ignore[arg-type] - nothing is fetched
     run = RunFolder(folder)
     run.make()
     return train(
         run, recipe, {"config": {}, "data": {}, "network": {}}, model, rules, phase, lambda epoch: phase, contents,
-        train_indices, validation_indices, task, Progress(), None, torch.device("cpu"), "fp32", settings, terminal,
+        data, task, Progress(), None, torch.device("cpu"), "fp32", settings, terminal,
         StopRequest(),
     )  # fmt: skip
 

@@ -8,10 +8,11 @@ from torchvision.models import get_model, get_model_weights
 
 from finetune import Images, Model, UsageError
 from finetune.build import find_pretrained, trained_network
-from finetune.export import FOLDED_TOLERANCE, export
+from finetune.export import export
 from finetune.models.backbones import check_image_size, find_backbone, torchvision_backbone, torchvision_names
 from finetune.models.freeze import apply_freeze, frozen_tensors, set_modes
 from finetune.models.heads import find_head, standardise, standardised_layers
+from finetune.trained import FOLDED_TOLERANCE
 
 # The smallest images that an architecture takes, or those it is built for; others take 64.
 IMAGE_SIZES = {"inception_v3": 299, "maxvit_t": 224} | dict.fromkeys(

@@ -11,8 +11,9 @@ from finetune import Images, RunError
 from finetune.build import open_data, trained_network
 from finetune.cli import main
 from finetune.data.images import Request
-from finetune.export import FOLDED_TOLERANCE, ONNX_TOLERANCE, export
+from finetune.export import ONNX_TOLERANCE, export
 from finetune.models.backbones import find_backbone
+from finetune.trained import FOLDED_TOLERANCE
 
 
 def run_stock_lines(lines: str, images, tmp_path):
@@ -85,13 +86,13 @@ def test_a_file_that_is_not_what_its_json_says_is_refused(trained, tmp_path):
 
 
 def test_a_comparison_that_fails_leaves_no_file(trained, tmp_path, monkeypatch):
-    from finetune import export as export_module
+    from finetune import trained as trained_module
 
     def wrong(module):
         return {name: value + 1e-3 if name.endswith("bias") else value for name, value in folded(module).items()}
 
-    folded = export_module.folded_state
-    monkeypatch.setattr(export_module, "folded_state", wrong)
+    folded = trained_module.folded_state
+    monkeypatch.setattr(trained_module, "folded_state", wrong)
     with pytest.raises(RunError, match="logits differ from the run's"):
         export(trained, "best", tmp_path / "model.pt")
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from conftest import (
 )
 from PIL import Image
 
-from finetune import Images, ImageTable, MultiLabel, Training, UsageError, image_head, launch, look
+from finetune import Images, ImageTable, ImageTraining, MultiLabel, UsageError, image_head, launch, look
 from finetune.build import Numerics, find_pretrained, open_data
 from finetune.cli import main
 from finetune.data.augment import augment, mix
@@ -287,7 +287,7 @@ def test_jsonl_with_lists_or_a_separator_gives_several_labels(tmp_path):
         ("a.csv", "image,label\nx.png,a\ny.png\n", "line 3: has 1 values, the header 2 columns"),
         ("a.csv", "image,label\nx.png,\n", "line 2: column 'label' is empty"),
         ("a.csv", "image,label\n,a\n", "line 2: column 'image' is empty"),
-        ("a.csv", 'image,label\n"x.png,a\n', "check its quotes"),
+        ("a.csv", 'image,label\n"x.png,a\n', "check the quotes from there on"),
         ("a.csv", "x.png,a\ny.png,b\n", "its columns are 'x.png', 'a': give --image-column"),
         ("a.csv", "image,label\n", "holds no rows"),
         ("a.csv", "image,label\nx.png,a\n", "1 class"),
@@ -321,7 +321,7 @@ def test_other_tables_are_refused(tmp_path):
 
 def test_a_task_that_does_not_fit_the_labels_is_refused(tmp_path):
     recipe = folder_recipe(make_folder(tmp_path / "data", {"a": 4, "b": 4}), task=MultiLabel())
-    with pytest.raises(UsageError, match="has one label an image, which is no multi-label task"):
+    with pytest.raises(UsageError, match="has one label a sample, which is no multi-label task"):
         open_data(recipe, find_pretrained(recipe)[0])
 
 
@@ -531,7 +531,7 @@ def test_several_labels_are_learnt_exported_evaluated_and_predicted(tmp_path, ca
     recipe = image_head(
         images=str(tmp_path / "list.csv"), backbone="bundled/vgg", weights="default", image_size=0, augment="none",
         head="linear", dropout=0.0, epochs=15, batch_size=8, lr=1e-2, seed=0,
-        table=ImageTable(image_column="picture", separator="|"), training=Training(stop_metric="f1"),
+        table=ImageTable(image_column="picture", separator="|"), training=ImageTraining(stop_metric="f1"),
     )  # fmt: skip
     run = train_run(tmp_path / "run", recipe, save_every_steps=0)
     assert read(run)["data"]["classes"] == ["bright", "red"]

@@ -63,13 +63,15 @@ def test_mixed_targets_that_are_pure_give_the_loss_and_the_weight_of_the_classes
 
 def test_balanced_weights_make_every_class_weigh_the_same():
     counts = torch.tensor([90, 9, 1])
-    task = make_task(Classification(class_weights="balanced"), counts, 100)
+    targets = torch.arange(3).repeat_interleave(counts)
+    task = make_task(Classification(class_weights="balanced"), 3, targets=targets)
     torch.testing.assert_close(task.class_weights * counts, torch.full((3,), 100 / 3))
 
 
 def test_balanced_multi_label_weights_make_yes_and_no_weigh_the_same_within_a_class():
     counts = torch.tensor([90, 50, 1])
-    task = make_task(MultiLabel(class_weights="balanced"), counts, 100)
+    targets = (torch.arange(100)[:, None] < counts).to(torch.uint8)
+    task = make_task(MultiLabel(class_weights="balanced"), 3, targets=targets)
     torch.testing.assert_close(task.class_weights * counts, (100 - counts).float())
 
 

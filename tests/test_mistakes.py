@@ -211,7 +211,7 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], int, list[str]]] = {
     "a table without a header": (lambda: [*IMAGES, table("t.csv", "a.png,cat\nb.png,dog\n")], 2, ["t.csv", "the first line of a csv must name the columns"]),
     "a column that is not there": (lambda: [*IMAGES, table("t.csv", "image,label\na.png,cat\nb.png,dog\n"), "--label-column", "kind"], 2, ["--label-column kind: no such column; its columns are 'image', 'label'"]),
     "a row too short": (lambda: [*IMAGES, table("t.csv", "image,label\na.png\n")], 2, ["t.csv line 2: has 1 values, the header 2 columns"]),
-    "a quote that never ends": (lambda: [*IMAGES, table("t.csv", 'image,label\na.png,"cat\n')], 2, ["t.csv line 2", "check its quotes"]),
+    "a quote that never ends": (lambda: [*IMAGES, table("t.csv", 'image,label\na.png,"cat\n')], 2, ["t.csv line 2", "check the quotes from there on"]),
     "a table that is no text": (lambda: [*IMAGES, table("t.csv", b"image,label\n\xff\xfe.png,cat\n")], 2, ["t.csv: is not UTF-8", "save it as UTF-8"]),
     "a line without a label": (lambda: [*IMAGES, table("t.csv", "image,label\na.png,\n")], 2, ["t.csv line 2: column 'label' is empty"]),
     "an image named twice": (lambda: [*IMAGES, table("t.csv", "image,label\na.png,cat\na.png,dog\n")], 2, ["t.csv line 3: names 'a.png' like line 2"]),

@@ -85,8 +85,9 @@ def test_missing_inputs_are_one_line_and_exit_2(model, tmp_path, capsys):
         from finetune.predict import predict
 
         predict(
-            model, ["x"], top_k=0, batch_size=1, device_name="cpu", image_column="", allow_outside=False, as_csv=False
-        )
+            model, ["x"], top_k=0, batch_size=1, device_name="cpu", image_column="", text_column="", allow_outside=False,
+            as_csv=False,
+        )  # fmt: skip
 
 
 # ---- Tables in and out --------------------------------------------------------------------------------------------

@@ -15,29 +15,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.build import Numerics, backbone_of_run, open_data, split_config, trained_network
 from finetune.checkpoint import read_checkpoint
-from finetune.data.images import Request
 from finetune.data.tokens import Tokenization
-from finetune.errors import FinetuneError, RunError, UsageError
+from finetune.errors import RunError, UsageError
 from finetune.exported import SCHEMA_VERSION, read_description, rebuild, tokenizer_folder
 from finetune.files import TEMPORARY_SUFFIX, write_atomically, write_json
 from finetune.models import text_encoders
 from finetune.models.backbones import Backbone, backbone_of_export
-from finetune.models.heads import folded_state, last_layer, rescale, standardised_layers
-from finetune.models.network import Network
 from finetune.models.weights import read_weights
 from finetune.onnx import write_onnx
 from finetune.recipe import Recipe
 from finetune.run import RunFolder
+from finetune.trained import Trained, hold_against, refuse_above, trained_tensors
 
 FORMATS = (".pt", ".safetensors", ".onnx")
-# Logits of an export may differ from the run's by this share of the largest logit (or by this much, if that is under
-# 1), because folding the standardisation into the weights rounds differently. Without folding they must be equal.
-FOLDED_TOLERANCE = 1e-5
 # Another runtime has other kernels.
 ONNX_TOLERANCE = 1e-4
-COMPARED_SAMPLES = 16
 # How tokens become what the head reads, for people.
 POOLING_TEXTS = {
     "stock": "pooled as transformers' own class does",
@@ -99,65 +92,17 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
         if output.suffix == ".onnx":
             model = rebuild(description, trained.tensors, str(run.path))
             difference = write_onnx(model, trained.samples, trained.outputs, temporary)
-            allowed = ONNX_TOLERANCE
+            refuse_above(f"export {output}", difference, ONNX_TOLERANCE)
         else:
             write_tensors(temporary, trained.tensors)
-            with torch.inference_mode():
-                found = rebuild(description, read_weights(temporary), str(temporary))(trained.samples)
-            difference, allowed = (found - trained.outputs).abs().max().item(), trained.allowed
-        check_difference(f"export {output}", difference, allowed)
+            model = rebuild(description, read_weights(temporary), str(temporary))
+            difference = hold_against(f"export {output}", trained, model, lambda model, samples: model(samples))
         sha256 = write_atomically(output, lambda stream: _copy_into(stream, temporary))
     if isinstance(trained.backbone.preprocessing, Tokenization):
         trained.backbone.preprocessing.write(tokenizer_folder(output))
     description |= {"sha256": sha256, "files": {output.name: sha256} | other_formats(output, description)}
     write_json(output.with_suffix(".json"), description)
     return ExportReport(output, description, difference)
-
-
-def check_difference(what: str, difference: float, allowed: float) -> None:
-    """Raises: RunError: what was written does not give the run's outputs."""
-    if not difference <= allowed:
-        raise RunError(
-            f"{what}: logits differ from the run's by {difference:.3g}, allowed is {allowed:.3g}; nothing is written"
-        )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What an export writes, and what it is held against.
-
-    Attributes:
-        tensors: the network's, by their stock names; standardisation folded in.
-        samples, outputs: some network inputs, and what the run's own network gives for them.
-        allowed: by how much those of the export may differ.
-    """
-
-    recipe: Recipe
-    numerics: Numerics
-    backbone: Backbone
-    network: Network
-    state: dict[str, Any]
-    tensors: dict[str, Tensor]
-    samples: Tensor
-    outputs: Tensor
-    allowed: float
-
-
-def trained_tensors(run: RunFolder, which: str) -> Trained:
-    """A checkpoint's network, ready to be written."""
-    network, state = trained_network(run, which)
-    recipe, numerics = split_config(state["config"])
-    backbone = backbone_of_run(run, state)
-    tensors = folded_state(network.module)
-    samples = comparison_samples(recipe, backbone, state)
-    with torch.inference_mode():
-        outputs = network.module.eval()(samples)
-    if scale := state["data"]["scale"]:
-        rescale(tensors, last_layer(network.head_paths[-1], network.head_kind), *scale)
-        outputs = outputs * scale[1] + scale[0]
-    folded = bool(scale) or any(True for _ in standardised_layers(network.module))
-    allowed = FOLDED_TOLERANCE * max(outputs.abs().max().item(), 1.0) if folded else 0.0
-    return Trained(recipe, numerics, backbone, network, state, tensors, samples, outputs, allowed)
 
 
 def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
@@ -218,16 +163,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, path)
     else:
         torch.save(tensors, path)
-
-
-def comparison_samples(recipe: Recipe, backbone: Backbone, state: dict[str, Any]) -> Tensor:
-    """Network inputs to compare on: of the validation set; where the data is not at hand any more, some of no
-    meaning."""
-    try:
-        data = open_data(recipe, backbone, state["data"]["skipped"])
-        return data.pipeline.fetch(Request(data.split.validation[:COMPARED_SAMPLES].tolist())).inputs
-    except FinetuneError:
-        return backbone.preprocessing.example(COMPARED_SAMPLES)
 
 
 def copy_checkpoint(run: RunFolder, which: str, output: Path | None) -> Path:

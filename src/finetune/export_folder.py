@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from finetune.data.tokens import PADDING, Tokenization
 from finetune.errors import RunError, UsageError
-from finetune.export import Trained, check_difference, describe, is_stock, trained_tensors
+from finetune.export import describe, is_stock
 from finetune.files import TEMPORARY_SUFFIX, sync_folder, write_json
 from finetune.models import hub, text_encoders
 from finetune.models.heads import NO_HEAD
 from finetune.run import RunFolder
+from finetune.trained import Trained, hold_against, trained_tensors
 
 # Marks a folder as an export of ours, which a later one may replace.
 RECORD_FILE = "finetune.json"
@@ -71,9 +72,16 @@ def export_folder(run: RunFolder, which: str, output: Path, half: bool) -> Folde
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".exporting-", suffix=TEMPORARY_SUFFIX, dir=output.parent) as place:
         folder = Path(place) / "model"
-        difference = _write(trained, folder, half)
-        allowed = max(trained.allowed, HALF_TOLERANCE * trained.outputs.abs().max().item() if half else 0.0)
-        check_difference(f"export {output}", difference, allowed)
+        model = _write(trained, folder, half)
+        pooling = trained.backbone.options["pooling"] if trained.recipe.model.head == NO_HEAD else ""
+
+        def compute(model: nn.Module, tokens: Tensor) -> Tensor:
+            mask = tokens != PADDING
+            tokens = tokens.masked_fill(~mask, model.config.pad_token_id or 0)
+            output = model(input_ids=tokens, attention_mask=mask.long())
+            return text_encoders.pooled(output.last_hidden_state, mask, pooling) if pooling else output.logits
+
+        difference = hold_against(f"export {output}", trained, model, compute, HALF_TOLERANCE if half else 0.0)
         write_json(folder / RECORD_FILE, describe(run, which, trained))
         if output.exists():
             shutil.rmtree(output)
@@ -100,8 +108,8 @@ def _check_possible(trained: Trained) -> None:
     )
 
 
-def _write(trained: Trained, folder: Path, half: bool) -> float:
-    """Write the folder; return by how much its outputs differ from the run's."""
+def _write(trained: Trained, folder: Path, half: bool) -> nn.Module:
+    """Write the folder; return what transformers loads from it."""
     tokenization = trained.backbone.preprocessing
     assert isinstance(tokenization, Tokenization)
     is_encoder = trained.recipe.model.head == NO_HEAD
@@ -115,18 +123,8 @@ def _write(trained: Trained, folder: Path, half: bool) -> float:
         (folder / name).write_text(content, encoding="utf-8")
     if is_encoder:
         _write_sentence_files(folder, trained.backbone.options, tokenization)
-    mask = trained.samples != PADDING
-    tokens = trained.samples.masked_fill(~mask, model.config.pad_token_id or 0)
-    inputs = {"input_ids": tokens, "attention_mask": mask.long()}
-    with hub.refusing(f"export {folder.name}: transformers cannot load it"), torch.inference_mode():
-        loaded = type(model).from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-        output = loaded(**inputs)
-        if is_encoder:
-            pooling = trained.backbone.options["pooling"]
-            found = text_encoders.pooled(output.last_hidden_state, inputs["attention_mask"], pooling)
-        else:
-            found = output.logits
-    return (found - trained.outputs).abs().max().item()
+    with hub.refusing(f"export {folder.name}: transformers cannot load it"):
+        return type(model).from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
 
 
 def _classifier(trained: Trained) -> nn.Module:

@@ -145,13 +145,15 @@ class Row:
     Attributes:
         where: file and line, for errors.
         line: number.
-        content: what the image or text column holds.
+        column: the image or text column.
+        content: what it holds.
         label: one, or, with a separator, all of them; None where the table is read without labels.
         part: place in `PARTS`; None without a split column.
     """
 
     where: str
     line: int
+    column: str
     content: Any
     label: str | tuple[str, ...] | None
     part: int | None
@@ -186,7 +188,7 @@ def sample_rows(
             if name.lower() not in PART_NAMES:
                 raise UsageError(f"{where}: {columns.split} {name!r} is not allowed; give train, val or test")
             part = PART_NAMES[name.lower()]
-        yield Row(where, number, row.get(content_column), label, part)
+        yield Row(where, number, content_column, row.get(content_column), label, part)
     if not content_column:
         raise UsageError(f"{path}: holds no rows; give a line a sample")
 
@@ -195,7 +197,7 @@ def _image_of(row: Row) -> str:
     """The path in a row, with "/"."""
     image = row.content
     if not isinstance(image, str) or not image.strip():
-        raise UsageError(f"{row.where}: its image column is empty; name an image")
+        raise UsageError(f"{row.where}: column {row.column!r} is empty; name an image")
     return image.strip().replace("\\", "/")
 
 

@@ -93,9 +93,11 @@ Standardised = StandardisedLinear | StandardisedConv2d
 def folded(layer: Standardised) -> dict[str, Tensor]:
     """Weight and bias of the plain layer that gives the same logits. Computed in float64."""
     weight = layer.weight.detach().double().flatten(1) / layer.deviation.double()
-    state = {"weight": weight.view_as(layer.weight).to(layer.weight.dtype)}
+    rounded = weight.to(layer.weight.dtype)
+    state = {"weight": rounded.view_as(layer.weight)}
     if layer.bias is not None:
-        state["bias"] = (layer.bias.detach().double() - weight @ layer.mean.double()).to(layer.bias.dtype)
+        # Of the rounded weight: at the mean of the features, where most samples are, the rounding then cancels.
+        state["bias"] = (layer.bias.detach().double() - rounded.double() @ layer.mean.double()).to(layer.bias.dtype)
     return state
 
 

@@ -299,7 +299,8 @@ def _entered_first(model: nn.Module, encoder: nn.Module, samples: Tensor) -> tup
 @contextmanager
 def _entering(modules: Sequence[nn.Module], hook: Callable[[nn.Module, Any], Any]) -> Iterator[None]:
     """Within the block `hook` sees, or replaces, the inputs of `modules`."""
-    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    # Before the hooks of others: what they see is what the module gets.
+    handles = [module.register_forward_pre_hook(hook, prepend=True) for module in modules]
     try:
         yield
     finally:

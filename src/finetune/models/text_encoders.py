@@ -27,10 +27,12 @@ from finetune.torch_files import load_plain
 POOLINGS = ("stock", "mean", "cls")
 POOLING_FILE = "1_Pooling/config.json"
 LENGTH_FILE = "sentence_bert_config.json"
+# Of these a tokenizer can be made.
+TOKENIZER_FILES = (TOKENIZER_FILE, "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 # Besides config and weights; what there is of it.
 FOLDER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model", LENGTH_FILE, POOLING_FILE,
+    *TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    LENGTH_FILE, POOLING_FILE,
 )  # fmt: skip
 # Attention costs the square of it; longer has to be asked for.
 LONGEST_DEFAULT_TOKENS = 512
@@ -116,13 +118,16 @@ def may_be_new(model: nn.Module, name: str) -> bool:
 
 
 def _names_in(folder: Path) -> set[str]:
-    """Names of the tensors that a folder holds."""
+    """Names of the tensors that a folder holds.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
     names: set[str] = set()
     for path in hub.weight_files(folder):
-        if path.suffix == ".safetensors":
-            names |= set(read_safetensors_header(path))
-        else:
-            names |= set(load_plain(path, mapped=True))
+        with hub.refusing(f"--backbone {folder}: its weights cannot be read"):
+            is_safe = path.suffix == ".safetensors"
+            names |= set(read_safetensors_header(path) if is_safe else load_plain(path, mapped=True))
     return names
 
 
@@ -137,6 +142,8 @@ def _tokenization(folder: Path, stock: nn.Module, vocabulary_size: int) -> Token
     """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UsageError(f"--backbone {folder}: holds no tokenizer ({', '.join(TOKENIZER_FILES)}); put its files there")
     with hub.refusing(f"--backbone {folder}: its tokenizer cannot be used"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.is_fast:

@@ -1,0 +1,259 @@
+"""Text encoders of transformers of every family, small, from local folders in the format of its hub."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import DyingTerminal, Killed, assert_equal_runs, assert_equal_values, read, resume_run, train_run
+from encoders import FAMILIES, LACKING, make_encoder, make_tokenizer, sentences, text_recipe, write_csv
+
+import finetune
+from finetune import RunError, UsageError
+from finetune.build import find_pretrained, open_data, trained_network
+from finetune.cli import main
+from finetune.data.tokens import PADDING
+from finetune.export import export
+from finetune.export_folder import export_folder
+from finetune.models.freeze import apply_freeze, set_modes
+from finetune.phase import cut
+from finetune.run import RunFolder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {family: make_encoder(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_csv(tmp_path_factory.mktemp("texts") / "texts.csv", sentences(120))
+
+
+def network_of(recipe):
+    from finetune.build import new_network
+
+    backbone, weights = find_pretrained(recipe)
+    data = open_data(recipe, backbone)
+    return new_network(recipe, backbone, weights, data.output_count), backbone, data
+
+
+def lacking_modules(folder) -> set[str]:
+    """As transformers itself counts them."""
+    _, found = transformers.AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    return {name.rpartition(".")[0] for name in found["missing_keys"]}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_what_trains_is_exactly_what_the_pretrained_file_lacks(folders, texts, family):
+    recipe = text_recipe(texts, folders[family], pooling="stock")
+    network, *_ = network_of(recipe)
+    names = apply_freeze(network.module, network.rules(recipe.trainable.rules), 0)
+    assert {name.rpartition(".")[0] for name in names} == LACKING[family] == lacking_modules(folders[family])
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_family_trains_resumes_without_its_folder_and_its_export_loads_into_transformers(
+    tmp_path, folders, texts, family
+):
+    folder = shutil.copytree(folders[family], tmp_path / "model")
+    recipe = text_recipe(texts, folder, pooling="stock")
+    with pytest.raises(Killed):
+        train_run(tmp_path / "run", recipe, die_after_steps=2)
+    shutil.rmtree(folder)
+    run = RunFolder(tmp_path / "run")
+    resume_run(run)
+    network, _ = trained_network(run, "latest")
+
+    report = export(run, "latest", tmp_path / "model.pt")
+    scope: dict = {}
+    exec(report.stock_lines.replace("['a text']", "['a text', 'my dog was']"), scope)  # as printed
+    assert "ForSequenceClassification" in type(scope["model"]).__name__
+    tokens = scope["inputs"]["input_ids"].masked_fill(scope["inputs"]["attention_mask"] == 0, PADDING)
+    with torch.inference_mode():
+        ours, rebuilt = network.module(tokens), finetune.load(tmp_path / "model.pt")(tokens)
+    torch.testing.assert_close(ours, scope["logits"], rtol=0, atol=1e-5)
+    assert torch.equal(scope["logits"], rebuilt)
+
+    hf = export_folder(run, "latest", tmp_path / "hf", half=False).folder
+    classify = transformers.pipeline("text-classification", model=str(hf), top_k=None)
+    found = {row["label"]: row["score"] for row in classify(["a text"])[0]}
+    assert set(found) == {"animal", "tool"}
+    assert found["tool"] == pytest.approx(ours.softmax(1)[0, 1].item(), abs=1e-5)
+
+    shutil.copytree(folders[family], folder)
+    assert_equal_runs(run, train_run(tmp_path / "unbroken", recipe))
+
+
+@pytest.mark.parametrize("pooling", ["stock", "mean", "cls"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_encoder_runs_once_and_padding_does_not_show_in_its_features(folders, texts, family, pooling):
+    recipe = text_recipe(texts, folders[family], pooling=pooling)
+    network, backbone, data = network_of(recipe)
+    rules = network.rules(recipe.trainable.rules)
+    apply_freeze(network.module, rules, 0)
+    set_modes(network.module, rules, False, 0)
+    found = cut(network.module, backbone, torch.device("cpu"))
+    assert found.width == 16
+    order = data.pipeline.lengths.argsort()
+    both = order[[0, -1]].tolist()  # two words, and twenty-two
+    with torch.inference_mode():
+        together = found.prefix(data.pipeline.table.batch(both))
+        alone = torch.cat([found.prefix(data.pipeline.table.batch([index])) for index in both])
+        assert (together - alone).abs().max() / alone.abs().max() < 1e-5
+        network.module.eval()
+        whole = network.module(data.pipeline.table.batch(both))
+        assert (found.suffix(together) - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+def test_mean_pooling_is_that_of_the_tokens_without_padding(folders, texts):
+    network, backbone, _ = network_of(text_recipe(texts, folders["bert"], pooling="mean", head="linear"))
+    tokens = backbone.preprocessing.tokenize(["my dog", "the very old horse we had was near"]).batch([0, 1])
+    model = transformers.AutoModel.from_pretrained(folders["bert"]).eval()
+    short = tokens[0][tokens[0] != PADDING]
+    with torch.inference_mode():
+        wanted = model(short[None]).last_hidden_state[0].mean(0)
+        seen = []
+        network.module.classifier.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        network.module.eval()(tokens)
+    torch.testing.assert_close(seen[0][0], wanted, rtol=0, atol=1e-6)
+
+
+# ---- Pooling: auto ----------------------------------------------------------------------------------------------------
+
+
+def pooling_of(folder, texts, pooling="auto"):
+    return find_pretrained(text_recipe(texts, folder, pooling=pooling))[0].options["pooling"]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_auto_is_stock_only_where_the_stock_class_would_train_no_pooler_from_nothing(folders, texts, family):
+    assert pooling_of(folders[family], texts) == ("stock" if LACKING[family] == {"classifier"} else "mean")
+
+
+def test_auto_follows_the_file_of_sentence_transformers(tmp_path, folders, texts):
+    for mode in ("mean", "cls"):
+        folder = shutil.copytree(folders["bert"], tmp_path / mode)
+        (folder / "1_Pooling").mkdir()
+        modes = {"pooling_mode_mean_tokens": mode == "mean", "pooling_mode_cls_token": mode == "cls"}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+        assert pooling_of(folder, texts) == mode
+        assert pooling_of(folder, texts, "stock") == "stock"
+
+
+def test_a_bert_without_a_pooler_trains_one_when_stock_pooling_is_asked_for_and_still_keeps_features(tmp_path, texts):
+    folder = make_encoder(tmp_path / "model", "bert", pooler=False)
+    assert pooling_of(folder, texts) == "mean"
+    recipe = text_recipe(texts, folder, pooling="stock")
+    network, *_ = network_of(recipe)
+    names = apply_freeze(network.module, network.rules(recipe.trainable.rules), 0)
+    assert {name.rpartition(".")[0] for name in names} == {"bert.pooler.dense", "classifier"}
+    run = train_run(tmp_path / "run", recipe)
+    assert read(run)["frozen"]["features_kept"]
+    assert_equal_values(read(run)["network"]["new_paths"], ["bert.pooler.dense"])
+    assert export(run, "latest", tmp_path / "model.pt").largest_difference < 1e-5
+
+
+def test_a_folder_that_was_trained_to_classify_keeps_all_but_its_last_layer(tmp_path, folders, texts):
+    folder = tmp_path / "model"
+    config = transformers.AutoConfig.from_pretrained(folders["distilbert"], num_labels=5)
+    torch.manual_seed(0)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    make_tokenizer(folder)
+    recipe = text_recipe(texts, folder)
+    network, backbone, _ = network_of(recipe)
+    assert backbone.options["pooling"] == "stock" and network.new_paths == ()
+    names = apply_freeze(network.module, network.rules(recipe.trainable.rules), 0)
+    assert set(names) == {"classifier.weight", "classifier.bias"}
+
+
+# ---- What cannot be done ------------------------------------------------------------------------------------------------
+
+
+def test_training_inside_the_encoder_says_that_nothing_is_kept(tmp_path, folders, texts):
+    rules = (("head", "trainable", 0), ("bert.encoder.layer.1", "trainable", 0), ("*", "frozen", 0))
+    recipe = text_recipe(texts, folders["bert"], epochs=1)
+    recipe = dataclasses.replace(recipe, trainable=finetune.Trainable(rules=rules))
+    terminal = DyingTerminal()
+    from finetune import launch
+    from finetune.build import Numerics
+    from finetune.job import Machine
+    from finetune.train import Settings
+
+    run, _ = launch.start(tmp_path / "run", "x", recipe, Numerics(), Machine("cpu"), Settings(), terminal)
+    assert any(
+        "not kept, the backbone runs in every epoch, because of a model of transformers" in line
+        for line in terminal.lines
+    )
+    first = read(run, "step-000006.pt")
+    assert any(name.startswith("bert.encoder.layer.1") for name in first["model"])
+
+
+def test_another_pooling_is_refused_for_a_folder_with_the_reason(tmp_path, folders, texts):
+    run = train_run(tmp_path / "run", text_recipe(texts, folders["bert"], pooling="mean", epochs=1))
+    with pytest.raises(UsageError, match=r"classifies by .mean. pooling.*--pooling stock"):
+        export_folder(run, "latest", tmp_path / "hf", half=False)
+    assert not (tmp_path / "hf").exists()
+    report = export(run, "latest", tmp_path / "model.pt")
+    description = json.loads((tmp_path / "model.json").read_text())
+    assert "averaged" in description["preprocessing_text"] and description["architecture"]["stock"] is False
+    scope: dict = {}
+    exec(report.stock_lines.partition("\n\n")[2], scope)
+    network, _ = trained_network(run, "latest")
+    tokens = torch.tensor([[*scope["inputs"]["input_ids"][0].tolist()]])
+    with torch.inference_mode():
+        torch.testing.assert_close(scope["logits"], network.module(tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("break_folder", "words"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink() or (folder / "tokenizer_config.json").unlink(), "holds no tokenizer"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no .safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "its config.json cannot be used"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'), "is no text encoder with a classification class"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"nonsense"), "its weights cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_cannot_be_used_says_why_in_one_line(tmp_path, folders, texts, break_folder, words, capsys):
+    folder = shutil.copytree(folders["roberta"], tmp_path / "model")
+    break_folder(folder)
+    assert main(["bert_head", "--texts", str(texts), "--backbone", str(folder), "--run", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_cached_says_what_to_do_in_one_line(tmp_path, texts, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    words = ["bert_head", "--texts", str(texts), "--backbone", "nobody/no-such-bert", "--revision", "v1"]
+    assert main([*words, "--run", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert "nobody/no-such-bert@v1: not cached and cannot be fetched" in said and "hf download" in said
+    assert said.count("\n") == 1
+
+
+def test_a_longer_text_than_the_backbone_has_positions_for_is_refused(folders, texts):
+    for family, limit in (("bert", 40), ("roberta", 39), ("xlm-roberta", 38)):
+        with pytest.raises(UsageError, match=f"this backbone takes 3 to {limit} tokens"):
+            find_pretrained(text_recipe(texts, folders[family], max_length=limit + 1))
+        assert find_pretrained(text_recipe(texts, folders[family]))[0].preprocessing.max_length == limit
+
+
+def test_an_image_backbone_for_texts_and_the_other_way_round_are_refused(folders, texts):
+    with pytest.raises(UsageError, match="bundled/vgg: is no text encoder"):
+        find_pretrained(text_recipe(texts, "bundled/vgg"))
+    recipe = finetune.Recipe(model=finetune.Model(str(folders["bert"])), data=finetune.Images("digits"))
+    with pytest.raises(UsageError, match="a bert has no image classification class"):
+        find_pretrained(recipe)
+
+
+def test_a_tokenizer_that_was_swapped_in_a_run_is_found(tmp_path, folders, texts):
+    run = train_run(tmp_path / "run", text_recipe(texts, folders["bert"], epochs=1))
+    file = run.tokenizer / "tokenizer.json"
+    file.write_text(file.read_text().replace('"cat"', '"cap"'))
+    with pytest.raises(RunError, match="is not the tokenizer that it was"):
+        resume_run(run, epochs=2)
