@@ -1,5 +1,6 @@
 """Small text encoders of every family, in folders as transformers writes them, and texts that they can tell apart."""
 
+import copy
 import csv
 import random
 from pathlib import Path
@@ -12,27 +13,41 @@ from finetune import TextTable, Training, text_head
 
 ANIMALS = ["cat", "dog", "horse", "cow", "sheep", "goat", "duck", "hen", "mouse", "fox"]
 TOOLS = ["hammer", "saw", "drill", "nail", "screw", "wrench", "pliers", "file", "chisel", "ruler"]
-FILLERS = ["the", "a", "one", "old", "new", "big", "small", "we", "saw", "they", "had", "it", "was", "near", "my", "very"]
+FILLERS = [
+    "the",
+    "a",
+    "one",
+    "old",
+    "new",
+    "big",
+    "small",
+    "we",
+    "saw",
+    "they",
+    "had",
+    "it",
+    "was",
+    "near",
+    "my",
+    "very",
+]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = [*SPECIAL, *LETTERS, *("##" + one for one in LETTERS), *dict.fromkeys(ANIMALS + TOOLS + FILLERS)]
 SIZES = {
-    "vocab_size": len(VOCABULARY), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": len(VOCABULARY), "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
     "intermediate_size": 32, "max_position_embeddings": 40, "pad_token_id": 0,
-    # As if trained: what comes out depends on what went in.
-    "initializer_range": 0.4,
 }  # fmt: skip
 FAMILIES = {
     "bert": transformers.BertConfig(**SIZES),
     "minilm": transformers.BertConfig(**SIZES | {"num_hidden_layers": 3}),
     "distilbert": transformers.DistilBertConfig(
         vocab_size=len(VOCABULARY),
-        dim=16,
+        dim=48,
         n_layers=2,
         n_heads=2,
         hidden_dim=32,
         max_position_embeddings=40,
-        initializer_range=0.4,
     ),
     "roberta": transformers.RobertaConfig(**SIZES),
     "xlm-roberta": transformers.XLMRobertaConfig(**SIZES | {"pad_token_id": 1}),
@@ -71,11 +86,17 @@ def make_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-def make_encoder(folder: Path, family: str = "bert", *, pooler: bool = True) -> Path:
-    """A pretrained encoder of a family (drawn from a seed), with its tokenizer; the base model, as hubs offer it."""
+def make_encoder(folder: Path, family: str = "bert", *, pooler: bool = True, initializer_range: float = 0.2) -> Path:
+    """A pretrained encoder of a family (drawn from a seed), with its tokenizer; the base model, as hubs offer it.
+
+    Args:
+        initializer_range: a small one leaves the words as they are, so that their mean tells which there were.
+    """
     torch.manual_seed(0)
+    config = copy.deepcopy(FAMILIES[family])
+    config.initializer_range = initializer_range
     switch = {} if pooler or family not in ("bert", "minilm") else {"add_pooling_layer": False}
-    transformers.AutoModel.from_config(FAMILIES[family], **switch).save_pretrained(folder)
+    transformers.AutoModel.from_config(config, **switch).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
 

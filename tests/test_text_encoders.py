@@ -96,7 +96,7 @@ def test_the_encoder_runs_once_and_padding_does_not_show_in_its_features(folders
     apply_freeze(network.module, rules, 0)
     set_modes(network.module, rules, False, 0)
     found = cut(network.module, backbone, torch.device("cpu"))
-    assert found.width == 16
+    assert found.width == 48
     order = data.pipeline.lengths.argsort()
     both = order[[0, -1]].tolist()  # two words, and twenty-two
     with torch.inference_mode():

@@ -1,0 +1,382 @@
+"""Runs on texts: killed and resumed, with and without kept features; every kind of task, to the prediction."""
+
+import csv
+import dataclasses
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import (
+    DyingTerminal,
+    assert_equal_runs,
+    finish,
+    kill_after_progress,
+    read,
+    resume_run,
+    train_run,
+    train_with_deaths,
+)
+from conftest import finetune as run_finetune
+from encoders import ANIMALS, TOOLS, make_encoder, sentences, text_recipe, write_csv
+
+import finetune
+from finetune import TextTable, Trainable, Training, launch
+from finetune.build import Numerics
+from finetune.cache import cache_folder
+from finetune.cli import main
+from finetune.data.tokens import PADDING
+from finetune.export import export
+from finetune.job import Machine
+from finetune.run import RunFolder
+from finetune.train import Settings
+
+THAW = Trainable(
+    rules=(("head", "trainable", 0), ("bert.encoder.layer.1", "trainable", 1), ("*", "frozen", 0)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return make_encoder(tmp_path_factory.mktemp("bert"), initializer_range=0.02)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_csv(tmp_path_factory.mktemp("texts") / "texts.csv", sentences(120))
+
+
+def numbers_csv(path, count=600):
+    """Which share of the words of a text are animals: 1000 = none, 1500 = all."""
+    rows = []
+    for text, _ in sentences(count):
+        words = text.split()
+        rows.append((text, 1000 + 500 * sum(word in ANIMALS for word in words) / len(words)))
+    return write_csv(path, rows, ("text", "score"))
+
+
+def labels_csv(path, count=600):
+    rows = []
+    for text, _ in sentences(count):
+        words = text.split()
+        labels = [name for name, known in (("animal", ANIMALS), ("tool", TOOLS)) if any(w in known for w in words)]
+        rows.append((text, "|".join([*labels, *(["long"] if len(words) > 11 else [])])))
+    return write_csv(path, rows)
+
+
+def said_by_start(path, recipe, **numerics):
+    terminal = DyingTerminal()
+    run, _ = launch.start(path, "x", recipe, Numerics(**numerics), Machine("cpu"), Settings(), terminal)
+    return run, terminal.lines
+
+
+# ---- Exact resume -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"pooling": "mean"}, {}),
+        ({"pooling": "stock", "head": "mlp"}, {}),
+        ({"pooling": "mean"}, {"cache": False}),
+        ({"pooling": "cls"}, {"cache": False, "precision": "bf16"}),
+        ({"pooling": "mean", "trainable": THAW}, {}),
+    ],
+    ids=["kept", "kept, mlp", "not kept", "not kept, bf16", "thawed in the second epoch"],
+)
+def test_a_run_killed_four_times_ends_bit_for_bit_like_one_that_was_not(tmp_path, encoder, texts, changes, options):
+    trainable = changes.pop("trainable", None)
+    recipe = text_recipe(texts, encoder, **changes)
+    recipe = dataclasses.replace(recipe, trainable=trainable) if trainable else recipe
+    unbroken = train_run(tmp_path / "unbroken", recipe, **options)
+    interrupted = train_with_deaths(tmp_path / "interrupted", recipe, [2, 5, 7, 11], **options)
+    assert_equal_runs(interrupted, unbroken)
+    assert read(unbroken)["step"] == 12
+
+
+def test_real_processes_killed_end_with_the_same_weights_in_every_bit(tmp_path, encoder, texts):
+    words = ["bert_head", "--texts", str(texts), "--backbone", str(encoder), "--epochs", "40", "--batch-size", "8"]
+    words += ["--save-every-steps", "1", "--dropout", "0.2", "--device", "cpu", "--quiet"]
+    finish(run_finetune(*words, "--run", str(tmp_path / "unbroken")))
+    run = RunFolder(tmp_path / "killed")
+    for number in range(2):
+        more = [] if number == 0 else ["--resume"]
+        kill_after_progress(run_finetune(*words, "--run", str(run.path), *more), run, 20)
+    finish(run_finetune("resume", str(run.path), "--quiet"))
+    assert_equal_runs(run, RunFolder(tmp_path / "unbroken"))
+
+
+# ---- Kept features ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_computes_no_features_and_another_length_or_tokenizer_does(tmp_path, encoder, texts):
+    texts = write_csv(tmp_path / "texts.csv", sentences(120, seed=77))  # nobody else's
+
+    def features_line(name, folder, **changes):
+        _, lines = said_by_start(tmp_path / name, text_recipe(texts, folder, epochs=1, seed=9, **changes))
+        return next(line for line in lines if line.startswith("features:"))
+
+    assert "runs over 120 texts once" in features_line("first", encoder)
+    assert "does not run" in features_line("second", encoder)
+    assert "runs over 120 texts once" in features_line("shorter", encoder, max_length=10)
+    other = shutil.copytree(encoder, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["cat"], vocabulary["saw"] = vocabulary["saw"], vocabulary["cat"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "runs over 120 texts once" in features_line("another tokenizer", other)
+    assert any(cache_folder().glob("*.safetensors"))
+
+
+def test_features_of_a_head_are_measured_so_that_it_learns_from_standardised_ones(tmp_path, encoder, texts):
+    """The stub in the encoder's place must not be what is measured."""
+    for pooling in ("mean", "stock"):
+        model = read(train_run(tmp_path / pooling, text_recipe(texts, encoder, pooling=pooling, epochs=1)))["model"]
+        assert model["classifier.mean"].abs().min() > 0
+        assert (model["classifier.deviation"] != 1).all()
+
+
+# ---- Tasks --------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_learnt_and_predicted_in_their_own_unit(tmp_path, encoder, capsys):
+    table = TextTable(label_column="score")
+    place = numbers_csv(tmp_path / "numbers.csv")
+    recipe = text_recipe(place, encoder, task="regression", epochs=20, dropout=0.0, pooling="mean", table=table)
+    run = train_run(tmp_path / "run", recipe, save_every_steps=0)
+    best = read(run)["best_metric"]
+    assert best["metric"] == "loss" and best["value"] < 0.3
+    assert main(["evaluate", str(run.path), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["r2"] > 0.7 and 5 < figures["mae"] < 60 and "accuracy" not in figures
+    assert main(["evaluate", str(run.path)]) == 0
+    assert "variance explained" in capsys.readouterr().out
+    assert export(run, "best", tmp_path / "model.pt").largest_difference < 1e-2
+    assert main(["predict", str(tmp_path / "model.pt"), "the hammer saw", "cat dog cow"]) == 0
+    few, many = (json.loads(line)["value"] for line in capsys.readouterr().out.splitlines())
+    assert 850 < few < 1150 < 1250 < many < 1700
+
+
+def test_a_folder_for_transformers_predicts_numbers_in_their_own_unit(tmp_path, encoder, capsys):
+    table = TextTable(label_column="score")
+    place = numbers_csv(tmp_path / "numbers.csv")
+    run = train_run(tmp_path / "run", text_recipe(place, encoder, task="regression", pooling="stock", table=table))
+    assert main(["export", str(run.path), "--format", "hf", "--output", str(tmp_path / "hf")]) == 0
+    assert main(["export", str(run.path), "--output", str(tmp_path / "model.pt")]) == 0
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "model.pt"), "the old hammer"]) == 0
+    ours = json.loads(capsys.readouterr().out)["value"]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    with torch.inference_mode():
+        theirs = model(**tokenizer("the old hammer", return_tensors="pt")).logits.item()
+    assert model.config.problem_type == "regression" and theirs == pytest.approx(ours, rel=1e-5) and ours > 500
+
+
+def test_several_labels_are_learnt_and_predicted_each_on_its_own(tmp_path, encoder, capsys):
+    place = labels_csv(tmp_path / "labels.csv")
+    table = TextTable(separator="|")
+    recipe = text_recipe(place, encoder, epochs=20, dropout=0.0, pooling="mean", table=table)
+    run = train_run(tmp_path / "run", recipe, save_every_steps=0)
+    assert read(run)["data"]["classes"] == ["animal", "long", "tool"]
+    assert read(run)["best_metric"]["value"] > 0.5  # of texts with all three right; a guess gets a quarter
+    assert main(["export", str(run.path), "--output", str(tmp_path / "model.pt")]) == 0
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "model.pt"), "cat dog cat horse was", "hammer saw drill nail was"]) == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert "animal" in first["labels"] and "tool" in second["labels"] and "animal" not in second["labels"]
+    run = train_run(
+        tmp_path / "stock",
+        dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pooling="stock"), epochs=1),
+    )
+    assert main(["export", str(run.path), "--format", "hf", "--output", str(tmp_path / "hf")]) == 0
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    assert config.problem_type == "multi_label_classification"
+    assert config.id2label == {0: "animal", 1: "long", 2: "tool"}
+
+
+def test_options_that_belong_to_another_task_are_refused(tmp_path, encoder, texts, capsys):
+    words = ["bert_head", "--texts", str(texts), "--backbone", str(encoder), "--run", str(tmp_path / "run")]
+    for more, said in (
+        (["--task", "regression", "--class-weights", "balanced"], "has no classes"),
+        (["--task", "regression", "--stop-metric", "accuracy"], "--stop-metric accuracy: not allowed; give auto, loss, mae, r2"),
+        (["--stop-metric", "r2"], "--stop-metric r2: not allowed; give auto, accuracy, f1, loss"),
+        (["--task", "regression", "--separator", ","], "--separator ,: not allowed"),
+        (["--task", "regression"], "is no number"),
+        (["--max-length", "2"], "this backbone takes 3 to 40 tokens"),
+        (["--max-length", "-1"], "--max-length -1: not allowed"),
+        (["--revision", "main"], "belongs to a model on the hub"),
+        (["--head", "append"], "needs pretrained weights with their old head"),
+        (["--text-column", "words"], "--text-column words: no such column"),
+        (["--images", "digits"], "Unrecognized options: --images"),
+        (["--mixup", "0.2"], "Unrecognized options: --mixup"),
+    ):  # fmt: skip
+        assert main([*words, *more]) == 2, more
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1, (more, error)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- Around a run -------------------------------------------------------------------------------------------------------
+
+
+def test_empty_texts_are_named_and_left_out_when_asked(tmp_path, encoder, capsys):
+    rows = sentences(60)
+    rows[7], rows[21] = ("", "tool"), ("  ", "tool")
+    words = [
+        "bert_head",
+        "--texts",
+        str(write_csv(tmp_path / "t.csv", rows)),
+        "--backbone",
+        str(encoder),
+        "--epochs",
+        "1",
+    ]
+    for more in ([], ["--no-cache"]):
+        assert main([*words, *more, "--run", str(tmp_path / "run")]) == 1
+        assert "2 broken text(s): text t.csv line 9 is empty, and 1 more" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+        assert main([*words, *more, "--skip-broken", "--run", str(tmp_path / f"left out{len(more)}")]) == 0
+        said = capsys.readouterr().out
+        assert "2 left out as broken" in said and "line 23 is empty" in said
+        run = RunFolder(tmp_path / f"left out{len(more)}")
+        assert read(run)["data"]["skipped"] == ["t.csv line 23", "t.csv line 9"]
+        resume_run(run, epochs=2)
+
+
+def test_texts_that_moved_are_found_again_and_others_are_refused(tmp_path, encoder, capsys):
+    place = write_csv(tmp_path / "t.csv", sentences(60))
+    run = train_run(tmp_path / "run", text_recipe(place, encoder, epochs=1))
+    place.rename(tmp_path / "moved.csv")
+    assert main(["resume", str(run.path), "--epochs", "2", "--texts", str(tmp_path / "moved.csv"), "--quiet"]) == 0
+    other = write_csv(tmp_path / "other.csv", sentences(60, seed=1))
+    capsys.readouterr()
+    assert main(["resume", str(run.path), "--epochs", "3", "--texts", str(other), "--quiet"]) == 1
+    assert "the data is not what run" in capsys.readouterr().err
+    assert main(["evaluate", str(run.path), "--texts", str(other), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["texts"] == str(other) and figures["part"] == "all" and figures["samples"] == 60
+    renamed = write_csv(tmp_path / "renamed.csv", sentences(60), ("words", "kind"))
+    words = ["evaluate", str(run.path), "--texts", str(renamed), "--text-column", "words", "--label-column", "kind"]
+    assert main(words) == 0
+    assert "texts" in capsys.readouterr().out
+
+
+def test_the_start_says_how_many_texts_are_cut_and_how_they_are_pooled(tmp_path, encoder, texts, capsys):
+    words = ["bert_head", "--texts", str(texts), "--backbone", str(encoder), "--epochs", "1", "--max-length", "10"]
+    assert main([*words, "--run", str(tmp_path / "run")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    longer = sum(len(text.split()) > 8 for text, _ in sentences(120))
+    assert f"up to 10 tokens (as of its tokenizer), {longer} of 120 are longer and cut off; pooling stock" in said
+
+
+def test_another_runs_weights_start_a_run_on_texts(tmp_path, encoder, texts):
+    folder = shutil.copytree(encoder, tmp_path / "model")
+    first = train_run(tmp_path / "first", text_recipe(texts, folder))
+    shutil.rmtree(folder)  # that run's own tokenizer and weights will do
+    second = train_run(tmp_path / "second", text_recipe(texts, folder, lr=1e-6, seed=3), init_from=str(first.path))
+    before, after = read(first, "best.pt")["model"], read(second)["model"]
+    assert torch.equal(before["classifier.mean"], after["classifier.mean"])
+    assert (before["classifier.weight"] - after["classifier.weight"]).abs().max() < 1e-3
+
+
+# ---- Prediction ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, encoder):
+    folder = tmp_path_factory.mktemp("exported")
+    texts = write_csv(folder / "texts.csv", sentences(600))
+    recipe = text_recipe(texts, encoder, pooling="mean", epochs=20, dropout=0.0)
+    run = train_run(folder / "run", recipe, save_every_steps=0)
+    export(run, "best", folder / "model.pt")
+    shutil.rmtree(run.path)
+    return folder / "model.pt"
+
+
+def predict_lines(capsys, *words, code=0):
+    assert main(["predict", *map(str, words)]) == code
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_texts_files_tables_and_folders_are_predicted_in_order(tmp_path, exported, capsys):
+    table = write_csv(tmp_path / "t.csv", [(1, "a cat was"), (2, ""), (3, "a saw was")], ("id", "text"))
+    (tmp_path / "folder").mkdir()
+    for name, text in (("b", "my hammer nail saw was"), ("a", "my dog cat horse was")):
+        (tmp_path / "folder" / f"{name}.txt").write_text(text)
+    rows = predict_lines(capsys, exported, "we saw the cow was", table, tmp_path / "folder", "a drill was", code=1)
+    assert [row.get("label") for row in rows] == ["animal", "animal", None, "tool", "animal", "tool", "tool"]
+    assert rows[0]["text"] == "we saw the cow was" and "file" not in rows[0]
+    assert rows[2] == {"file": str(table), "line": 3, "error": "is empty; write a text"}
+    assert rows[3]["line"] == 4 and rows[4]["file"].endswith("a.txt") and rows[4]["text"] == "my dog cat horse was"
+    words = [exported, "we saw the cow was", table, "--csv", "--top-k", "2", "--batch-size", "2"]
+    assert main(["predict", *map(str, words)]) == 1
+    found = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["label"] for row in found] == ["animal", "animal", "", "tool"] and found[1]["line"] == "2"
+
+
+def test_a_prediction_does_not_depend_on_what_else_is_asked(exported, capsys):
+    asked = [text for text, _ in sentences(30, seed=5)]
+    together = predict_lines(capsys, exported, *asked)
+    alone = [predict_lines(capsys, exported, text)[0] for text in asked[:6]]
+    for one, other in zip(alone, together, strict=False):
+        assert one["label"] == other["label"] and one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere.csv"], "nowhere.csv: no such file"),
+        (["nowhere.txt"], "nowhere.txt: cannot be read"),
+        (["{folder}"], "holds no .txt files"),
+        ([], "give images, texts, folders or a csv"),
+    ],
+)
+def test_what_cannot_be_predicted_is_one_line(tmp_path, exported, words, said, capsys):
+    words = [word.format(folder=tmp_path) for word in words]
+    assert main(["predict", str(exported), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_an_export_without_its_tokenizer_says_what_is_missing(tmp_path, exported, capsys):
+    for name in ("model.pt", "model.json"):
+        shutil.copyfile(exported.with_name(name), tmp_path / name)
+    assert main(["predict", str(tmp_path / "model.pt"), "a cat"]) == 1
+    assert "tokenizer.json does not exist; put the file back" in capsys.readouterr().err
+
+
+def test_a_loaded_model_takes_what_the_tokenizer_gives(exported):
+    model = finetune.load(exported)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported.with_name("model-tokenizer"))
+    inputs = tokenizer(["a cat was", "the very old saw we had"], padding=True, return_tensors="pt")
+    tokens = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, PADDING)
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs), model(tokens))
+
+
+# ---- Without transformers -------------------------------------------------------------------------------------------------
+
+
+def test_help_and_image_recipes_import_no_transformers(tmp_path):
+    program = """
+import sys
+from finetune.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code or 0
+found = [name for name in ("transformers", "tokenizers", "pyarrow") if name in sys.modules]
+assert not found, found
+raise SystemExit(code)
+"""
+    image_run = ["vgg_head", "--epochs", "1", "--train-samples", "40", "--run", str(tmp_path / "run"), "--quiet"]
+    runs = (["--help"], ["bert_head", "--help"], image_run, ["export", str(tmp_path / "run")])
+    for words in runs:
+        done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+        assert done.returncode == 0, (words, done.stderr)
+    assert Training().patience == 0
