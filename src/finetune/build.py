@@ -23,9 +23,16 @@ from finetune.files import BadFile
 from finetune.models.backbones import Backbone, backbone_from_plain, check_image_size
 from finetune.models.freeze import check_rules, frozen_tensors
 from finetune.models.network import Network, build_network, load_frozen
-from finetune.models.weights import Weights, choose_text_weights, choose_weights, load_state, read_weights
+from finetune.models.weights import (
+    Weights,
+    choose_teacher,
+    choose_text_weights,
+    choose_weights,
+    load_state,
+    read_weights,
+)
 from finetune.plain import differences, from_plain, to_plain
-from finetune.recipe import Recipe, Texts
+from finetune.recipe import Distillation, Recipe, Texts
 from finetune.run import RunFolder
 from finetune.tasks import scale_of
 
@@ -226,7 +233,9 @@ def split_config(config: dict[str, Any]) -> tuple[Recipe, Numerics]:
 def find_pretrained(recipe: Recipe) -> tuple[Backbone, Weights | None]:
     """The recipe's backbone, prepared for its data, and its weights: None for random ones."""
     model = recipe.model
-    if isinstance(recipe.data, Texts):
+    if isinstance(recipe.task, Distillation):
+        backbone, weights = choose_teacher(model.backbone)
+    elif isinstance(recipe.data, Texts):
         backbone, weights = choose_text_weights(model.backbone, model.revision, model.weights, model.pooling)
     else:
         backbone, weights = choose_weights(model.backbone, model.weights)

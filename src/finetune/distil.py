@@ -29,7 +29,7 @@ from finetune.job import Job, make_loaders
 from finetune.models.backbones import Backbone, backbone_from_plain
 from finetune.models.heads import NO_HEAD
 from finetune.models.network import build_network
-from finetune.models.weights import Weights, choose_text_weights, read_weights
+from finetune.models.weights import Weights, choose_teacher, read_weights
 from finetune.recipe import Distillation, Recipe
 from finetune.state import numeric_environment
 from finetune.watch.progress import Terminal
@@ -118,6 +118,9 @@ def _fewer_tokens(tokenization: Tokenization, texts: list[str], count: int) -> t
         piece = token.removeprefix(prefix)
         return token in special or (len(piece) == 1 and piece.isascii())
 
+    fewest = sum(map(is_always_kept, vocabulary))
+    if not fewest <= count <= len(vocabulary):
+        raise UsageError(f"--vocabulary-size {count}: not allowed; give {fewest} to {len(vocabulary)}, or 0 for all")
     ranked = sorted(vocabulary, key=lambda token: (not is_always_kept(token), -counts[vocabulary[token]]))
     kept = sorted(ranked[:count], key=vocabulary.__getitem__)
     old = [vocabulary[token] for token in kept]
@@ -168,11 +171,8 @@ def taught(job: Job, terminal: Terminal, stop: StopRequest) -> Job:
 
 
 def _teacher_pass(job: Job, name: str, source: TextSource) -> Pass:
-    backbone, weights = choose_text_weights(name, "", "default", "auto")
+    backbone, weights = choose_teacher(name)
     backbone = sized(backbone, job.recipe)
-    if backbone.options["pooling"] == "stock":
-        raise UsageError(f"--teacher {name}: makes no sentence embeddings; give one of sentence-transformers")
-    assert weights is not None
     network = build_network(
         backbone,
         read_weights(weights.path),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from finetune.errors import RunError, UsageError, one_line
+from finetune.errors import FinetuneError, RunError, UsageError, one_line
 from finetune.files import BadFile, sha256_of_file
 from finetune.models import hub, huggingface, text_encoders
 from finetune.models.backbones import (
@@ -128,6 +128,23 @@ def choose_text_weights(
     is_local = hub.is_folder(backbone_name)
     reference = f"bundled:{backbone_name}" if backbone_name in BUNDLED_TEXT else "" if is_local else backbone.name
     return backbone, Weights(folder, hub.hash_of_folder(folder), reference, "its tokenizer")
+
+
+def choose_teacher(name: str) -> tuple[Backbone, Weights]:
+    """A sentence encoder to distil, and its weights.
+
+    Raises:
+        UsageError: there is none of that name, or it does not say how it makes one embedding of a text's tokens.
+        RunError: it cannot be downloaded.
+    """
+    try:
+        backbone, weights = choose_text_weights(name, "", "default", "auto")
+    except FinetuneError as error:  # which knows it by its other name
+        raise type(error)(str(error).replace("--backbone", "--teacher")) from None
+    if backbone.options["pooling"] == "stock":
+        raise UsageError(f"--teacher {name}: makes no sentence embeddings; give one of sentence-transformers")
+    assert weights is not None
+    return backbone, weights
 
 
 def _find_member(name: str, weights: str) -> WeightsEnum | None:

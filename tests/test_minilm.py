@@ -1,0 +1,101 @@
+"""The kit on a real, public sentence encoder: all-MiniLM-L6-v2, out of a wheel on the package index."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import assert_equal_runs, read, train_run, train_with_deaths
+from encoders import text_recipe, write_csv
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+
+from finetune.build import backbone_of_run, find_pretrained, open_data, trained_network
+from finetune.data.texts import bundled_file, open_texts
+from finetune.data.tokens import PADDING
+from finetune.export import export
+from finetune.export_folder import export_folder
+from finetune.models.heads import NO_HEAD
+from finetune.models.network import build_network
+from finetune.models.weights import read_weights
+
+# As the recipe has them.
+DEFAULTS = {"dropout": 0.0, "epochs": 15, "batch_size": 64, "lr": 3e-3, "seed": 0}
+
+
+def accuracy_by_logistic_regression(recipe) -> float:
+    """scikit-learn's, with its own defaults, on the mean of the encoder's tokens; the same split."""
+    backbone, weights = find_pretrained(recipe)
+    data = open_data(recipe, backbone)
+    network = build_network(
+        backbone, read_weights(weights.path), "", head=NO_HEAD, class_count=1, dropout=0.0, head_width=1, seed=0
+    )
+    features = torch.zeros(len(data.source.texts), 384)
+    with torch.inference_mode():
+        for batch in data.pipeline.lengths.argsort().split(64):
+            features[batch] = network.module.eval()(data.pipeline.table.batch(batch.tolist()))
+    parts = [(features[part].numpy(), data.source.targets[part].numpy()) for part in data.split[:2]]
+    return LogisticRegression(max_iter=5_000).fit(*parts[0]).score(*parts[1])
+
+
+@pytest.mark.parametrize("name", ["messages", "news"])
+def test_a_head_is_within_half_a_point_of_logistic_regression_on_the_same_features(
+    tmp_path, minilm_folder, news_folder, name
+):
+    place, length = {"messages": ("messages", 0), "news": (news_folder, 40)}[name]
+    recipe = text_recipe(place, minilm_folder, max_length=length, **DEFAULTS)
+    run = train_run(tmp_path / "run", recipe, save_every_steps=0)
+    state = read(run)
+    assert state["network"]["backbone"]["options"]["pooling"] == "mean"  # as its own folder says
+    accuracy = state["metrics"]["last_validation"]["val/accuracy"]
+    assert accuracy >= accuracy_by_logistic_regression(recipe) - 0.005
+    assert accuracy > {"messages": 0.88, "news": 0.93}[name]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A hundred of the messages."""
+    source = open_texts(str(bundled_file()), "classification")
+    rows = [(source.texts[n], source.classes[source.targets[n]]) for n in range(100)]
+    return write_csv(tmp_path_factory.mktemp("few") / "few.csv", rows)
+
+
+def test_killed_and_resumed_it_ends_bit_for_bit_and_its_frozen_tensors_are_those_of_the_file(
+    tmp_path, minilm_folder, few
+):
+    folder = shutil.copytree(minilm_folder, tmp_path / "model")
+    recipe = text_recipe(few, folder)
+    unbroken = train_run(tmp_path / "unbroken", recipe)
+    interrupted = train_with_deaths(tmp_path / "interrupted", recipe, [2, 5, 7])
+    assert_equal_runs(interrupted, unbroken)
+    shutil.rmtree(folder)
+    network, _ = trained_network(interrupted, "latest")
+    tensors = network.module.state_dict()
+    pretrained = load_file(minilm_folder / "model.safetensors")
+    compared = [name for name in pretrained if not name.startswith("pooler") and "position_ids" not in name]
+    assert len(compared) > 90
+    for name in compared:
+        assert torch.equal(tensors[f"bert.{name}"], pretrained[name]), name
+
+
+def test_with_stock_pooling_its_export_is_a_stock_model_with_equal_logits(tmp_path, minilm_folder, few):
+    run = train_run(tmp_path / "run", text_recipe(few, minilm_folder, pooling="stock", epochs=1), save_every_steps=0)
+    network, state = trained_network(run, "latest")
+    backbone = backbone_of_run(run, state)
+    texts = ["my parcel never came", "you charged me twice for one lamp, and now your support is silent"]
+    tokens = backbone.preprocessing.tokenize(texts).batch([0, 1])
+    export(run, "latest", tmp_path / "model.pt")
+    folder = export_folder(run, "latest", tmp_path / "hf", half=False).folder
+    with torch.inference_mode():
+        ours = network.module.eval()(tokens)
+        inputs = transformers.AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+        assert torch.equal(inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, PADDING), tokens)
+        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        stock = transformers.AutoModelForSequenceClassification.from_config(loaded.config).eval()
+        stock.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True), strict=True)
+        for model in (loaded, stock):
+            torch.testing.assert_close(model(**inputs).logits, ours, rtol=0, atol=1e-5 * max(1, ours.abs().max()))
+    classify = transformers.pipeline("text-classification", model=str(folder))
+    assert classify(texts[0])[0]["label"] == state["data"]["classes"][int(ours[0].argmax())]
+    assert dataclasses.replace(backbone, name="").reads_texts
