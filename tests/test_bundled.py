@@ -4,26 +4,82 @@ import re
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import transformers
 from conftest import DyingTerminal, read
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from finetune import Training, launch
-from finetune.build import Numerics
+from finetune.build import Numerics, find_pretrained, open_data
+from finetune.data.texts import open_texts
 from finetune.files import sha256_of_file
 from finetune.launch import Machine
+from finetune.models.backbones import find_text_backbone
 from finetune.recipe_files import load_recipe_function, shipped_recipes
 from finetune.train import Settings
 
 BUNDLED = Path(str(resources.files("finetune"))) / "bundled"
-FILES = sorted(path for path in BUNDLED.iterdir() if path.suffix in (".safetensors", ".npz"))
+FILES = sorted(path for path in BUNDLED.iterdir() if path.suffix in (".safetensors", ".npz", ".csv"))
+BERT = BUNDLED / "bert"
 
 
 def test_every_file_has_a_card_with_its_sha256_source_and_licence():
-    assert [path.name for path in FILES] == ["digits.npz", "resnet.safetensors", "vgg.safetensors"]
-    for path in FILES:
-        card = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert [path.name for path in FILES] == ["digits.npz", "messages.csv", "resnet.safetensors", "vgg.safetensors"]
+    cards = {path: path.with_suffix(".md") for path in FILES} | {BERT / "model.safetensors": BUNDLED / "bert.md"}
+    for path, card_file in cards.items():
+        card = card_file.read_text(encoding="utf-8")
         assert sha256_of_file(path) in card, path.name
         assert re.search(r"(?i)licen[cs]e", card) and re.search(r"(?i)how .*made|command", card), path.name
+
+
+def test_the_bert_is_a_plain_one_of_twelve_megabytes_at_most_that_transformers_loads():
+    assert sum(path.stat().st_size for path in BERT.rglob("*") if path.is_file()) <= 12_000_000
+    assert all(path.suffix in (".json", ".safetensors") for path in BERT.rglob("*") if path.is_file())
+    model, found = transformers.AutoModel.from_pretrained(BERT, output_loading_info=True, dtype=torch.float32)
+    assert type(model) is transformers.BertModel
+    # Without a pooler: nothing would read it.
+    assert {name.partition(".")[0] for name in found["missing_keys"]} == {"pooler"} and not found["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BERT)
+    tokens = tokenizer("My parcel never came!")["input_ids"]
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "my parcel never came!"
+    ours, _ = find_text_backbone("bundled/bert", "auto")
+    assert ours.options["pooling"] == "mean"
+    assert ours.preprocessing.tokenize(["My parcel never came!"]).tokens.tolist() == tokens
+
+
+def test_a_head_on_the_bert_tells_messages_apart_better_than_counting_words_and_than_a_random_one(tmp_path):
+    function = load_recipe_function(shipped_recipes()["bert_head"])
+    accuracy = {}
+    for weights in ("default", "none"):
+        run, _ = launch.start(
+            tmp_path / weights, "x", function(weights=weights), Numerics(), Machine("cpu"), Settings(), DyingTerminal()
+        )
+        accuracy[weights] = read(run)["metrics"]["last_validation"]["val/accuracy"]
+    data = open_data(function(), find_pretrained(function())[0])
+    parts = [([data.source.texts[n] for n in part.tolist()], data.source.targets[part]) for part in data.split[:2]]
+    for options in ({"ngram_range": (1, 2), "sublinear_tf": True}, {"analyzer": "char_wb", "ngram_range": (2, 5)}):
+        words = make_pipeline(TfidfVectorizer(**options), LogisticRegression(C=10, max_iter=2_000))
+        counted = words.fit(*parts[0]).score(*parts[1])
+        assert counted <= 0.9
+        assert accuracy["default"] > counted
+    assert accuracy["default"] > accuracy["none"] + 0.1
+
+
+def test_no_two_of_the_messages_are_alike():
+    source = open_texts("messages", "classification")
+    counts = torch.bincount(source.targets)
+    assert len(source.texts) >= 800 and len(source.classes) == 8 and counts.min() >= 100
+    words = [set(re.findall(r"[a-z0-9']+", text.lower())) for text in source.texts]
+    assert len({frozenset(one) for one in words}) == len(words)
+    matrix = CountVectorizer(binary=True, token_pattern=r"[a-z0-9']+").fit_transform(source.texts)
+    shared = (matrix @ matrix.T).toarray()
+    sizes = shared.diagonal()
+    likeness = shared / (sizes[:, None] + sizes[None] - shared)
+    assert (likeness - np.eye(len(words))).max() <= 0.6
 
 
 def test_both_backbones_together_are_under_six_megabytes():

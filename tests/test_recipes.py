@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import finetune as finetune_process
 from conftest import finish, read
+from encoders import make_encoder, sentences
 
 from finetune import Recipe
 from finetune.cli import main
@@ -17,8 +18,9 @@ from finetune.run import RunFolder
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.py"))
 
 
-def test_there_are_three_recipes_and_the_kit_ships_them_all():
-    assert [path.stem for path in RECIPES] == ["pretrain_glyphs", "resnet_head", "vgg_head"]
+def test_the_kit_ships_every_recipe():
+    names = ["bert_head", "distill_bert", "pretrain_glyphs", "resnet_head", "vgg_head"]
+    assert [path.stem for path in RECIPES] == names
     assert list(shipped_recipes()) == [path.stem for path in RECIPES]
 
 
@@ -38,6 +40,13 @@ def test_two_steps_of_every_recipe_move_what_trains(path, tmp_path):
     words = [str(path), "--run", str(run.path), "--device", "cpu", "--quiet", "--save-every-steps", "1"]
     if "head" in path.stem:
         words += ["--epochs", "1", "--train-samples", "100"]
+    elif "distill" in path.stem:
+        teacher = make_encoder(tmp_path / "teacher")
+        (teacher / "1_Pooling").mkdir()
+        (teacher / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+        (tmp_path / "texts.txt").write_text("\n".join(text for text, _ in sentences(130)))
+        words += ["--teacher", str(teacher), "--texts", str(tmp_path / "texts.txt"), "--max-length", "20"]
+        words += ["--vocabulary-size", "75", "--epochs", "1", "--keep", "3"]
     else:
         words += ["--max-steps", "3", "--keep", "3"]
     assert main(words) == 0

@@ -33,8 +33,8 @@ finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit fo
   finetune RECIPE [options]              train; RECIPE is a file or a shipped recipe: {recipes}
   finetune RECIPE --help                 the recipe's own options, with their documentation
   finetune resume [RUN] [--epochs N]     go on; without RUN: the newest unfinished below runs/
-  finetune export RUN                    weights that stock torchvision loads, and a JSON beside them
-  finetune predict FILE INPUT...         classify images, folders or a csv with an export: JSON lines, or --csv
+  finetune export RUN                    weights that stock torchvision or transformers loads, a JSON beside them
+  finetune predict FILE INPUT...         classify images, texts, folders or a csv with an export: JSON lines, or --csv
   finetune evaluate RUN [--images DATA]  loss, accuracy, F1 by class, confusion matrix, calibration
   finetune summary RECIPE [options]      layers, what trains, the size of a checkpoint
   finetune cache [clear]                 features that frozen backbones computed: list, or delete
@@ -156,7 +156,7 @@ def command_export(arguments: Sequence[str]) -> int:
 
 
 def command_predict(arguments: Sequence[str]) -> int:
-    options = parse(PredictOptions, "predict", "Classify images with an export.", arguments)
+    options = parse(PredictOptions, "predict", "Classify images or texts with an export.", arguments)
     return import_commands().predict_files(options)
 
 
