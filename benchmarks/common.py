@@ -118,8 +118,8 @@ def prepare_work(folder: Path, name: str, image_size: int) -> Path:
     import torch
     import torchvision
 
-    from finetune.build import open_data
     from finetune.data.images import Request
+    from finetune.dataset import open_data
     from finetune.models.backbones import find_backbone
     from finetune.models.weights import choose_weights
     from finetune.recipe import Images, Model, Recipe
@@ -245,8 +245,8 @@ def train_alone(
     """
     import torch
 
-    from finetune.build import Data
     from finetune.data.images import Split
+    from finetune.dataset import Data
     from finetune.guard import StopRequest
     from finetune.models.freeze import apply_freeze, frozen_tensors, hash_tensors
     from finetune.optim import build_optimizer

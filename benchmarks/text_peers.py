@@ -1,4 +1,4 @@
-"""The same head on texts trained by others, each as a whole process: `text_peers.py NAME WORK --epochs 5 --result FILE`.
+"""The same head on texts trained by others, each as a whole process: `text_peers.py NAME WORK --result FILE`.
 
 All get the same texts as strings and the same encoder in a folder, frozen and in eval mode; AdamW at 3e-3 with weight
 decay 1e-2, batches of 64, validation and a checkpoint after each epoch. Each pads to the longest of a batch, as its own

@@ -14,8 +14,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from finetune import Training, launch
-from finetune.build import Numerics, find_pretrained, open_data
+from finetune.build import Numerics, find_pretrained
 from finetune.data.texts import open_texts
+from finetune.dataset import open_data
 from finetune.files import sha256_of_file
 from finetune.launch import Machine
 from finetune.models.backbones import find_text_backbone

@@ -10,11 +10,12 @@ from conftest import Killed, assert_equal_runs, read, resume_run, train_run
 from encoders import make_encoder, sentences, text_recipe, write_csv
 
 from finetune import RunError, UsageError
-from finetune.build import find_pretrained, open_data
+from finetune.build import find_pretrained
 from finetune.cache import cache_folder
 from finetune.cli import main
 from finetune.data.tokens import TOKENIZER_FILE
-from finetune.distil import student
+from finetune.dataset import open_data
+from finetune.distil import pretrained
 from finetune.export_folder import export_folder
 from finetune.models.weights import read_weights
 from finetune.recipe_files import load_recipe_function, shipped_recipes
@@ -44,8 +45,8 @@ def recipe_for(teacher, texts, **changes):
 
 def test_a_student_begins_as_evenly_spread_layers_and_the_most_frequent_tokens(teacher, texts):
     recipe = recipe_for(teacher, texts)
-    backbone, weights = find_pretrained(recipe)
-    smaller, tensors = student(recipe, backbone, weights)
+    backbone, _ = find_pretrained(recipe)
+    smaller, weights, tensors = pretrained(recipe)
     theirs = read_weights(weights.path)
     assert smaller.options["config"]["num_hidden_layers"] == 2 and smaller.options["pooling"] == "mean"
     assert not any(".layer.2." in name for name in tensors)

@@ -8,9 +8,10 @@ from conftest import small_recipe, train_run
 
 import finetune
 from finetune import Images, RunError
-from finetune.build import open_data, trained_network
+from finetune.build import trained_network
 from finetune.cli import main
 from finetune.data.images import Request
+from finetune.dataset import open_data
 from finetune.export import ONNX_TOLERANCE, export
 from finetune.models.backbones import find_backbone
 from finetune.trained import FOLDED_TOLERANCE

@@ -4,8 +4,8 @@ from conftest import make_network, small_recipe
 from torch import nn
 
 from finetune import UsageError
-from finetune.build import open_data
 from finetune.data.images import Request
+from finetune.dataset import open_data
 from finetune.models.backbones import find_backbone
 from finetune.models.bundled import BUNDLED, bundled_weights
 from finetune.models.heads import (

@@ -19,7 +19,7 @@ from conftest import (
 from PIL import Image
 
 from finetune import Images, ImageTable, ImageTraining, MultiLabel, UsageError, image_head, launch, look
-from finetune.build import Numerics, find_pretrained, open_data
+from finetune.build import Numerics, find_pretrained
 from finetune.cli import main
 from finetune.data.augment import augment, mix
 from finetune.data.contents import Contents
@@ -28,6 +28,7 @@ from finetune.data.images import Request, open_images, split_source
 from finetune.data.loader import Loader
 from finetune.data.order import keyed_generator, stratified_split
 from finetune.data.table import Columns
+from finetune.dataset import open_data
 from finetune.errors import RunError
 from finetune.guard import StopRequest
 from finetune.job import Machine

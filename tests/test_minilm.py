@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import statistics
 
 import pytest
 import torch
@@ -11,21 +12,20 @@ from encoders import text_recipe, write_csv
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
-from finetune.build import backbone_of_run, find_pretrained, open_data, trained_network
+from finetune.build import backbone_of_run, find_pretrained, trained_network
 from finetune.data.texts import bundled_file, open_texts
 from finetune.data.tokens import PADDING
+from finetune.dataset import open_data
 from finetune.export import export
 from finetune.export_folder import export_folder
 from finetune.models.heads import NO_HEAD
 from finetune.models.network import build_network
 from finetune.models.weights import read_weights
-
-# As the recipe has them.
-DEFAULTS = {"dropout": 0.0, "epochs": 15, "batch_size": 64, "lr": 3e-3, "seed": 0}
+from finetune.recipe_files import load_recipe_function, shipped_recipes
 
 
-def accuracy_by_logistic_regression(recipe) -> float:
-    """scikit-learn's, with its own defaults, on the mean of the encoder's tokens; the same split."""
+def features_of(recipe) -> torch.Tensor:
+    """(texts, 384): the mean of the encoder's tokens."""
     backbone, weights = find_pretrained(recipe)
     data = open_data(recipe, backbone)
     network = build_network(
@@ -35,22 +35,29 @@ def accuracy_by_logistic_regression(recipe) -> float:
     with torch.inference_mode():
         for batch in data.pipeline.lengths.argsort().split(64):
             features[batch] = network.module.eval()(data.pipeline.table.batch(batch.tolist()))
-    parts = [(features[part].numpy(), data.source.targets[part].numpy()) for part in data.split[:2]]
-    return LogisticRegression(max_iter=5_000).fit(*parts[0]).score(*parts[1])
+    return features
 
 
 @pytest.mark.parametrize("name", ["messages", "news"])
 def test_a_head_is_within_half_a_point_of_logistic_regression_on_the_same_features(
     tmp_path, minilm_folder, news_folder, name
 ):
-    place, length = {"messages": ("messages", 0), "news": (news_folder, 40)}[name]
-    recipe = text_recipe(place, minilm_folder, max_length=length, **DEFAULTS)
-    run = train_run(tmp_path / "run", recipe, save_every_steps=0)
-    state = read(run)
-    assert state["network"]["backbone"]["options"]["pooling"] == "mean"  # as its own folder says
-    accuracy = state["metrics"]["last_validation"]["val/accuracy"]
-    assert accuracy >= accuracy_by_logistic_regression(recipe) - 0.005
-    assert accuracy > {"messages": 0.88, "news": 0.93}[name]
+    """The recipe as it comes, against scikit-learn with its own defaults; the mean over three splits, since half a point
+    of one is two texts."""
+    place, length = {"messages": ("messages", 0), "news": (str(news_folder), 40)}[name]
+    function = load_recipe_function(shipped_recipes()["bert_head"])
+    ours, theirs, features = [], [], None
+    for seed in range(3):
+        recipe = function(texts=place, backbone=str(minilm_folder), max_length=length, seed=seed)
+        state = read(train_run(tmp_path / str(seed), recipe, save_every_steps=0))
+        assert state["network"]["backbone"]["options"]["pooling"] == "mean"  # as its own folder says
+        ours.append(state["metrics"]["last_validation"]["val/accuracy"])
+        features = features_of(recipe) if features is None else features
+        data = open_data(recipe, find_pretrained(recipe)[0])
+        parts = [(features[part].numpy(), data.source.targets[part].numpy()) for part in data.split[:2]]
+        theirs.append(LogisticRegression(max_iter=5_000).fit(*parts[0]).score(*parts[1]))
+    assert statistics.mean(ours) >= statistics.mean(theirs) - 0.005
+    assert statistics.mean(ours) > {"messages": 0.9, "news": 0.95}[name]
 
 
 @pytest.fixture(scope="module")

@@ -50,8 +50,8 @@ def test_predictions_are_those_of_the_validation_pipeline(model, trained, tmp_pa
 
     import finetune
     from finetune import Images
-    from finetune.build import open_data
     from finetune.data.images import Request
+    from finetune.dataset import open_data
     from finetune.models.backbones import find_backbone
 
     save_digits(tmp_path / "digits", 5)

@@ -46,7 +46,8 @@ def test_two_steps_of_every_recipe_move_what_trains(path, tmp_path):
         (teacher / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
         (tmp_path / "texts.txt").write_text("\n".join(text for text, _ in sentences(130)))
         words += ["--teacher", str(teacher), "--texts", str(tmp_path / "texts.txt"), "--max-length", "20"]
-        words += ["--vocabulary-size", "75", "--epochs", "1", "--keep", "3"]
+        words += ["--vocabulary-size", "75", "--epochs", "1", "--keep", "9"]
+        words += ["--batch-size", "16"]
     else:
         words += ["--max-steps", "3", "--keep", "3"]
     assert main(words) == 0

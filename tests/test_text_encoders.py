@@ -12,9 +12,10 @@ from encoders import FAMILIES, LACKING, make_encoder, make_tokenizer, sentences,
 
 import finetune
 from finetune import RunError, UsageError
-from finetune.build import find_pretrained, open_data, trained_network
+from finetune.build import find_pretrained, trained_network
 from finetune.cli import main
 from finetune.data.tokens import PADDING
+from finetune.dataset import open_data
 from finetune.export import export
 from finetune.export_folder import export_folder
 from finetune.models.freeze import apply_freeze, set_modes
@@ -255,5 +256,5 @@ def test_a_tokenizer_that_was_swapped_in_a_run_is_found(tmp_path, folders, texts
     run = train_run(tmp_path / "run", text_recipe(texts, folders["bert"], epochs=1))
     file = run.tokenizer / "tokenizer.json"
     file.write_text(file.read_text().replace('"cat"', '"cap"'))
-    with pytest.raises(RunError, match="is not the tokenizer that it was"):
+    with pytest.raises(RunError, match="does not hold the tokenizer that it did"):
         resume_run(run, epochs=2)

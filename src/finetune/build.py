@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune import recipe as recipes
 from finetune.checkpoint import read_checkpoint
-from finetune.data.images import ImagePipeline, Split, names_to_indices, open_images, split_source, without
-from finetune.data.order import epoch_order, side_by_side
-from finetune.data.source import Source, TextSource, class_counts
-from finetune.data.table import Columns
-from finetune.data.texts import TextPipeline, open_texts
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, UsageError
 from finetune.files import BadFile
@@ -34,7 +27,6 @@ from finetune.models.weights import (
 from finetune.plain import differences, from_plain, to_plain
 from finetune.recipe import Distillation, Recipe, Texts
 from finetune.run import RunFolder
-from finetune.tasks import scale_of
 
 
 @dataclass(frozen=True)
@@ -75,140 +67,6 @@ def check_precision(numerics: Numerics, device: torch.device) -> None:
             raise UsageError(
                 f"--{option.replace('_', '-')} fp16: not on {device.type}; allowed there are fp32 and bf16"
             )
-
-
-@dataclass(frozen=True)
-class Data:
-    """The opened data set, split, and its pipeline.
-
-    Attributes:
-        whole: the split before broken images were left out.
-        skipped: names of images that were left out because they are broken.
-    """
-
-    source: Source
-    split: Split
-    whole: Split
-    pipeline: ImagePipeline | TextPipeline
-    skipped: tuple[str, ...] = ()
-
-    @property
-    def class_count(self) -> int:
-        return len(self.source.classes)
-
-    @property
-    def output_count(self) -> int:
-        """Numbers that the network gives for a sample: one a class; one to predict; or the width of an embedding."""
-        return self.class_count or (1 if self.source.targets.dim() == 1 else self.source.targets.shape[1])
-
-    @property
-    def scale(self) -> list[float]:
-        """Mean and deviation of the training targets, where those are numbers to predict."""
-        targets = self.source.targets[self.split.train]
-        return scale_of(targets) if targets.is_floating_point() and targets.dim() == 1 else []
-
-    def epoch_samples(self, seed: int, epoch: int, batch_size: int, train_samples: Tensor) -> Tensor:
-        """`train_samples` in the order of an epoch; texts of about equal length side by side."""
-        samples = train_samples[epoch_order(seed, epoch, len(train_samples))]
-        if isinstance(self.pipeline, TextPipeline):
-            return side_by_side(samples, self.pipeline.lengths, batch_size)
-        return samples
-
-    def facts(self) -> dict[str, Any]:
-        """What a run was trained on, as plain values; a resume must find the same."""
-        return {
-            "fingerprint": self.source.fingerprint,
-            "classes": list(self.source.classes),
-            "outputs": self.output_count,
-            "scale": self.scale,
-            "train_samples": len(self.split.train),
-            "validation_samples": len(self.split.validation),
-            "skipped": list(self.skipped),
-        }
-
-    def with_targets(self, targets: Tensor) -> "Data":
-        """The same with other targets."""
-        source = dataclasses.replace(self.source, targets=targets)
-        return dataclasses.replace(self, source=source, pipeline=dataclasses.replace(self.pipeline, source=source))
-
-    def leave_out(self, names: Sequence[str]) -> "Data":
-        """The same without some images.
-
-        Raises:
-            UsageError: nothing is left to train on, or to validate with.
-        """
-        if not names:
-            return self
-        dropped = names_to_indices(self.source, names)
-        split = Split(*(without(part, dropped) for part in self.split))
-        data = dataclasses.replace(self, split=split, skipped=tuple(sorted({*self.skipped, *names})))
-        data.check()
-        return data
-
-    def check(self) -> None:
-        """Every class must have something to train on, and something must validate."""
-        targets = self.source.targets[self.split.train]
-        for name, count in zip(self.source.classes, class_counts(targets, self.class_count).tolist(), strict=True):
-            if not count:
-                raise UsageError(
-                    f"class {name!r} has no {self.source.noun} to train on; add some, remove it, or raise "
-                    "--train-samples"
-                )
-        if not len(self.split.validation):
-            noun = self.source.noun
-            raise UsageError(f"no class has two {noun}s, so nothing is left to validate with; add {noun}s")
-
-
-def open_source(spec: recipes.Data, kind: str, classes: Sequence[str] | None = None) -> Source:
-    """The data that the recipe names, not split yet.
-
-    Args:
-        kind: of the task.
-    """
-    if isinstance(spec, Texts):
-        columns = Columns(spec.text_column, spec.label_column, spec.split_column, spec.separator)
-        return open_texts(spec.texts, kind, columns, classes, spec.allow_outside)
-    columns = Columns(spec.image_column, spec.label_column, spec.split_column, spec.separator)
-    return open_images(spec.images, spec.fonts, columns, classes, spec.allow_outside)
-
-
-def make_pipeline(source: Source, spec: recipes.Data, backbone: Backbone, seed: int) -> ImagePipeline | TextPipeline:
-    if isinstance(source, TextSource):
-        return TextPipeline(source, backbone.preprocessing.tokenize(source.texts))
-    return ImagePipeline(source, backbone.preprocessing, spec.augment, spec.mixup, spec.cutmix, seed)
-
-
-def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -> Data:
-    """Open and split what the recipe names. Image files are listed, not read; texts are read and tokenized.
-
-    Args:
-        skipped: names of samples to leave out.
-
-    Raises:
-        UsageError: no such data, too little of it, or of another kind than the task.
-    """
-    spec, kind = recipe.data, recipe.task.kind
-    source = open_source(spec, kind)
-    if kind == "distillation":  # until the teacher has run, only their width is known
-        width = backbone.options["config"]["hidden_size"]
-        source = dataclasses.replace(source, targets=torch.zeros(()).expand(len(source.targets), width))
-    has_several = source.targets.dim() == 2 and not source.targets.is_floating_point()
-    if has_several != (kind == "multi-label"):
-        several = "several labels" if has_several else "one label"
-        raise UsageError(f"{spec.option} {spec.place}: has {several} a sample, which is no {kind} task")
-    if spec.augment == "glyphs" and spec.place != "glyphs":
-        raise UsageError("--augment glyphs: is for --images glyphs only; give none, light or standard")
-    whole = split_data(source, recipe)
-    data = Data(source, whole, whole, make_pipeline(source, spec, backbone, recipe.seed))
-    data = data.leave_out(skipped)
-    data.check()
-    return data
-
-
-def split_data(source: Source, recipe: Recipe) -> Split:
-    """The recipe's split of a source."""
-    spec = recipe.data
-    return split_source(source, spec.validation_fraction, recipe.seed, spec.train_samples)
 
 
 def determining_config(recipe: Recipe, numerics: Numerics) -> dict[str, Any]:
@@ -276,10 +134,11 @@ def new_network(
     """The recipe's network with its pretrained weights and a fresh head, on the CPU.
 
     Args:
-        tensors: what it begins with, where no file holds that.
+        tensors: what it begins with, where no file holds just that.
     """
     try:
-        tensors = read_weights(weights.path) if weights else tensors
+        if tensors is None and weights is not None:
+            tensors = read_weights(weights.path)
     except BadFile as error:
         raise UsageError(f"--weights {recipe.model.weights}: {error}") from None
     network = build_network(

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.build import open_source, sized
+from finetune.build import find_pretrained, sized
 from finetune.data.contents import Contents
 from finetune.data.loader import Loader
 from finetune.data.source import TextSource
 from finetune.data.texts import TextPipeline
-from finetune.data.tokens import TOKENIZER_FILE, Tokenization, hash_of_text
+from finetune.data.tokens import TOKENIZER_FILE, Tokenization, hash_of_files
+from finetune.dataset import open_source
 from finetune.device import autocast, to_device
 from finetune.errors import RunError, UsageError
 from finetune.features import CannotKeep, Features, Pass
@@ -43,11 +44,17 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # ---- The student ----------------------------------------------------------------------------------------------------
 
 
-def student(recipe: Recipe, teacher: Backbone, weights: Weights) -> tuple[Backbone, dict[str, Tensor]]:
-    """The student that a recipe for distillation begins with; see `student_of`."""
-    spec, source = recipe.task, open_source(recipe.data, recipe.task.kind)
-    assert isinstance(spec, Distillation) and isinstance(source, TextSource)
-    return student_of(teacher, read_weights(weights.path), source.texts, spec.layers, spec.vocabulary_size)
+def pretrained(recipe: Recipe) -> tuple[Backbone, Weights | None, dict[str, Tensor] | None]:
+    """What a recipe begins with: its backbone, the weights (None: random), and, where it is a student that begins as a
+    part of those, its tensors. See `find_pretrained`."""
+    backbone, weights = find_pretrained(recipe)
+    spec = recipe.task
+    if not isinstance(spec, Distillation):
+        return backbone, weights, None
+    source = open_source(recipe.data, spec.kind)
+    assert isinstance(source, TextSource) and weights is not None
+    student, tensors = student_of(backbone, read_weights(weights.path), source.texts, spec.layers, spec.vocabulary_size)
+    return student, weights, tensors
 
 
 def student_of(
@@ -136,7 +143,7 @@ def _fewer_tokens(tokenization: Tokenization, texts: list[str], count: int) -> t
     content = json.dumps(plain, ensure_ascii=False)
     files = tokenization.files | {TOKENIZER_FILE: content}
     smaller = dataclasses.replace(
-        tokenization, vocabulary_size=len(kept), sha256=hash_of_text(content), files=files
+        tokenization, vocabulary_size=len(kept), sha256=hash_of_files(files), files=files
     )  # fmt: skip
     return smaller, torch.tensor(old)
 

@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from finetune.build import backbone_of_run, make_pipeline, open_source, split_config, split_data, trained_network
+from finetune.build import backbone_of_run, split_config, trained_network
 from finetune.data.contents import Contents
 from finetune.data.images import Request, names_to_indices, without
 from finetune.data.loader import Loader
 from finetune.data.order import batches_from
 from finetune.data.source import PARTS, Source
 from finetune.data.table import TABLE_SUFFIXES
+from finetune.dataset import make_pipeline, open_source, split_data
 from finetune.device import autocast, pick_device, set_numerics, to_device
 from finetune.errors import RunError, UsageError
 from finetune.job import count_workers

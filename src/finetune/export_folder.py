@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.data.tokens import PADDING, Tokenization
+from finetune.data.tokens import PADDING, SETTINGS_FILE, Tokenization
 from finetune.errors import RunError, UsageError
 from finetune.export import describe, is_stock
 from finetune.files import TEMPORARY_SUFFIX, sync_folder, write_json
@@ -117,9 +117,9 @@ def _write(trained: Trained, folder: Path, half: bool) -> nn.Module:
     with hub.refusing(f"export {folder.name}: transformers cannot write it"):
         model.to(torch.float16 if half else torch.float32).save_pretrained(folder)
     files = tokenization.files or {}
-    settings = json.loads(files.get("tokenizer_config.json", "{}")) | {"model_max_length": tokenization.max_length}
+    settings = json.loads(files[SETTINGS_FILE]) | {"model_max_length": tokenization.max_length}
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    for name, content in (files | {"tokenizer_config.json": text}).items():
+    for name, content in (files | {SETTINGS_FILE: text}).items():
         (folder / name).write_text(content, encoding="utf-8")
     if is_encoder:
         _write_sentence_files(folder, trained.backbone.options, tokenization)
@@ -135,7 +135,7 @@ def _classifier(trained: Trained) -> nn.Module:
     names = dict(enumerate(classes)) or {0: "value"}
     numbers = {name: number for number, name in names.items()}
     labels = {"id2label": names, "label2id": numbers, "problem_type": PROBLEMS[task]}
-    config = AutoConfig.for_model(**trained.backbone.options["config"] | labels)
+    config = AutoConfig.for_model(**hub.without_foreign_code(trained.backbone.options["config"]) | labels)
     with hub.refusing("the config of this backbone cannot be used"):
         model = text_encoders.stock_class().from_config(config, dtype=torch.float32, trust_remote_code=False)
     _fill(model, trained.tensors)

@@ -22,19 +22,17 @@ from finetune.recipe import (
 
 
 @dataclass(frozen=True)
-class ImageTable:
-    """The options of images that a csv, tsv or jsonl file lists.
+class Table:
+    """The options of samples that a file lists.
 
     Attributes:
-        image_column: holds the image's path; default: image, path, file, ...
-        label_column: holds the label; default: label, class, category, ...
+        label_column: holds the label, or the number to predict; default: label, class, category, ...
         split_column: says train, val or test of each row; default: the split is drawn.
         separator: between the several labels of a row: then each class is a yes or no of its own.
-        allow_outside: read images outside the folder too: behind links, paths with .. or from the root. Only where you
+        allow_outside: read files outside the folder too: behind links, paths with .. or from the root. Only where you
             trust whoever made the data.
     """
 
-    image_column: str = ""
     label_column: str = ""
     split_column: str = ""
     separator: str = ""
@@ -42,22 +40,25 @@ class ImageTable:
 
 
 @dataclass(frozen=True)
-class TextTable:
+class ImageTable(Table):
+    """The options of images that a csv, tsv, jsonl or parquet file lists.
+
+    Attributes:
+        image_column: holds the image's path; default: image, path, file, ...
+    """
+
+    image_column: str = ""
+
+
+@dataclass(frozen=True)
+class TextTable(Table):
     """The options of texts that a csv, tsv, jsonl or parquet file lists.
 
     Attributes:
         text_column: holds the text; default: text, sentence, message, ...
-        label_column: holds the label, or the number to predict; default: label, class, category, ...
-        split_column: says train, val or test of each row; default: the split is drawn.
-        separator: between the several labels of a row: then each class is a yes or no of its own.
-        allow_outside: read text files outside the folder too, behind links. Only where you trust whoever made the data.
     """
 
     text_column: str = ""
-    label_column: str = ""
-    split_column: str = ""
-    separator: str = ""
-    allow_outside: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,29 +212,30 @@ def text_head(
         table: the options of texts that a file lists.
         training: the options that every recipe for a new head shares.
     """
+    model = Model(backbone, weights, head, dropout, revision=revision, pooling=pooling)
+    data = Texts(
+        texts,
+        **dataclasses.asdict(table),
+        max_length=max_length,
+        validation_fraction=training.validation_fraction,
+        train_samples=training.train_samples,
+    )
+    goal = _text_task(task, table, training)
+    return _head_recipe(model, data, goal, training, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+
+
+def _text_task(task: str, table: TextTable, training: Training) -> Task:
+    """What the labels are, as a task.
+
+    Raises:
+        UsageError: options of classes where there are none.
+    """
     if task == "regression":
         if training.label_smoothing or training.class_weights != "none":
             raise UsageError("--task regression: has no classes; leave --label-smoothing and --class-weights out")
-        goal: Task = Regression()
-    else:
-        kind = MultiLabel if table.separator else Classification
-        goal = kind(label_smoothing=training.label_smoothing, class_weights=training.class_weights)
-    return _head_recipe(
-        Model(backbone=backbone, weights=weights, head=head, dropout=dropout, revision=revision, pooling=pooling),
-        Texts(
-            texts=texts,
-            **dataclasses.asdict(table),
-            max_length=max_length,
-            validation_fraction=training.validation_fraction,
-            train_samples=training.train_samples,
-        ),
-        goal,
-        training,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        seed=seed,
-    )
+        return Regression()
+    kind = MultiLabel if table.separator else Classification
+    return kind(label_smoothing=training.label_smoothing, class_weights=training.class_weights)
 
 
 def _head_recipe(

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from finetune.build import Data, Numerics, determining_config
+from finetune.build import Numerics, determining_config
 from finetune.data.contents import Contents
 from finetune.data.loader import Loader
 from finetune.data.source import ArraySource, FileSource, Source
 from finetune.data.texts import TextPipeline, repeated
+from finetune.dataset import Data
 from finetune.models.backbones import Backbone
 from finetune.models.freeze import frozen_tensors
 from finetune.models.network import Network

@@ -10,20 +10,13 @@ from typing import Any
 import torch
 
 from finetune import checkpoint as checkpoints
-from finetune.build import (
-    Numerics,
-    check_precision,
-    find_pretrained,
-    network_from_run,
-    new_network,
-    open_data,
-    split_config,
-)
+from finetune.build import Numerics, check_precision, network_from_run, new_network, split_config
 from finetune.data.contents import Contents
 from finetune.data.order import key
 from finetune.data.tokens import Tokenization
+from finetune.dataset import open_data
 from finetune.device import pick_device, set_numerics
-from finetune.distil import student, taught
+from finetune.distil import pretrained, taught
 from finetune.errors import RunError, StoppedEarly, UsageError
 from finetune.guard import StopRequest, listen_for_signals
 from finetune.job import Job, Machine, describe, describe_freeze, make_loaders
@@ -36,7 +29,7 @@ from finetune.models.weights import Weights
 from finetune.old_run import extend, find_checkpoint, located, resumed_job, settings_of, settle
 from finetune.optim import find_optimizer
 from finetune.phase import Phase, start_phase
-from finetune.recipe import Distillation, Recipe
+from finetune.recipe import Recipe
 from finetune.run import RunFolder, fill_folder, next_folder
 from finetune.state import Progress, progress_from_plain, progress_to_plain, seed_generators
 from finetune.tasks import make_task
@@ -155,15 +148,13 @@ def new_job(
             )
     else:
         recipe_here = located(recipe, place)
-        backbone, weights = find_pretrained(recipe)
+        backbone, weights, tensors = pretrained(recipe_here)
         weights_text = weights.text if weights else "random: nothing is pretrained"
         preprocessing_of = weights.preprocessing_of if weights else "its default weights"
-        tensors = None
-        if isinstance(recipe.task, Distillation) and weights is not None:
-            backbone, tensors = student(recipe_here, backbone, weights)
-            weights, weights_text = None, f"begins as a part of {weights.text}"
         data = open_data(recipe_here, backbone)
         network = new_network(recipe, backbone, weights, data.output_count, tensors)
+        if tensors is not None:  # a part of the file is not the file
+            weights, weights_text = None, f"begins as a part of {weights_text}"
     network.module.to(device, memory_format=torch.channels_last)
     loaders = make_loaders(data, machine, device, Contents(data.source))
     job = Job(recipe, numerics, machine, backbone, network, data, loaders, device, weights_text, preprocessing_of)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.build import Data
 from finetune.data.images import Batch, Request, without
 from finetune.data.order import batches_from
 from finetune.data.source import ArraySource
 from finetune.data.texts import TextPipeline
+from finetune.dataset import Data
 from finetune.device import to_device
 from finetune.errors import RunError
 from finetune.guard import StopRequest

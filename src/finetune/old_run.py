@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from finetune import checkpoint as checkpoints
-from finetune.build import Numerics, backbone_of_run, check_precision, check_same_config, open_data, saved_network
+from finetune.build import Numerics, backbone_of_run, check_precision, check_same_config, saved_network
 from finetune.data.contents import Contents
+from finetune.dataset import open_data
 from finetune.device import pick_device, set_numerics
 from finetune.errors import RunError, UsageError
 from finetune.files import remove_leftovers

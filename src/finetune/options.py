@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from finetune.head_recipes import ImageTable
+from finetune.head_recipes import ImageTable, TextTable
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class RunOptions(SavingOptions, MachineOptions):
     frozen: Literal["auto", "copy"] = "auto"
     """copy = keep the frozen weights in the run folder, so that it stands alone."""
     skip_broken: bool = False
-    """Look at every image first, and leave broken ones out."""
+    """Look at every image or text first, and leave broken ones out."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,8 @@ class PredictOptions:
 
 
 @dataclass(frozen=True)
-class AnyTable(ImageTable):
+class AnyTable(ImageTable, TextTable):
     """The options of a file that lists images, or holds texts."""
-
-    text_column: str = ""
-    """Holds the text; default: text, sentence, message, ..."""
 
 
 @dataclass(frozen=True)

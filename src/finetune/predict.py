@@ -53,8 +53,9 @@ def predict(
     # The scale of numbers is folded into the export.
     task = make_task(TASKS[description["task"]](), len(classes), (0.0, 1.0))
     preprocessing = prepared(file, description)
+    samples: ImageInputs | TextInputs
     if isinstance(preprocessing, Tokenization):
-        samples: ImageInputs | TextInputs = TextInputs(texts_in(inputs, text_column, allow_outside), preprocessing)
+        samples = TextInputs(texts_in(inputs, text_column, allow_outside), preprocessing)
     else:
         samples = ImageInputs(image_files(inputs, image_column, allow_outside), preprocessing)
     write = csv_writer(samples.fields, min(top_k, len(classes))) if as_csv else write_json_line

@@ -5,7 +5,9 @@ import io
 import torch
 from torchinfo import summary
 
-from finetune.build import find_pretrained, new_network, open_data
+from finetune.build import new_network
+from finetune.dataset import open_data
+from finetune.distil import pretrained
 from finetune.models.freeze import apply_freeze, changeable_tensors, frozen_tensors, set_modes
 from finetune.optim import build_optimizer, optimizer_state
 from finetune.recipe import Recipe
@@ -36,9 +38,9 @@ def checkpoint_bytes(recipe: Recipe, module: torch.nn.Module, rules) -> int:
 
 def summary_text(recipe: Recipe) -> str:
     """torchinfo's table with the trainable column, then the counts and sizes that decide."""
-    backbone, weights = find_pretrained(recipe)
+    backbone, weights, tensors = pretrained(recipe)
     data = open_data(recipe, backbone)
-    network = new_network(recipe, backbone, weights, data.output_count)
+    network = new_network(recipe, backbone, weights, data.output_count, tensors)
     rules = network.rules(recipe.trainable.rules)
     module = network.module
     apply_freeze(module, rules, 0)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.build import Data
 from finetune.checkpoint import check_room, write_checkpoint
 from finetune.data.contents import Contents
 from finetune.data.images import Batch, Request
 from finetune.data.order import batches_from, reading_order
+from finetune.dataset import Data
 from finetune.device import autocast, to_device
 from finetune.errors import RunError, UsageError
 from finetune.guard import StopRequest

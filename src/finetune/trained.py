@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.build import Numerics, backbone_of_run, open_data, split_config, trained_network
+from finetune.build import Numerics, backbone_of_run, split_config, trained_network
 from finetune.data.images import Request
+from finetune.dataset import open_data
 from finetune.errors import FinetuneError, RunError
 from finetune.models.backbones import Backbone
 from finetune.models.heads import folded_state, last_layer, rescale, standardised_layers

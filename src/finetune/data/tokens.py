@@ -18,7 +18,7 @@ from finetune.errors import RunError, UsageError, one_line
 from finetune.files import BadFile, make_folders, write_atomically
 
 PADDING = -1
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, SETTINGS_FILE = KEPT_FILES = ("tokenizer.json", "tokenizer_config.json")
 # Its two ends and one token.
 FEWEST_TOKENS = 3
 LONGEST_TEXT_TOKENS = 1 << 16
@@ -27,9 +27,10 @@ CHUNK_TEXTS = 10_000
 EXAMPLE_TOKENS = 8
 
 
-def hash_of_text(text: str) -> str:
-    """sha256."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+def hash_of_files(files: dict[str, str]) -> str:
+    """sha256 over names and contents."""
+    content = "\0".join(f"{name}\0{files[name]}" for name in KEPT_FILES)
+    return hashlib.sha256(content.encode("utf-8")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,8 @@ class Tokenization:
         max_length: tokens of a text, those that mark its ends included; what is longer is cut off.
         most_tokens: the largest `max_length` that the network can take.
         vocabulary_size: numbers that the network has an embedding for.
-        sha256: of the tokenizer's file.
-        files: that file's content, and those of others beside it, by their names; None where only what a run did is
-            described.
+        sha256: over the tokenizer's files.
+        files: the contents of `KEPT_FILES` by their names; None where only what a run did is described.
     """
 
     max_length: int
@@ -120,16 +120,15 @@ class Tokenization:
             RunError: there are none, or others.
         """
         try:
-            files = {path.name: path.read_bytes().decode("utf-8") for path in sorted(folder.glob("*.json"))}
+            files = {name: (folder / name).read_bytes().decode("utf-8") for name in KEPT_FILES}
+        except FileNotFoundError as error:
+            raise RunError(f"tokenizer {error.filename} does not exist; put the file back") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"tokenizer {folder} cannot be read ({one_line(error)}); put its files back") from None
-        if TOKENIZER_FILE not in files:
-            raise RunError(f"tokenizer {folder / TOKENIZER_FILE} does not exist; put the file back")
-        found = hash_of_text(files[TOKENIZER_FILE])
+            raise BadFile(f"tokenizer {folder} cannot be read ({one_line(error)}); restore its files") from None
+        found = hash_of_files(files)
         if found != self.sha256:
             raise BadFile(
-                f"{folder / TOKENIZER_FILE} is not the tokenizer that it was (sha256 {found}, expected {self.sha256}); "
-                "restore it"
+                f"{folder} does not hold the tokenizer that it did (sha256 {found}, expected {self.sha256}); restore it"
             )
         return dataclasses.replace(self, files=files)
 

@@ -3,6 +3,7 @@
 transformers is imported when such a backbone is asked for. No code from a model's repository is ever run.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -95,9 +96,12 @@ def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
     plain = json.loads(config.to_json_string(use_diff=False))
     # Where a family has several classes, transformers goes through this list, and stumbles over null.
     plain["architectures"] = plain.get("architectures") or []
-    for name in NOT_KEPT:
-        plain.pop(name, None)
-    return config, plain
+    return config, without_foreign_code(plain)
+
+
+def without_foreign_code(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what could make transformers fetch or run code of others; it may come from any file."""
+    return {name: copy.deepcopy(value) for name, value in config.items() if name not in NOT_KEPT}
 
 
 def read_tensors(folder: Path, stock_class: Any) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Image encoders of transformers: ViT, DeiT, ConvNeXt, DINOv2 and whatever else has an image classification class."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def build(config: dict[str, Any], class_count: int) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageClassification
 
     with hub.refusing("the config of this backbone cannot be used"):
-        full = AutoConfig.for_model(**copy.deepcopy(config) | {"num_labels": class_count, "id2label": None})
+        full = AutoConfig.for_model(**hub.without_foreign_code(config) | {"num_labels": class_count, "id2label": None})
         model = AutoModelForImageClassification.from_config(full, dtype=torch.float32, trust_remote_code=False)
     model.register_forward_hook(hub.only_logits)
     return model

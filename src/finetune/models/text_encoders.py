@@ -5,7 +5,6 @@ under the same names, its last hidden states pooled, and one linear layer: Reime
 2019, found the mean of an encoder's tokens a better sentence embedding than what its pooler makes of the first one.
 """
 
-import copy
 import functools
 import inspect
 import json
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.data.tokens import LONGEST_TEXT_TOKENS, PADDING, TOKENIZER_FILE, Tokenization, hash_of_text
+from finetune.data.tokens import KEPT_FILES, LONGEST_TEXT_TOKENS, PADDING, TOKENIZER_FILE, Tokenization, hash_of_files
 from finetune.errors import UsageError
 from finetune.files import read_safetensors_header
 from finetune.models import hub
@@ -157,11 +156,11 @@ def _tokenization(folder: Path, stock: nn.Module, vocabulary_size: int) -> Token
     with tempfile.TemporaryDirectory() as place:
         tokenizer.name_or_path = ""  # where it lay on this machine
         tokenizer.save_pretrained(place)
-        files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(place).glob("*.json"))}
+        files = {name: (Path(place) / name).read_text(encoding="utf-8") for name in KEPT_FILES}
     limit = most_tokens(stock, tokenizer.model_max_length)
     asked = _small_json(folder / LENGTH_FILE).get("max_seq_length")
     default = min(limit, asked if isinstance(asked, int) and asked > 2 else LONGEST_DEFAULT_TOKENS)
-    sha256 = hash_of_text(files[TOKENIZER_FILE])
+    sha256 = hash_of_files(files)
     return Tokenization(default, limit, vocabulary_size, sha256, files)
 
 
@@ -224,8 +223,10 @@ def build(options: dict[str, Any], output_count: int) -> nn.Module:
     end of a text, and returns (batch, output_count)."""
     from transformers import AutoConfig, AutoModel
 
+    if options["pooling"] not in list(POOLINGS):  # a list: the value may not even be hashable
+        raise UsageError(f"pooling {options['pooling']!r} is unknown; allowed are {', '.join(POOLINGS)}")
     with hub.refusing("the config of this backbone cannot be used"):
-        plain = copy.deepcopy(options["config"]) | {"num_labels": output_count}
+        plain = hub.without_foreign_code(options["config"]) | {"num_labels": output_count}
         config = AutoConfig.for_model(**plain)
         kind = stock_class()._model_mapping[type(config)]
         kind = kind[0] if isinstance(kind, tuple) else kind

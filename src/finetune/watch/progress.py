@@ -94,9 +94,8 @@ class Terminal:
         self.samples += samples
         if self.bar is not None and self.task is not None:
             seconds = time.monotonic() - self.started
-            figures = (
-                f"{self.samples / max(seconds, 1e-9):.0f} img/s, saved {time.monotonic() - self.last_saved:.0f} s ago"
-            )
+            rate, age_seconds = self.samples / max(seconds, 1e-9), time.monotonic() - self.last_saved
+            figures = f"{rate:.0f} samples/s, saved {age_seconds:.0f} s ago"
             self.bar.update(self.task, completed=step, description=f"epoch {epoch}/{epochs}", figures=figures)
 
     def validated(self, epoch: int, epochs: int, values: dict[str, Any], is_best: bool) -> None:
