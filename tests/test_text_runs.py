@@ -5,8 +5,6 @@ import dataclasses
 import io
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,7 +23,7 @@ from conftest import finetune as run_finetune
 from encoders import ANIMALS, TOOLS, make_encoder, sentences, text_recipe, write_csv
 
 import finetune
-from finetune import TextTable, Trainable, Training, launch
+from finetune import TextTable, Trainable, launch
 from finetune.build import Numerics
 from finetune.cache import cache_folder
 from finetune.cli import main
@@ -357,26 +355,3 @@ def test_a_loaded_model_takes_what_the_tokenizer_gives(exported):
     tokens = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, PADDING)
     with torch.inference_mode():
         assert torch.equal(model(**inputs), model(tokens))
-
-
-# ---- Without transformers -------------------------------------------------------------------------------------------------
-
-
-def test_help_and_image_recipes_import_no_transformers(tmp_path):
-    program = """
-import sys
-from finetune.cli import main
-try:
-    code = main(sys.argv[1:])
-except SystemExit as end:
-    code = end.code or 0
-found = [name for name in ("transformers", "tokenizers", "pyarrow") if name in sys.modules]
-assert not found, found
-raise SystemExit(code)
-"""
-    image_run = ["vgg_head", "--epochs", "1", "--train-samples", "40", "--run", str(tmp_path / "run"), "--quiet"]
-    runs = (["--help"], ["bert_head", "--help"], image_run, ["export", str(tmp_path / "run")])
-    for words in runs:
-        done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
-        assert done.returncode == 0, (words, done.stderr)
-    assert Training().patience == 0
