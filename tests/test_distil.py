@@ -8,6 +8,7 @@ import torch
 import transformers
 from conftest import Killed, assert_equal_runs, read, resume_run, train_run
 from encoders import make_encoder, sentences, text_recipe, write_csv
+from safetensors.torch import load_file, save_file
 
 from finetune import RunError, UsageError
 from finetune.build import find_pretrained
@@ -147,3 +148,31 @@ def test_what_a_distillation_cannot_do_is_one_line(tmp_path, teacher, texts, cap
     capsys.readouterr()
     assert main(["predict", str(tmp_path / "model.pt"), "a text"]) == 2
     assert "an encoder without a head, which predicts nothing" in capsys.readouterr().err
+
+
+def test_a_teacher_that_is_another_now_is_refused(tmp_path, teacher, texts):
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    run = train_run(tmp_path / "run", recipe_for(folder, texts, epochs=1), save_every_steps=0)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["embeddings.word_embeddings.weight"] *= -1.5
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(RunError, match="is not the one that the run began with"):
+        resume_run(run, epochs=2, lr=1e-4)
+    shutil.copyfile(teacher / "model.safetensors", path)
+    resume_run(run, epochs=2, lr=1e-4)
+
+
+def test_a_distilbert_is_a_teacher_too(tmp_path, texts):
+    folder = make_encoder(tmp_path / "teacher", "distilbert")
+    recipe = recipe_for(folder, texts, layers=1, epochs=1)
+    smaller, _, tensors = pretrained(recipe)
+    assert smaller.options["config"]["n_layers"] == 1 and not any(".layer.1." in name for name in tensors)
+    run = train_run(tmp_path / "run", recipe, save_every_steps=0)
+    assert export_folder(run, "latest", tmp_path / "small", half=False).largest_difference < 1e-5
+
+
+def test_a_file_without_texts_says_so(tmp_path, teacher):
+    (tmp_path / "none.txt").write_text("\n \n")
+    with pytest.raises(UsageError, match="is empty; give a line a text"):
+        train_run(tmp_path / "run", recipe_for(teacher, tmp_path / "none.txt"))

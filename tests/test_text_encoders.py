@@ -1,14 +1,38 @@
 """Text encoders of transformers of every family, small, from local folders in the format of its hub."""
 
+import copy
 import dataclasses
 import json
+import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import DyingTerminal, Killed, assert_equal_runs, assert_equal_values, read, resume_run, train_run
-from encoders import FAMILIES, LACKING, make_encoder, make_tokenizer, sentences, text_recipe, write_csv
+from conftest import (
+    DyingTerminal,
+    Killed,
+    assert_equal_runs,
+    assert_equal_values,
+    finish,
+    read,
+    resume_run,
+    train_run,
+)
+from conftest import finetune as run_finetune
+from encoders import (
+    FAMILIES,
+    LACKING,
+    SIZES,
+    VOCABULARY,
+    make_encoder,
+    make_tokenizer,
+    sentences,
+    text_recipe,
+    write_csv,
+)
 
 import finetune
 from finetune import RunError, UsageError
@@ -258,3 +282,112 @@ def test_a_tokenizer_that_was_swapped_in_a_run_is_found(tmp_path, folders, texts
     file.write_text(file.read_text().replace('"cat"', '"cap"'))
     with pytest.raises(RunError, match="does not hold the tokenizer that it did"):
         resume_run(run, epochs=2)
+
+
+# ---- Encoders with ways of their own ------------------------------------------------------------------------------------
+
+
+def folder_of(path, config, **tokenizer_settings):
+    torch.manual_seed(0)
+    transformers.AutoModel.from_config(config).save_pretrained(path)
+    make_tokenizer(path)
+    settings = json.loads((path / "tokenizer_config.json").read_text()) | tokenizer_settings
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def test_a_tokenizer_that_pads_and_cuts_on_the_left_is_made_to_do_as_the_kit_does(tmp_path, texts, capsys):
+    sides = {"padding_side": "left", "truncation_side": "left"}
+    folder = folder_of(tmp_path / "model", FAMILIES["bert"], **sides, auto_map={"AutoTokenizer": ["x.Y", None]})
+    run = train_run(tmp_path / "run", text_recipe(texts, folder, pooling="stock", max_length=8))
+    hf = export_folder(run, "latest", tmp_path / "hf", half=False).folder
+    export(run, "latest", tmp_path / "model.pt")
+    for place in (hf, tmp_path / "model-tokenizer"):
+        settings = json.loads((place / "tokenizer_config.json").read_text())
+        assert (settings["padding_side"], settings["truncation_side"]) == ("right", "right")
+        assert "auto_map" not in settings
+    asked = ["a cat was", "the old hammer and the saw and the nail were near the dog"]
+    assert main(["predict", str(tmp_path / "model.pt"), *asked]) == 0
+    ours = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    classify = transformers.pipeline("text-classification", model=str(hf))
+    for one, other in zip(ours, classify(asked, truncation=True, padding=True), strict=True):
+        assert one["label"] == other["label"] and one["probability"] == pytest.approx(other["score"], abs=1e-5)
+
+
+def test_a_config_that_returns_tuples_and_hidden_states_is_an_encoder_like_others(tmp_path, texts):
+    config = copy.deepcopy(FAMILIES["bert"])
+    config.output_hidden_states, config.return_dict = True, False
+    folder = folder_of(tmp_path / "model", config)
+    for pooling in ("stock", "mean"):
+        recipe = text_recipe(texts, folder, pooling=pooling, epochs=1)
+        assert read(train_run(tmp_path / pooling, recipe))["frozen"]["features_kept"]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (transformers.ConvBertConfig(**SIZES, embedding_size=48), "depends on the texts beside it"),
+        (transformers.XLNetConfig(vocab_size=len(VOCABULARY), d_model=48, n_layer=2, n_head=2, d_inner=32), "depends on the texts beside it"),
+        (transformers.GPT2Config(vocab_size=len(VOCABULARY), n_embd=48, n_layer=2, n_head=2, n_positions=40), "give another encoder"),
+        (transformers.BartConfig(vocab_size=len(VOCABULARY), d_model=48, encoder_layers=1, decoder_layers=1), "is no text encoder"),
+        (transformers.CanineConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32), "has no vocabulary"),
+    ],
+    ids=["padding shows", "XLNet", "GPT-2", "BART", "characters"],
+)  # fmt: skip
+def test_what_is_no_encoder_of_padded_texts_is_refused_in_one_line(tmp_path, texts, config, words, capsys):
+    folder = folder_of(tmp_path / "model", config)
+    capsys.readouterr()
+    command = ["bert_head", "--texts", str(texts), "--backbone", str(folder), "--run", str(tmp_path / "run")]
+    assert main([*command, "--pooling", "stock"]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_name_of_a_shipped_or_an_image_backbone_is_not_looked_for_on_the_hub(texts):
+    for name in ("bundled/brt", "vgg16", "bundled/resnet"):
+        with pytest.raises(UsageError, match=f"{name}: is no text encoder; give bundled/bert"):
+            find_pretrained(text_recipe(texts, name))
+
+
+def test_another_runs_weights_come_with_its_pooling(tmp_path, folders, texts):
+    run = train_run(tmp_path / "run", text_recipe(texts, folders["bert"], pooling="stock", epochs=1))
+    with pytest.raises(RunError, match="pools by 'stock', not 'cls'"):
+        train_run(tmp_path / "x", text_recipe(texts, folders["bert"], pooling="cls"), init_from=str(run.path))
+
+
+def test_a_model_of_the_hub_by_its_plain_name_resumes_though_its_cache_is_another_disk(tmp_path, folders, texts):
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system here")
+    with tempfile.TemporaryDirectory(dir=shm) as cache:
+        model = Path(cache) / "models--own--tiny"
+        shutil.copytree(folders["bert"], model / "snapshots" / "abc")
+        (model / "refs").mkdir()
+        (model / "refs" / "main").write_text("abc")
+        environment = os.environ | {"HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "1"}
+        words = ["bert_head", "--texts", str(texts), "--backbone", "own/tiny", "--epochs", "1", "--quiet"]
+        finish(run_finetune(*words, "--run", str(tmp_path / "run"), env=environment))
+        record = json.loads((tmp_path / "run" / "frozen" / "frozen.json").read_text())
+        assert (record["file"], record["reference"]) == ("", "hf:own/tiny")
+        finish(run_finetune("resume", str(tmp_path / "run"), "--epochs", "2", "--quiet", env=environment))
+        finish(run_finetune("export", str(tmp_path / "run"), env=environment))
+
+
+def test_a_folder_with_other_things_in_it_is_never_replaced(tmp_path, folders, texts):
+    run = train_run(tmp_path / "run", text_recipe(texts, folders["bert"], pooling="stock", epochs=1))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "finetune.json").write_text('{"mine": 1}')
+    for extra in (None, "thesis.txt"):
+        if extra:
+            (mine / extra).write_text("do not touch")
+        with pytest.raises(UsageError, match="holds something else"):
+            export_folder(run, "latest", mine, half=False)
+    folder = export_folder(run, "latest", tmp_path / "hf", half=False).folder
+    (folder / ".git").mkdir()
+    with pytest.raises(UsageError, match=r"holds something else \(\.git\)"):
+        export_folder(run, "latest", folder, half=False)
+    assert (mine / "thesis.txt").read_text() == "do not touch" and (folder / ".git").is_dir()
+    (folder / ".git").rmdir()
+    assert export_folder(run, "latest", folder, half=False).largest_difference < 1e-5

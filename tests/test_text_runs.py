@@ -236,13 +236,13 @@ def test_empty_texts_are_named_and_left_out_when_asked(tmp_path, encoder, capsys
     ]
     for more in ([], ["--no-cache"]):
         assert main([*words, *more, "--run", str(tmp_path / "run")]) == 1
-        assert "2 broken text(s): text t.csv line 9 is empty, and 1 more" in capsys.readouterr().err
+        assert "2 broken text(s): text of line 9 is empty, and 1 more" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
         assert main([*words, *more, "--skip-broken", "--run", str(tmp_path / f"left out{len(more)}")]) == 0
         said = capsys.readouterr().out
         assert "2 left out as broken" in said and "line 23 is empty" in said
         run = RunFolder(tmp_path / f"left out{len(more)}")
-        assert read(run)["data"]["skipped"] == ["t.csv line 23", "t.csv line 9"]
+        assert read(run)["data"]["skipped"] == ["line 23", "line 9"]
         resume_run(run, epochs=2)
 
 
@@ -355,3 +355,33 @@ def test_a_loaded_model_takes_what_the_tokenizer_gives(exported):
     tokens = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, PADDING)
     with torch.inference_mode():
         assert torch.equal(model(**inputs), model(tokens))
+
+
+def test_a_file_is_a_file_whatever_its_name_and_no_text_is_none(tmp_path, exported, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my files"
+    folder.mkdir()
+    write_csv(folder / "new reviews.csv", [("a cat was", "x")])
+    (folder / "one letter.txt").write_text("a saw was")
+    rows = predict_lines(capsys, exported, "my files/new reviews.csv", "my files/one letter.txt", "0")
+    assert [row.get("file") for row in rows] == ["my files/new reviews.csv", "my files/one letter.txt", None]
+    (tmp_path / "note.md").write_text("a note")
+    for name in ("note.md", "missing_dir/"):
+        assert main(["predict", str(exported), name]) == 2
+        assert "is no folder, and no file of texts" in capsys.readouterr().err
+    assert predict_lines(capsys, exported, "", code=1)[0]["error"] == "is empty; write a text"
+    assert len(predict_lines(capsys, exported, "a cat was " * 500)) == 1
+
+
+def test_a_file_that_was_renamed_is_the_same_data_though_some_of_it_was_left_out(tmp_path, encoder):
+    rows = sentences(60)
+    rows[7] = ("", "tool")
+    place = write_csv(tmp_path / "t.csv", rows)
+    run = train_run(tmp_path / "run", text_recipe(place, encoder, epochs=1), skip_broken=True)
+    resume_run(run, epochs=2, place=str(place.rename(tmp_path / "other name.csv")))
+    assert read(run)["epoch"] == 2
+    numbers = numbers_csv(tmp_path / "n.csv", 60)
+    numbers.write_text(numbers.read_text() + ",1e6\n")  # empty, and far off: its number must not count at one time only
+    table = TextTable(label_column="score")
+    recipe = text_recipe(numbers, encoder, task="regression", table=table, epochs=1)
+    resume_run(train_run(tmp_path / "numbers", recipe, skip_broken=True), epochs=2)

@@ -18,6 +18,7 @@ from finetune.data.table import Columns
 from finetune.data.texts import BrokenText, open_texts
 from finetune.data.tokens import PADDING
 from finetune.dataset import open_data
+from finetune.tasks import scale_of
 
 ROWS = [
     ("a red, small cat", "animal"),
@@ -171,7 +172,7 @@ def test_numbers_to_predict_are_read_and_what_is_none_names_the_line(tmp_path):
     source = open_(write_csv(tmp_path / "a.csv", [("cat", "1.5"), ("saw", "-2e3")]), "regression")
     assert source.targets.tolist() == [1.5, -2000] and source.classes == []
     for bad in ("many", "nan", "inf"):
-        with pytest.raises(UsageError, match=f"a.csv line 3: '{bad}' is no number"):
+        with pytest.raises(UsageError, match=f"line 3: '{bad}' is no number"):
             open_(write_csv(tmp_path / "a.csv", [("cat", "1.5"), ("saw", bad)]), "regression")
     place = write_csv(tmp_path / "b.csv", [(f"cat {n}", f"{n / 7:.4f}") for n in range(1, 40) if n % 7])
     with pytest.raises(UsageError, match="to predict numbers, give --task regression"):
@@ -239,10 +240,10 @@ def test_a_tokenizer_of_another_network_is_refused(tmp_path, encoder):
 def test_an_empty_text_is_broken_like_an_image_that_cannot_be_read(tmp_path, encoder):
     rows = [("cat", "a"), ("  ", "a"), ("saw", "b"), ("nail", "b"), ("dog", "a")]
     data = data_of(write_csv(tmp_path / "a.csv", rows), encoder, training=Training(validation_fraction=0.4))
-    with pytest.raises(BrokenText, match=r"a\.csv line 3 is empty"):
+    with pytest.raises(BrokenText, match="text of line 3 is empty"):
         data.pipeline.fetch(Request([0, 1]))
     batch = data.pipeline.fetch(Request([0, 1, 2], tolerant=True))
-    assert batch.indices.tolist() == [0, 2] and batch.broken == [(1, "text a.csv line 3 is empty; write or remove it")]
+    assert batch.indices.tolist() == [0, 2] and batch.broken == [(1, "text of line 3 is empty; write or remove it")]
     assert len(batch.inputs) == len(batch.targets) == 2
 
 
@@ -285,3 +286,50 @@ def test_samples_of_an_epoch_are_those_that_train_whether_features_are_kept_or_n
     assert all((batch.max() - batch.min()) < 12 for batch in lengths.split(16)[:-1])
     table = TextTable(separator="|")
     assert text_recipe("x", "y", table=table).task.kind == "multi-label"
+
+
+# ---- Values that other programs write ------------------------------------------------------------------------------------
+
+
+def test_bytes_are_texts_and_no_number_is_nothing(tmp_path):
+    rows = [(b"cat", b"animal"), ("drill \u00e9".encode(), b"tool")]
+    source = open_(write_parquet(tmp_path / "a.parquet", rows))
+    assert source.texts == ["cat", "drill \u00e9"] and source.classes == ["animal", "tool"]
+    with pytest.raises(UsageError, match="line 1: holds bytes that are not UTF-8"):
+        open_(write_parquet(tmp_path / "b.parquet", [(b"\xff", b"a"), (b"saw", b"b")]))
+    with pytest.raises(UsageError, match="line 2: column 'label' is empty"):
+        open_(write_parquet(tmp_path / "c.parquet", [("cat", 1.0), ("saw", float("nan"))]))
+    source = open_(write(tmp_path / "a.jsonl", '{"text": NaN, "label": "a"}\n{"text": "saw", "label": "b"}\n'))
+    assert source.texts == ["", "saw"]
+    with pytest.raises(UsageError, match="line 1: column 'label' holds a dict"):
+        open_(write(tmp_path / "b.jsonl", '{"text": "cat", "label": {"x": 1}}\n'))
+    source = open_(write(tmp_path / "c.jsonl", '{"text": 0, "label": false}\n{"text": "b", "label": true}\n'))
+    assert source.texts == ["0", "b"] and source.classes == ["False", "True"]
+
+
+def test_numbers_keep_their_digits_however_large_they_are(tmp_path, encoder):
+    rows = [("cat " * (number % 3 + 1), 1_700_000_000 + number) for number in range(40)]
+    data = data_of(write_csv(tmp_path / "a.csv", rows), encoder, task="regression")
+    mean, deviation = data.scale
+    assert 10 < deviation < 14
+    exact = torch.tensor([1_700_000_000 + number for number in range(40)], dtype=torch.float64)
+    torch.testing.assert_close(data.source.targets.double(), (exact - mean) / deviation, rtol=0, atol=1e-6)
+
+
+def test_the_scale_of_numbers_does_not_depend_on_the_number_of_threads():
+    targets = torch.randn(125_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e3 + 7
+    threads, scales = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        scales.append(scale_of(targets))
+    torch.set_num_threads(threads)
+    assert scales[0] == scales[1] == scales[2]
+
+
+def test_few_numbers_are_split_too_and_too_few_say_so(tmp_path, encoder):
+    for count, held_out in ((5, 1), (9, 2), (11, 2), (40, 8)):
+        rows = [(f"cat {number}", number) for number in range(count)]
+        data = data_of(write_csv(tmp_path / "a.csv", rows), encoder, task="regression")
+        assert len(data.split.validation) == held_out, count
+    with pytest.raises(UsageError, match="there are 1 texts, so nothing is left to validate with"):
+        data_of(write_csv(tmp_path / "a.csv", [("cat", 1)]), encoder, task="regression")

@@ -15,7 +15,7 @@ from finetune.errors import RunError, UsageError
 from finetune.files import BadFile
 from finetune.models.backbones import Backbone, backbone_from_plain, check_image_size
 from finetune.models.freeze import check_rules, frozen_tensors
-from finetune.models.network import Network, build_network, load_frozen
+from finetune.models.network import Network, build_network, check_padding, load_frozen
 from finetune.models.weights import (
     Weights,
     choose_teacher,
@@ -152,6 +152,8 @@ def new_network(
         seed=recipe.seed,
     )
     check_rules(network.module, network.rules(recipe.trainable.rules))
+    if backbone.reads_texts:
+        check_padding(network, backbone, f"--backbone {backbone.name}")
     return network
 
 
@@ -171,6 +173,9 @@ def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network,
     backbone = backbone_of_run(run, state)
     if (backbone.name, other.head_kind) != (recipe.model.full_name, recipe.model.head):
         raise RunError(f"--init-from {folder}: another architecture or head; use the same --backbone and --head")
+    pooling = backbone.options.get("pooling", "auto")
+    if recipe.model.pooling not in ("auto", pooling):
+        raise RunError(f"--init-from {folder}: pools by {pooling!r}, not {recipe.model.pooling!r}; leave --pooling out")
     network = build_network(
         backbone,
         None,

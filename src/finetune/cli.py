@@ -35,7 +35,7 @@ finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit fo
   finetune resume [RUN] [--epochs N]     go on; without RUN: the newest unfinished below runs/
   finetune export RUN                    weights that stock torchvision or transformers loads, a JSON beside them
   finetune predict FILE INPUT...         classify images, texts, folders or a csv with an export: JSON lines, or --csv
-  finetune evaluate RUN [--images DATA]  loss, accuracy, F1 by class, confusion matrix, calibration
+  finetune evaluate RUN                  loss, accuracy, F1 by class, confusion matrix, calibration
   finetune summary RECIPE [options]      layers, what trains, the size of a checkpoint
   finetune cache [clear]                 features that frozen backbones computed: list, or delete
   finetune new NAME FILE                 copy a shipped recipe to a file of your own

@@ -15,9 +15,10 @@ from finetune.data.source import Source, TextSource, class_counts
 from finetune.data.table import Columns
 from finetune.data.texts import TextPipeline, open_texts
 from finetune.errors import UsageError
+from finetune.models import text_encoders
 from finetune.models.backbones import Backbone
 from finetune.recipe import Recipe, Texts
-from finetune.tasks import scale_of
+from finetune.tasks import scale_of, standardised
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Data:
 
     Attributes:
         whole: the split before broken images were left out.
-        skipped: names of images that were left out because they are broken.
+        skipped: names of samples that were left out because they are broken.
+        scale: mean and deviation of the training targets, where those are numbers to predict: they are standardised.
+        taught_by: hash of the teacher that the targets are of.
     """
 
     source: Source
@@ -34,6 +37,8 @@ class Data:
     whole: Split
     pipeline: ImagePipeline | TextPipeline
     skipped: tuple[str, ...] = ()
+    scale: tuple[float, ...] = ()
+    taught_by: str = ""
 
     @property
     def class_count(self) -> int:
@@ -43,12 +48,6 @@ class Data:
     def output_count(self) -> int:
         """Numbers that the network gives for a sample: one a class; one to predict; or the width of an embedding."""
         return self.class_count or (1 if self.source.targets.dim() == 1 else self.source.targets.shape[1])
-
-    @property
-    def scale(self) -> list[float]:
-        """Mean and deviation of the training targets, where those are numbers to predict."""
-        targets = self.source.targets[self.split.train]
-        return scale_of(targets) if targets.is_floating_point() and targets.dim() == 1 else []
 
     def epoch_samples(self, seed: int, epoch: int, batch_size: int, train_samples: Tensor) -> Tensor:
         """`train_samples` in the order of an epoch; texts of about equal length side by side."""
@@ -63,7 +62,8 @@ class Data:
             "fingerprint": self.source.fingerprint,
             "classes": list(self.source.classes),
             "outputs": self.output_count,
-            "scale": self.scale,
+            "scale": list(self.scale),
+            "taught_by": self.taught_by,
             "train_samples": len(self.split.train),
             "validation_samples": len(self.split.validation),
             "skipped": list(self.skipped),
@@ -75,7 +75,7 @@ class Data:
         return dataclasses.replace(self, source=source, pipeline=dataclasses.replace(self.pipeline, source=source))
 
     def leave_out(self, names: Sequence[str]) -> "Data":
-        """The same without some images.
+        """The same without some samples.
 
         Raises:
             UsageError: nothing is left to train on, or to validate with.
@@ -99,7 +99,10 @@ class Data:
                 )
         if not len(self.split.validation):
             noun = self.source.noun
-            raise UsageError(f"no class has two {noun}s, so nothing is left to validate with; add {noun}s")
+            why = (
+                f"no class has two {noun}s" if self.source.classes else f"there are {len(self.source.targets)} {noun}s"
+            )
+            raise UsageError(f"{why}, so nothing is left to validate with; add {noun}s")
 
 
 def open_source(spec: recipes.Data, kind: str, classes: Sequence[str] | None = None) -> Source:
@@ -133,7 +136,7 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
     spec, kind = recipe.data, recipe.task.kind
     source = open_source(spec, kind)
     if kind == "distillation":  # until the teacher has run, only their width is known
-        width = backbone.options["config"]["hidden_size"]
+        width = text_encoders.width_of(backbone.options)
         source = dataclasses.replace(source, targets=torch.zeros(()).expand(len(source.targets), width))
     has_several = source.targets.dim() == 2 and not source.targets.is_floating_point()
     if has_several != (kind == "multi-label"):
@@ -145,6 +148,9 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
     data = Data(source, whole, whole, make_pipeline(source, spec, backbone, recipe.seed))
     data = data.leave_out(skipped)
     data.check()
+    if kind == "regression":
+        scale = tuple(scale_of(source.targets[whole.train]))
+        data = dataclasses.replace(data.with_targets(standardised(source.targets, scale)), scale=scale)
     return data
 
 

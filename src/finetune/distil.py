@@ -6,6 +6,7 @@ features of any frozen backbone.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections import OrderedDict
@@ -27,6 +28,7 @@ from finetune.errors import RunError, UsageError
 from finetune.features import CannotKeep, Features, Pass
 from finetune.guard import StopRequest
 from finetune.job import Job, make_loaders
+from finetune.models import text_encoders
 from finetune.models.backbones import Backbone, backbone_from_plain
 from finetune.models.heads import NO_HEAD
 from finetune.models.network import build_network
@@ -38,7 +40,7 @@ from finetune.watch.progress import Terminal
 LAYER = re.compile(r"(\.layer\.)(\d+)(\.)")
 EMBEDDINGS = "embeddings.word_embeddings.weight"
 # Of a config: a network this small has nothing to spare.
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 
 
 # ---- The student ----------------------------------------------------------------------------------------------------
@@ -70,7 +72,8 @@ def student_of(
     Raises:
         UsageError: the teacher's architecture or tokenizer cannot be made smaller so.
     """
-    config = teacher.options["config"] | NO_DROPOUT
+    config = teacher.options["config"]
+    config = config | {name: 0.0 for name in DROPOUTS if name in config}
     tokenization = teacher.preprocessing
     if layers:
         config, tensors = _fewer_layers(config, tensors, layers)
@@ -78,7 +81,9 @@ def student_of(
         tokenization, kept = _fewer_tokens(tokenization, texts, vocabulary_size)
         names = [name for name in tensors if name.endswith(EMBEDDINGS)]
         if len(names) != 1:
-            raise UsageError(f"--vocabulary-size: a {config['model_type']} keeps its tokens elsewhere; leave it out")
+            raise UsageError(
+                f"--vocabulary-size {vocabulary_size}: a {config['model_type']} keeps its tokens elsewhere; give 0"
+            )
         tensors = tensors | {names[0]: tensors[names[0]][kept]}
         config = config | {"vocab_size": len(kept), "pad_token_id": _place(kept, config.get("pad_token_id") or 0)}
     plain = {"name": teacher.name, "options": teacher.options | {"config": config}, "preprocessing": {}}
@@ -93,8 +98,9 @@ def _place(kept: Tensor, token: int) -> int:
 def _fewer_layers(config: dict, tensors: dict[str, Tensor], count: int) -> tuple[dict, dict[str, Tensor]]:
     """Evenly spread layers, the first among them."""
     found = sorted({int(match[2]) for name in tensors if (match := LAYER.search(name))})
-    if "num_hidden_layers" not in config or len(found) != config["num_hidden_layers"]:
-        raise UsageError(f"--layers {count}: the layers of a {config['model_type']} are not known; leave it out")
+    option = text_encoders.layers_option(config)
+    if len(found) != config.get(option):
+        raise UsageError(f"--layers {count}: the layers of a {config['model_type']} are not known; give --layers 0")
     if not 1 <= count <= len(found):
         raise UsageError(f"--layers {count}: the teacher has {len(found)}; give 1 to {len(found)}, or 0 for all")
     chosen = [found[round(place)] for place in np.linspace(0, len(found) - 1, count)] if count > 1 else found[:1]
@@ -106,7 +112,7 @@ def _fewer_layers(config: dict, tensors: dict[str, Tensor], count: int) -> tuple
             kept[name] = value
         elif int(match[2]) in numbers:
             kept[LAYER.sub(rf"\g<1>{numbers[int(match[2])]}\g<3>", name, count=1)] = value
-    return config | {"num_hidden_layers": count}, kept
+    return config | {option: count}, kept
 
 
 def _fewer_tokens(tokenization: Tokenization, texts: list[str], count: int) -> tuple[Tokenization, Tensor]:
@@ -151,11 +157,14 @@ def _fewer_tokens(tokenization: Tokenization, texts: list[str], count: int) -> t
 # ---- The teacher ----------------------------------------------------------------------------------------------------
 
 
-def taught(job: Job, terminal: Terminal, stop: StopRequest) -> Job:
+def taught(job: Job, terminal: Terminal, stop: StopRequest, saved: str = "") -> Job:
     """The job with the teacher's embeddings as its targets, where its task is distillation.
 
+    Args:
+        saved: hash of the teacher of the run that goes on.
+
     Raises:
-        RunError: there is no room to keep them.
+        RunError: there is no room to keep them, or the teacher is another.
         StoppedEarly: asked for while the teacher ran; what it has computed is kept.
     """
     spec = job.recipe.task
@@ -164,15 +173,21 @@ def taught(job: Job, terminal: Terminal, stop: StopRequest) -> Job:
     source = job.data.source
     assert isinstance(source, TextSource)
     teacher = _teacher_pass(job, spec.teacher, source)
+    taught_by = hashlib.sha256(
+        json.dumps([teacher.identity[name] for name in ("teacher", "weights")]).encode()
+    ).hexdigest()
+    if saved not in ("", taught_by):
+        raise RunError(f"--teacher {spec.teacher}: is not the one that the run began with; put that one there")
     everything = torch.arange(len(source.texts))
     terminal.say(f"teacher: {spec.teacher}")
     try:
         with closing(Features(teacher, {None: everything}, 0)) as embeddings:
+            embeddings.check_size(job.machine.cache_limit)
             embeddings.fill(terminal, stop)
             targets = embeddings.read(everything, None).float()
     except CannotKeep as error:
         raise RunError(f"the teacher's embeddings cannot be kept, because {error}; make room for them") from None
-    data = job.data.with_targets(targets)
+    data = dataclasses.replace(job.data.with_targets(targets), taught_by=taught_by)
     loaders = make_loaders(data, job.machine, job.device, Contents(data.source))
     return dataclasses.replace(job, data=data, loaders=loaders)
 
@@ -198,13 +213,14 @@ def _teacher_pass(job: Job, name: str, source: TextSource) -> Pass:
             return module(to_device(tokens, job.device)).to("cpu", torch.float32).contiguous()
 
     identity = {
-        "teacher": backbone.to_plain(),
+        "teacher": {"options": backbone.options, "preprocessing": backbone.preprocessing.to_plain()},
         "weights": weights.sha256,
         "precision": job.numerics.of_backbone,
         "environment": numeric_environment(job.device),
         "data": source.fingerprint,
+        "tokens": pipeline.table.sha256(),
     }
     loader = Loader(pipeline, 0, "auto", False, Contents(source))
-    width = backbone.options["config"]["hidden_size"]
+    width = text_encoders.width_of(backbone.options)
     about = f"{name} over {job.recipe.data.place}, {backbone.preprocessing.text}"
     return Pass(compute, width, torch.float32, identity, source, loader, about, pipeline.lengths)

@@ -27,7 +27,7 @@ from finetune.options import AnyTable
 from finetune.phase import trained_forward
 from finetune.recipe import Data, Distillation, Recipe
 from finetune.run import RunFolder
-from finetune.tasks import Classifying, ConfusionTally, MultiLabelTally, make_task
+from finetune.tasks import Classifying, ConfusionTally, MultiLabelTally, make_task, standardised
 from finetune.text import printable
 
 BATCH_SAMPLES = 64
@@ -63,7 +63,10 @@ def evaluate(
         raise UsageError(f"{run} is a distillation; how near it came to its teacher is in {run.metrics_file}")
     backbone = backbone_of_run(run, state)
     judged = _data_to_judge_on(run, recipe, state["data"], place, table)
-    pipeline = make_pipeline(judged.source, recipe.data, backbone, recipe.seed)
+    source = judged.source
+    if scale := state["data"]["scale"]:
+        source = dataclasses.replace(source, targets=standardised(source.targets, scale))
+    pipeline = make_pipeline(source, recipe.data, backbone, recipe.seed)
     workers = count_workers(judged.source) if workers is None else workers
     loader = Loader(pipeline, workers, "auto", device.type == "cuda", judged.contents)
     network.module.to(device, memory_format=torch.channels_last)

@@ -5,7 +5,7 @@ distillation makes, becomes a sentence encoder, with the small files by which se
 """
 
 import json
-import shutil
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.data.tokens import PADDING, SETTINGS_FILE, Tokenization
+from finetune.data.tokens import KEPT_FILES, PADDING, SETTINGS_FILE, Tokenization
 from finetune.errors import RunError, UsageError
 from finetune.export import describe, is_stock
-from finetune.files import TEMPORARY_SUFFIX, sync_folder, write_json
+from finetune.files import TEMPORARY_SUFFIX, read_json, sync_folder, write_json
 from finetune.models import hub, text_encoders
 from finetune.models.heads import NO_HEAD
 from finetune.run import RunFolder
@@ -25,6 +25,11 @@ from finetune.trained import Trained, hold_against, trained_tensors
 
 # Marks a folder as an export of ours, which a later one may replace.
 RECORD_FILE = "finetune.json"
+# All that such an export consists of.
+WRITTEN = {
+    RECORD_FILE, hub.CONFIG_FILE, "model.safetensors", *KEPT_FILES, "modules.json", text_encoders.LENGTH_FILE,
+    text_encoders.POOLING_FILE.partition("/")[0],
+}  # fmt: skip
 PROBLEMS = {
     "classification": "single_label_classification",
     "multi-label": "multi_label_classification",
@@ -67,8 +72,7 @@ def export_folder(run: RunFolder, which: str, output: Path, half: bool) -> Folde
     """
     trained = trained_tensors(run, which)
     _check_possible(trained)
-    if output.exists() and not (output / RECORD_FILE).is_file() and (output.is_file() or any(output.iterdir())):
-        raise UsageError(f"--output {output}: holds something else; name a new folder")
+    _check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".exporting-", suffix=TEMPORARY_SUFFIX, dir=output.parent) as place:
         folder = Path(place) / "model"
@@ -84,10 +88,26 @@ def export_folder(run: RunFolder, which: str, output: Path, half: bool) -> Folde
         difference = hold_against(f"export {output}", trained, model, compute, HALF_TOLERANCE if half else 0.0)
         write_json(folder / RECORD_FILE, describe(run, which, trained))
         if output.exists():
-            shutil.rmtree(output)
+            output.replace(Path(place) / "earlier")
         folder.replace(output)
         sync_folder(output.parent)
     return FolderReport(output, difference, trained.recipe.model.head != NO_HEAD)
+
+
+def _check_output(output: Path) -> None:
+    """Raises: UsageError: the folder holds something that is no earlier export of ours."""
+    if not os.path.lexists(output):
+        return
+    names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
+    is_export = RECORD_FILE in names and names <= WRITTEN
+    if is_export:
+        try:
+            is_export = "source_run" in read_json(output / RECORD_FILE, "record of an export")
+        except RunError:
+            is_export = False
+    if names and not is_export:
+        other = min(names - WRITTEN, default=RECORD_FILE)
+        raise UsageError(f"--output {output}: holds something else ({other}); name a new folder")
 
 
 def _check_possible(trained: Trained) -> None:
@@ -110,6 +130,8 @@ def _check_possible(trained: Trained) -> None:
 
 def _write(trained: Trained, folder: Path, half: bool) -> nn.Module:
     """Write the folder; return what transformers loads from it."""
+    from transformers import AutoTokenizer
+
     tokenization = trained.backbone.preprocessing
     assert isinstance(tokenization, Tokenization)
     is_encoder = trained.recipe.model.head == NO_HEAD
@@ -124,6 +146,7 @@ def _write(trained: Trained, folder: Path, half: bool) -> nn.Module:
     if is_encoder:
         _write_sentence_files(folder, trained.backbone.options, tokenization)
     with hub.refusing(f"export {folder.name}: transformers cannot load it"):
+        text_encoders.check_tokenizer(AutoTokenizer.from_pretrained(folder), tokenization, f"export {folder.name}")
         return type(model).from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
 
 
@@ -163,7 +186,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 def _write_sentence_files(folder: Path, options: dict[str, Any], tokenization: Tokenization) -> None:
     """How sentence-transformers pools, and how long a text may be."""
     pooling = {
-        "word_embedding_dimension": options["config"]["hidden_size"],
+        "word_embedding_dimension": text_encoders.width_of(options),
         "pooling_mode_cls_token": options["pooling"] == "cls",
         "pooling_mode_mean_tokens": options["pooling"] == "mean",
         "pooling_mode_max_tokens": False,

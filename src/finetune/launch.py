@@ -249,7 +249,7 @@ def go_on(
     where = f"step {progress.step} (epoch {progress.epoch + 1}, sample {progress.position_samples})"
     terminal.say(f"resuming {run} at {where}")
     progress.history.append({"event": "resume", "step": progress.step, "epoch": progress.epoch})
-    job = taught(job, terminal, stop)
+    job = taught(job, terminal, stop, state["data"]["taught_by"])
     with closing(start_phase(job, state["frozen"]["epoch"], terminal, stop, state["frozen"])) as phase:
         check_unbroken(job.data, phase.feed)
         return run_job(run, run_id, job, phase, progress, state, settings, terminal, stop)

@@ -111,8 +111,8 @@ class PredictOptions:
     file: Annotated[str, tyro.conf.Positional]
     """The export: its .json must lie beside it."""
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Images, folders of them, and csv, tsv or jsonl files that name them; or texts as they are, .txt files, folders of
-    them, and csv, tsv, jsonl or parquet files that hold them."""
+    """Images, folders of them, and tables that name them; or texts as they are, .txt files, folders of them, and tables
+    that hold them. A table is a csv, tsv, jsonl or parquet file."""
     top_k: int = 3
     """Classes to list for each image or text."""
     csv: bool = False

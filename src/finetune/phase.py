@@ -254,6 +254,7 @@ def _pass_of(job: Job, found: Split, frozen_sha256: str) -> Pass:
         "augment": {"augment": spec.augment, "seed": job.recipe.seed} if spec.views else "",
     }
     about = f"{job.recipe.model.full_name} over {spec.place}, {preprocessing.text}"
-    pipeline = job.data.pipeline
-    lengths = pipeline.lengths if isinstance(pipeline, TextPipeline) else None
+    pipeline, lengths = job.data.pipeline, None
+    if isinstance(pipeline, TextPipeline):
+        identity["tokens"], lengths = pipeline.table.sha256(), pipeline.lengths
     return Pass(compute, found.width, dtype, identity, job.data.source, job.loaders.train, about, lengths)

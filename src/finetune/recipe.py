@@ -78,7 +78,7 @@ class Images:
 
     @property
     def place(self) -> str:
-        """What was given to find the data, and the option that it was given by."""
+        """What was given, by `option`, to find the data."""
         return self.images
 
     option: ClassVar[str] = "--images"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -101,11 +102,11 @@ class MultiLabelTask:
 
 @dataclass(frozen=True)
 class RegressionTask:
-    """A number a sample. The network gives it standardised, as features are: mean squared error then has one scale,
-    whatever the unit.
+    """A number a sample. Targets are standardised, as features are, and so is what the network gives: mean squared
+    error then has one scale, whatever the unit.
 
     Attributes:
-        mean, deviation: of the training targets.
+        mean, deviation: of the training targets, in their own unit.
     """
 
     mean: float = 0.0
@@ -115,10 +116,10 @@ class RegressionTask:
         """Squared errors of standardised numbers, added up.
 
         Args:
-            outputs: (batch, 1), standardised.
-            targets: (batch,) in their own unit.
+            outputs: (batch, 1).
+            targets: (batch,).
         """
-        return (outputs.float().squeeze(1) - (targets - self.mean) / self.deviation).square().sum()
+        return (outputs.float().squeeze(1) - targets).square().sum()
 
     def weight(self, targets: Tensor) -> int:
         return len(targets)
@@ -177,9 +178,17 @@ def make_task(spec: recipes.Task, outputs: int, scale: Sequence[float] = (), tar
 
 
 def scale_of(targets: Tensor) -> list[float]:
-    """Mean and deviation of numbers to predict; deviation 1 where they are all the same."""
-    mean, deviation = targets.double().mean().item(), targets.double().std(correction=0).item()
-    return [mean, deviation or 1.0]
+    """Mean and deviation of numbers to predict; deviation 1 where they are all the same.
+
+    numpy's sums do not depend on the number of threads, and a resume compares them.
+    """
+    numbers = targets.numpy().astype(np.float64)
+    return [float(numbers.mean()), float(numbers.std()) or 1.0]
+
+
+def standardised(targets: Tensor, scale: Sequence[float]) -> Tensor:
+    """(samples,) float32 of numbers to predict; other targets as they are."""
+    return ((targets.double() - scale[0]) / scale[1]).float() if scale else targets
 
 
 def to_device(task: Task, device: torch.device) -> Task:
@@ -274,9 +283,8 @@ class RegressionTally:
         self.sample_count = 0
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
-        wanted = (targets - self.task.mean) / self.task.deviation
-        errors = outputs.float().squeeze(1) - wanted
-        self.sums += torch.stack([errors.square().sum(), errors.abs().sum(), wanted.sum(), wanted.square().sum()])
+        errors = outputs.float().squeeze(1) - targets
+        self.sums += torch.stack([errors.square().sum(), errors.abs().sum(), targets.sum(), targets.square().sum()])
         self.sample_count += len(targets)
 
     def samples(self) -> int:

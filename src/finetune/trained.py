@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from finetune.build import Numerics, backbone_of_run, split_config, trained_network
 from finetune.data.images import Request
-from finetune.dataset import open_data
+from finetune.data.tokens import Tokenization
+from finetune.dataset import open_data, open_source, split_data
 from finetune.errors import FinetuneError, RunError
 from finetune.models.backbones import Backbone
 from finetune.models.heads import folded_state, last_layer, rescale, standardised_layers
@@ -25,6 +26,8 @@ FOLDED_TOLERANCE = 1e-5
 # Where features hardly deviate from their mean, sums of folded weights lose more of float32's digits than that. Then it
 # is float64 that must agree so well, and float32 so:
 ROUNDED_TOLERANCE = 1e-3
+# Of a large mean, that times `FOLDED_TOLERANCE` is the last digit.
+FLOAT32_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,16 @@ def own_outputs(module: nn.Module, samples: Tensor, scale: Sequence[float]) -> T
 def comparison_samples(recipe: Recipe, backbone: Backbone, state: dict[str, Any]) -> Tensor:
     """Network inputs to compare on: of the validation set; where the data is not at hand any more, some of no
     meaning."""
+    preprocessing = backbone.preprocessing
     try:
-        data = open_data(recipe, backbone, state["data"]["skipped"])
-        return data.pipeline.fetch(Request(data.split.validation[:COMPARED_SAMPLES].tolist())).inputs
+        if not isinstance(preprocessing, Tokenization):
+            data = open_data(recipe, backbone, state["data"]["skipped"])
+            return data.pipeline.fetch(Request(data.split.validation[:COMPARED_SAMPLES].tolist())).inputs
+        source = open_source(recipe.data, recipe.task.kind)  # to tokenize all of it would take long
+        chosen = split_data(source, recipe).validation[:COMPARED_SAMPLES].tolist()
+        return preprocessing.tokenize([source.texts[index] for index in chosen]).batch(list(range(len(chosen))))
     except FinetuneError:
-        return backbone.preprocessing.example(COMPARED_SAMPLES)
+        return preprocessing.example(COMPARED_SAMPLES)
 
 
 def hold_against(
@@ -93,7 +101,10 @@ def hold_against(
     Raises:
         RunError: it does not give the run's outputs.
     """
+    scale = trained.state["data"]["scale"]
     largest = max(trained.outputs.abs().max().item(), 1.0)
+    if scale:  # numbers around a mean: what counts is how far they lie from it, as well as float32 can say it
+        largest = max((trained.outputs - scale[0]).abs().max().item(), scale[1]) + FLOAT32_SHARE * abs(scale[0])
     allowed = (FOLDED_TOLERANCE if trained.folded else 0.0) * largest
     with torch.inference_mode():
         difference = (compute(model, trained.samples) - trained.outputs).abs().max().item()

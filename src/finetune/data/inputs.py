@@ -1,7 +1,7 @@
 """What `predict` is asked about: image files or texts, wherever they stand, in batches of network inputs."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from finetune.data.folder import files_below
 from finetune.data.preprocess import Preprocessing
 from finetune.data.source import check_inside
 from finetune.data.table import TABLE_SUFFIXES, Columns, image_paths, sample_rows
-from finetune.data.texts import TEXT_COLUMNS, TEXT_SUFFIXES, read_text
+from finetune.data.texts import TEXT_COLUMNS, TEXT_SUFFIXES, read_text, text_of
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, UsageError
 
@@ -120,29 +120,35 @@ def texts_in(inputs: Iterable[str], text_column: str = "", allow_outside: bool =
     """
     found: list[dict[str, Any]] = []
     for name in inputs:
-        path = Path(name)
+        path, is_name = Path(name), len(name.split()) == 1
         suffix = path.suffix.lower()
-        if _is_folder(path):
+        if _is(Path.is_dir, name):
             files, _ = files_below(path, TEXT_SUFFIXES)
             if not files:
                 raise UsageError(f"folder {path}: holds no .txt files")
             if not allow_outside:
                 check_inside(path, files, f"folder {path}", "text")
             found += [{"file": str(path / file), "line": "", "text": read_text(path / file)} for file in files]
-        elif suffix in TABLE_SUFFIXES and len(name.split()) == 1:
+        elif suffix in TABLE_SUFFIXES and (is_name or _is(Path.exists, name)):
             rows = sample_rows(path, Columns(content=text_column), TEXT_COLUMNS, "--text-column", labelled=False)
-            found += [{"file": name, "line": row.line, "text": str(row.content or "")} for row in rows]
-        elif suffix in TEXT_SUFFIXES and len(name.split()) == 1:
+            found += [{"file": name, "line": row.line, "text": text_of(row.content, row.where)} for row in rows]
+        elif suffix in TEXT_SUFFIXES and (is_name or _is(Path.exists, name)):
             found.append({"file": name, "line": "", "text": read_text(path)})
+        elif _is(Path.exists, name) or (is_name and name.endswith(("/", os.sep))):
+            known = ", ".join([*TABLE_SUFFIXES, *TEXT_SUFFIXES])
+            raise UsageError(
+                f"{name}: is no folder, and no file of texts ({known}); rename it, or give the text itself"
+            )
         else:
             found.append({"file": "", "line": "", "text": name})
     return found
 
 
-def _is_folder(path: Path) -> bool:
+def _is(what: Callable[[Path], bool], name: str) -> bool:
+    """Whether something of that name is there; a text may be none that a file could have."""
     try:
-        return path.is_dir()
-    except (OSError, ValueError):  # a text that no file could be called
+        return bool(name.strip()) and what(Path(name))
+    except (OSError, ValueError):
         return False
 
 

@@ -154,9 +154,10 @@ def _strata(targets: Tensor) -> Iterator[tuple[int, Tensor]]:
     without any label are a group of their own.
     """
     if targets.is_floating_point():
-        # Numbers by their size, in tenths; of embeddings one is like another.
-        tenths = targets.argsort(stable=True).argsort(stable=True) * 10 // max(len(targets), 1)
-        targets = tenths if targets.dim() == 1 else torch.zeros(len(targets), dtype=torch.int64)
+        # Numbers by their size, in tenths, if that many are five each; of embeddings one is like another.
+        strata = min(10, max(len(targets) // 5, 1)) if targets.dim() == 1 else 1
+        ranks = targets.argsort(stable=True).argsort(stable=True) if targets.dim() == 1 else torch.arange(len(targets))
+        targets = ranks * strata // max(len(targets), 1)
     if targets.dim() == 2:
         applies = targets != 0
         rarity = applies.sum(0).argsort(stable=True)  # the rarest class first

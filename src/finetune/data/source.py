@@ -1,6 +1,6 @@
 """What a data set is to the rest of the kit: classes, a target for each sample, a way to read one.
 
-Images in memory, image files, or texts; `texts.TextSource` is the third.
+Images in memory, image files, or texts.
 """
 
 import hashlib

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import math
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({one_line(error)}); save it anew") from None
 
 
@@ -240,7 +241,24 @@ def open_table(
     return make_file_source(path.parent, list(lines), labels, given_parts, classes, f"--images {path}")
 
 
+def plain_value(value: Any, where: str) -> Any:
+    """A value as every format would give it: bytes as text, no number as nothing.
+
+    Raises:
+        UsageError: bytes that are no text.
+    """
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise UsageError(f"{where}: holds bytes that are not UTF-8; save the file with texts") from None
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _labels(value: Any, separator: str, where: str, column: str) -> str | tuple[str, ...]:
+    value = plain_value(value, where)
+    if isinstance(value, dict):
+        raise UsageError(f"{where}: column {column!r} holds a dict; give a column of labels: --label-column")
     if separator:
         several = value if isinstance(value, list) else ("" if value is None else str(value)).split(separator)
         return tuple(dict.fromkeys(name for one in several if (name := str(one).strip())))

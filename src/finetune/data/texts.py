@@ -15,7 +15,7 @@ from torch import Tensor
 from finetune.data.folder import list_folder
 from finetune.data.images import Batch, Request
 from finetune.data.source import PARTS, TextSource, encode_labels
-from finetune.data.table import TABLE_SUFFIXES, Columns, sample_rows
+from finetune.data.table import TABLE_SUFFIXES, Columns, plain_value, sample_rows
 from finetune.data.tokens import TokenTable
 from finetune.errors import RunError, UsageError
 
@@ -68,13 +68,15 @@ def open_texts(
         parts, ignored = found.parts, found.ignored
     elif path.suffix.lower() in TABLE_SUFFIXES:
         rows = list(sample_rows(path, columns, TEXT_COLUMNS, "--text-column", labelled=kind != "distillation"))
-        contents = [_text_of(row.content, row.where) for row in rows]
-        names = [f"{path.name} line {row.line}" for row in rows]
+        contents = [text_of(row.content, row.where) for row in rows]
+        names = [f"line {row.line}" for row in rows]  # not the file's name: it may be moved
         labels, parts, ignored = [row.label for row in rows], [row.part for row in rows], 0
         parts = parts if columns.split else None
     elif kind == "distillation" and path.is_file():
         contents = [line for line in read_text(path).splitlines() if line.strip()]
-        names = [f"{path.name} text {number}" for number in range(1, len(contents) + 1)]
+        names = [f"text {number}" for number in range(1, len(contents) + 1)]
+        if not contents:
+            raise UsageError(f"{what}: is empty; give a line a text")
         labels, parts, ignored = [None] * len(contents), None, 0
     else:
         raise UsageError(
@@ -106,12 +108,16 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path} line {line}: is not UTF-8; save the file as UTF-8") from None
 
 
-def _text_of(content: Any, where: str) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
+def text_of(content: Any, where: str) -> str:
+    """What a table holds in its text column; what is missing is "".
+
+    Raises:
+        UsageError: it is no text.
+    """
+    content = plain_value(content, where)
     if isinstance(content, dict | list):
         raise UsageError(f"{where}: its text is a {type(content).__name__}; give a column of texts: --text-column")
-    return str(content)
+    return "" if content is None else str(content)
 
 
 def _targets(
@@ -121,7 +127,8 @@ def _targets(
     if kind == "distillation":
         return torch.zeros(len(labels), 0), []
     if kind == "regression":
-        return torch.tensor([_number(label, name, what) for label, name in zip(labels, names, strict=True)]), []
+        numbers = [_number(label, name, what) for label, name in zip(labels, names, strict=True)]
+        return torch.tensor(numbers, dtype=torch.float64), []
     targets, found = encode_labels(labels, parts, classes, what, "text")
     if classes is None and kind == "classification" and len(found) > 20 and all(map(_is_fraction, found)):
         raise UsageError(
@@ -201,4 +208,4 @@ class TextPipeline:
         return Batch(self.table.batch(indices), self.source.targets[chosen], chosen, digests, broken)
 
     def _reason(self, index: int) -> str:
-        return f"text {self.source.name(index)} is empty; write or remove it"
+        return f"text of {self.source.name(index)} is empty; write or remove it"

@@ -5,7 +5,9 @@ So a batch of texts is cut, moved and kept like a batch of images.
 """
 
 import dataclasses
+import functools
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ TOKENIZER_FILE, SETTINGS_FILE = KEPT_FILES = ("tokenizer.json", "tokenizer_confi
 FEWEST_TOKENS = 3
 LONGEST_TEXT_TOKENS = 1 << 16
 # What is tokenized at once: the tokenizer's own objects take a hundred times the memory of the numbers.
-CHUNK_TEXTS = 10_000
+CHUNK_TEXTS, CHUNK_CHARACTERS = 10_000, 1_000_000
 EXAMPLE_TOKENS = 8
 
 
@@ -31,6 +33,34 @@ def hash_of_files(files: dict[str, str]) -> str:
     """sha256 over names and contents."""
     content = "\0".join(f"{name}\0{files[name]}" for name in KEPT_FILES)
     return hashlib.sha256(content.encode("utf-8")).hexdigest()
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(content: str, max_length: int) -> Any:
+    """Raises: BadFile: it cannot be read."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(content)
+    except Exception as error:  # its own base class
+        raise BadFile(f"the tokenizer cannot be read ({one_line(error)}); restore its file") from None
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    return tokenizer
+
+
+def _chunks(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in their order, so many at once as the tokenizer's own objects leave memory for."""
+    chunk: list[str] = []
+    characters = 0
+    for text in texts:
+        # Half of a character that was cut in two is no text for the tokenizer.
+        chunk.append(text.encode("utf-8", "replace").decode())
+        characters += len(text)
+        if len(chunk) == CHUNK_TEXTS or characters > CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    yield chunk
 
 
 @dataclass(frozen=True)
@@ -51,6 +81,12 @@ class TokenTable:
     def lengths(self) -> Tensor:
         """(texts,) int64."""
         return torch.from_numpy(np.diff(self.starts))
+
+    def sha256(self) -> str:
+        """Of all tokens: another version of the tokenizer's library may split otherwise."""
+        found = hashlib.sha256(self.starts.astype("<i8").tobytes())
+        found.update(self.tokens.astype("<i4").tobytes())
+        return found.hexdigest()
 
     def batch(self, indices: list[int]) -> Tensor:
         """(batch, longest of them) int64, `PADDING` behind the shorter ones."""
@@ -148,19 +184,10 @@ class Tokenization:
         Raises:
             RunError: the tokenizer gives numbers that the network knows nothing of.
         """
-        from tokenizers import Tokenizer
-
         assert self.files is not None, "read() comes first"
-        try:
-            tokenizer = Tokenizer.from_str(self.files[TOKENIZER_FILE])
-        except Exception as error:  # its own base class
-            raise BadFile(f"the tokenizer cannot be read ({one_line(error)}); restore its file") from None
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(self.max_length)
+        tokenizer = _tokenizer(self.files[TOKENIZER_FILE], self.max_length)
         pieces, lengths, truncated = [np.zeros(0, np.int32)], [0], []
-        for start in range(0, len(texts), CHUNK_TEXTS):
-            # Half of a character that was cut in two is no text for the tokenizer.
-            chunk = [text.encode("utf-8", "replace").decode() for text in texts[start : start + CHUNK_TEXTS]]
+        for chunk in _chunks(texts):
             for encoding in tokenizer.encode_batch(chunk):
                 pieces.append(np.asarray(encoding.ids, dtype=np.int32))
                 lengths.append(len(encoding.ids))

@@ -128,7 +128,7 @@ def find_text_backbone(name: str, pooling: str) -> tuple[Backbone, Path]:
         folder = bundled_folder(name)
     elif hub.is_folder(name) or name.startswith(hub.PREFIX):
         folder = hub.folder_of(name, text_encoders.FOLDER_FILES)
-    elif hub.is_identifier(name) and name not in BUNDLED:
+    elif hub.is_identifier(name) and not name.startswith("bundled/") and name not in torchvision_names():
         folder = hub.folder_of(hub.PREFIX + name, text_encoders.FOLDER_FILES)
     else:
         raise UsageError(

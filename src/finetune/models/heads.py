@@ -4,6 +4,7 @@ While training, a head's first layer sees dropped-out, standardised features. At
 weight and bias, so that what is shipped is a plain `nn.Linear` (or, for SqueezeNet, a plain 1 x 1 `nn.Conv2d`).
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -101,6 +102,7 @@ def folded(layer: Standardised) -> dict[str, Tensor]:
     return state
 
 
+@functools.lru_cache(maxsize=16)  # each look builds the network twice
 def find_head(build: Callable[[int], nn.Module]) -> list[str]:
     """Paths of the modules whose parameters change shape with the number of classes; auxiliary ones come first."""
     few, many = build_shapes(build, 2), build_shapes(build, 3)

@@ -116,7 +116,7 @@ def read_tensors(folder: Path, stock_class: Any) -> dict[str, Tensor]:
     files = weight_files(folder)
     if not files:
         raise UsageError(
-            f"--backbone {folder}: holds no .safetensors or pytorch_model.bin; give --weights none or a file"
+            f"--backbone {folder}: holds no .safetensors or pytorch_model.bin; put them there, or give --weights none"
         )
     with refusing(f"--backbone {folder}: its weights cannot be read"):
         model, found = stock_class.from_pretrained(

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finetune.data.order import keyed_generator
-from finetune.errors import RunError, UsageError
+from finetune.data.tokens import PADDING
+from finetune.errors import RunError, UsageError, one_line
 from finetune.files import BadFile, copy_file, link_or_copy, read_json, sha256_of_file, write_json
 from finetune.models import hub, huggingface, text_encoders
 from finetune.models.backbones import Backbone
@@ -16,6 +18,9 @@ from finetune.models.freeze import Rule
 from finetune.models.heads import NO_HEAD, attach_head, find_head, has_auxiliary_heads, renew_layer, replaced_layers
 from finetune.models.shapes import build_shapes
 from finetune.models.weights import Weights, load_backbone_weights, locate, read_weights, stock_names
+
+# Of the largest output: so much may rounding move where a text stands in a larger batch.
+PADDING_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,28 @@ def build_network(
     return Network(module, head_paths, head, old_class_count, new_paths)
 
 
+def check_padding(network: Network, backbone: Backbone, source: str) -> None:
+    """Try a network on tokens: a text beside a longer one must give what it gives alone.
+
+    Raises:
+        UsageError: it does not, or cannot be computed at all.
+    """
+    tokens = backbone.preprocessing.example(2)
+    alone = tokens[-1:, tokens[-1] != PADDING]
+    modes = {module: module.training for module in network.module.modules()}
+    network.module.eval()
+    try:
+        with torch.inference_mode():
+            together, single = network.module(tokens)[-1:], network.module(alone)
+    except Exception as error:  # a forward that is not made for such tokens raises whatever it stumbles over
+        raise UsageError(f"{source}: cannot be computed ({one_line(error)}); give another encoder") from None
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if together.shape != single.shape or (together - single).abs().max() > PADDING_SHARE * single.abs().max():
+        raise UsageError(f"{source}: what it makes of a text depends on the texts beside it; give another encoder")
+
+
 def _lacking(module: nn.Module, state: dict[str, Tensor] | None, head_paths: list[str]) -> list[str]:
     """Paths of a text network's modules behind the encoder's tokens, but for its head, that `state` has no weights of:
     all of them, where nothing is pretrained."""
@@ -127,7 +154,7 @@ def _old_class_count(backbone: Backbone, state: dict[str, Tensor] | None, path: 
     shapes = build_shapes(backbone.build, 2).state_dict()
     old = stock_names(state or {}, shapes, source).get(f"{path}.weight")
     if old is None or old.dim() != shapes[f"{path}.weight"].dim():
-        raise UsageError("--head append needs pretrained weights with their old head; give --weights, or --head linear")
+        raise UsageError("--head append needs pretrained weights with their old head; give others, or --head linear")
     return len(old)
 
 

@@ -257,9 +257,16 @@ def _split_off_head(model: nn.Module, samples: Tensor) -> tuple[Split, Tensor]:
         raise CannotSplit(f"{', '.join(places)} takes something else than a tensor a sample")
     shapes = tuple(tuple(value.shape[1:]) for value in values)
     one_sample = samples[:1]
+    if not samples.is_floating_point():  # texts, of any length
+        shorter = take(one_sample[:, : samples.shape[1] // 2])
+        if tuple(tuple(value.shape[1:]) for value in shorter) != shapes:
+            raise CannotSplit(f"what enters {', '.join(places)} is as long as the text")
 
     def encoded(count: int) -> Any:
-        stub = {name: value.new_zeros(()).expand(count, *value.shape[1:]) for name, value in output.items()}
+        stub = {
+            name: value.new_zeros(()).expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value
+            for name, value in output.items()
+        }
         if live and pooler is not None:
             stub["pooler_output"] = pooler(stub["last_hidden_state"])
         return type(output)(**stub)

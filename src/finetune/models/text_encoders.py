@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.data.tokens import KEPT_FILES, LONGEST_TEXT_TOKENS, PADDING, TOKENIZER_FILE, Tokenization, hash_of_files
+from finetune.data.tokens import (
+    KEPT_FILES,
+    LONGEST_TEXT_TOKENS,
+    PADDING,
+    SETTINGS_FILE,
+    TOKENIZER_FILE,
+    Tokenization,
+    hash_of_files,
+)
 from finetune.errors import UsageError
 from finetune.files import read_safetensors_header
 from finetune.models import hub
@@ -35,6 +43,8 @@ FOLDER_FILES = (
 )  # fmt: skip
 # Attention costs the square of it; longer has to be asked for.
 LONGEST_DEFAULT_TOKENS = 512
+# Of a config: what the network returns, whatever its makers wanted to see of it.
+PLAIN_OUTPUT = {"return_dict": True, "output_hidden_states": False, "output_attentions": False, "use_cache": False}
 STOCK_LINES = """\
 import json, pathlib
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -74,6 +84,11 @@ def describe(folder: Path, pooling: str) -> tuple[dict[str, Any], Tokenization]:
             f"--backbone {folder}: a {config.model_type} is no text encoder with a classification class in "
             "transformers; give one such as BERT, DistilBERT, RoBERTa, DeBERTa or MiniLM"
         )
+    vocabulary_size = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary_size, int):
+        raise UsageError(
+            f"--backbone {folder}: a {config.model_type} has no vocabulary, so no tokens; give a BERT or such"
+        )
     build_stock = functools.partial(build, {"config": plain, "pooling": "stock"})
     stock = build_shapes(build_stock, 2)
     if pooling == "auto":
@@ -82,7 +97,7 @@ def describe(folder: Path, pooling: str) -> tuple[dict[str, Any], Tokenization]:
         pooling = "mean" if _lacks_a_pooler(folder, stock, find_head(build_stock)) else "stock"
     if pooling not in POOLINGS:
         raise UsageError(f"--pooling {pooling}: not allowed; give auto, {', '.join(POOLINGS)}")
-    return {"config": plain, "pooling": pooling}, _tokenization(folder, stock, plain["vocab_size"])
+    return {"config": plain, "pooling": pooling}, _tokenization(folder, stock, vocabulary_size)
 
 
 def _folders_pooling(folder: Path) -> str:
@@ -153,15 +168,37 @@ def _tokenization(folder: Path, stock: nn.Module, vocabulary_size: int) -> Token
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
+    # As the kit pads and cuts: whoever loads an export's tokenizer must do the same.
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     with tempfile.TemporaryDirectory() as place:
         tokenizer.name_or_path = ""  # where it lay on this machine
         tokenizer.save_pretrained(place)
         files = {name: (Path(place) / name).read_text(encoding="utf-8") for name in KEPT_FILES}
+    settings = hub.without_foreign_code(json.loads(files[SETTINGS_FILE]))
+    files[SETTINGS_FILE] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     limit = most_tokens(stock, tokenizer.model_max_length)
     asked = _small_json(folder / LENGTH_FILE).get("max_seq_length")
     default = min(limit, asked if isinstance(asked, int) and asked > 2 else LONGEST_DEFAULT_TOKENS)
     sha256 = hash_of_files(files)
-    return Tokenization(default, limit, vocabulary_size, sha256, files)
+    tokenization = Tokenization(default, limit, vocabulary_size, sha256, files)
+    check_tokenizer(tokenizer, tokenization, f"--backbone {folder}")
+    return tokenization
+
+
+def check_tokenizer(tokenizer: Any, tokenization: Tokenization, what: str) -> None:
+    """Hold transformers' own tokenizer against ours, on a short text and on one that is too long.
+
+    Raises:
+        UsageError: they differ: it does more than its file says.
+    """
+    texts = ["A short one, isn't it?", "and one that is too long " * tokenization.max_length]
+    table = tokenization.tokenize(texts)
+    for number, text in enumerate(texts):
+        theirs = tokenizer(text, truncation=True, max_length=tokenization.max_length)["input_ids"]
+        if theirs != table.batch([number])[0].tolist():
+            raise UsageError(
+                f"{what}: its {type(tokenizer).__name__} gives other tokens than its {TOKENIZER_FILE} says"
+            )
 
 
 def most_tokens(model: nn.Module, tokenizers_limit: int = LONGEST_TEXT_TOKENS) -> int:
@@ -171,6 +208,23 @@ def most_tokens(model: nn.Module, tokenizers_limit: int = LONGEST_TEXT_TOKENS) -
             # RoBERTa and its kin begin to count behind the padding's number.
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return min(tokenizers_limit, LONGEST_TEXT_TOKENS)
+
+
+def _config_of(options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    with hub.refusing("the config of this backbone cannot be used"):
+        return AutoConfig.for_model(**hub.without_foreign_code(options["config"]))
+
+
+def width_of(options: dict[str, Any]) -> int:
+    """Width of the hidden states; DistilBERT calls it otherwise."""
+    return _config_of(options).hidden_size
+
+
+def layers_option(config: dict[str, Any]) -> str:
+    """What a family's config calls the number of layers."""
+    return _config_of({"config": config}).attribute_map.get("num_hidden_layers", "num_hidden_layers")
 
 
 # ---- Networks ------------------------------------------------------------------------------------------------------
@@ -226,8 +280,9 @@ def build(options: dict[str, Any], output_count: int) -> nn.Module:
     if options["pooling"] not in list(POOLINGS):  # a list: the value may not even be hashable
         raise UsageError(f"pooling {options['pooling']!r} is unknown; allowed are {', '.join(POOLINGS)}")
     with hub.refusing("the config of this backbone cannot be used"):
-        plain = hub.without_foreign_code(options["config"]) | {"num_labels": output_count}
-        config = AutoConfig.for_model(**plain)
+        config = AutoConfig.for_model(
+            **hub.without_foreign_code(options["config"]) | PLAIN_OUTPUT, num_labels=output_count
+        )
         kind = stock_class()._model_mapping[type(config)]
         kind = kind[0] if isinstance(kind, tuple) else kind
         if options["pooling"] == "stock":

@@ -125,8 +125,11 @@ def choose_text_weights(
     backbone, folder = find_text_backbone(f"{backbone_name}@{revision}" if revision else backbone_name, pooling)
     if weights == "none":
         return backbone, None
-    is_local = hub.is_folder(backbone_name)
-    reference = f"bundled:{backbone_name}" if backbone_name in BUNDLED_TEXT else "" if is_local else backbone.name
+    reference = ""
+    if backbone_name in BUNDLED_TEXT:
+        reference = f"bundled:{backbone_name}"
+    elif not hub.is_folder(backbone_name):
+        reference = hub.PREFIX + backbone.name.removeprefix(hub.PREFIX)
     return backbone, Weights(folder, hub.hash_of_folder(folder), reference, "its tokenizer")
 
 
@@ -140,7 +143,7 @@ def choose_teacher(name: str) -> tuple[Backbone, Weights]:
     try:
         backbone, weights = choose_text_weights(name, "", "default", "auto")
     except FinetuneError as error:  # which knows it by its other name
-        raise type(error)(str(error).replace("--backbone", "--teacher")) from None
+        raise type(error)(error.args[0].replace("--backbone", "--teacher"), error.details) from None
     if backbone.options["pooling"] == "stock":
         raise UsageError(f"--teacher {name}: makes no sentence embeddings; give one of sentence-transformers")
     assert weights is not None
