@@ -13,7 +13,7 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from finetune import Training, launch
+from finetune import ImageTraining, launch
 from finetune.build import Numerics, find_pretrained
 from finetune.data.texts import open_texts
 from finetune.dataset import open_data
@@ -99,7 +99,7 @@ def test_with_fifty_labels_the_pretrained_backbone_reads_the_digits_better_than_
     function = load_recipe_function(shipped_recipes()[name])
     accuracy = {}
     for weights in ("default", "none"):
-        recipe = function(weights=weights, epochs=30, training=Training(train_samples=50))
+        recipe = function(weights=weights, epochs=30, training=ImageTraining(train_samples=50))
         run, _ = launch.start(tmp_path / weights, name, recipe, Numerics(), Machine("cpu"), Settings(), DyingTerminal())
         accuracy[weights] = read(run)["metrics"]["last_validation"]["val/accuracy"]
     assert accuracy["default"] >= 0.9

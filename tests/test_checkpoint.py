@@ -109,7 +109,7 @@ def test_a_checkpoint_of_a_newer_schema_is_refused(tmp_path, trained):
     state = read(trained) | {"schema_version": 999}
     path = tmp_path / "newer.pt"
     write_atomically(path, lambda stream: torch.save(state, stream), trailer=True)
-    with pytest.raises(RunError, match="has schema 999, this finetune reads 3; use the version that wrote it"):
+    with pytest.raises(RunError, match="has schema 999, this finetune reads 4; use the version that wrote it"):
         checkpoint.read_checkpoint(path, state["run_id"])
 
 

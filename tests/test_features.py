@@ -41,8 +41,8 @@ from finetune.evaluate import evaluate
 from finetune.features import Features
 from finetune.guard import StopRequest
 from finetune.job import Machine
+from finetune.options import AnyTable
 from finetune.phase import start_phase
-from finetune.recipe import ImageTable
 from finetune.rows import RowFile, read_layout
 from finetune.run import RunFolder
 from finetune.train import Settings
@@ -366,7 +366,7 @@ def test_moved_data_use_the_same_entry_also_at_a_resume(tmp_path, photos, fetche
     moved = photos.rename(tmp_path / "elsewhere")
     for path in moved.rglob("*.png"):
         os.utime(path)
-    resume_run(RunFolder(tmp_path / "run"), images=str(moved))
+    resume_run(RunFolder(tmp_path / "run"), place=str(moved))
     assert fetched == [] and len(entries()) == 1
 
 
@@ -495,7 +495,7 @@ def test_without_a_checkpoint_a_resume_finds_moved_images_and_refuses_more_epoch
     run = RunFolder(tmp_path / "run")
     with pytest.raises(UsageError, match="no checkpoint yet; go on without --epochs and --lr"):
         resume_run(run, epochs=5)
-    resume_run(run, images=str(moved))
+    resume_run(run, place=str(moved))
     assert read(run)["status"] == "finished"
 
 
@@ -593,7 +593,7 @@ def test_a_backbone_in_bf16_is_recorded_halves_the_rows_and_is_evaluated_as_it_w
     assert dtypes == {torch.float32, torch.bfloat16}
     for run in runs.values():
         validated = read(run)["metrics"]["last_validation"]
-        figures = evaluate(run, "latest", "", ImageTable(), "cpu", 0)
+        figures = evaluate(run, "latest", "", AnyTable(), "cpu", 0)
         assert figures["loss"] == pytest.approx(validated["val/loss"], rel=1e-4)
     losses = {key: read(run)["metrics"]["last_validation"]["val/loss"] for key, run in runs.items()}
     assert losses["bf16", True] == pytest.approx(losses["bf16", False], rel=1e-3)

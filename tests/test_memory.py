@@ -205,7 +205,9 @@ def test_what_was_found_is_saved_at_once_and_a_resume_uses_it(tmp_path, monkeypa
 
 def test_out_of_memory_with_one_sample_stops_and_says_what_to_try(tmp_path, monkeypatch):
     out_of_memory_above(0, monkeypatch)
-    with pytest.raises(RunError, match="with one sample at a time; give a smaller --image-size, another --backbone"):
+    with pytest.raises(
+        RunError, match="with one sample at a time; give a smaller --image-size or --max-length, another"
+    ):
         train_run(tmp_path / "run", small_recipe(epochs=1))
 
 

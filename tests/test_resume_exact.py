@@ -314,10 +314,10 @@ def test_a_resume_that_cannot_go_on_moves_and_writes_nothing(tmp_path):
     first = run.checkpoints / "step-000006.pt"
     for wrong in (
         {"from_file": first, "lr": 0.1},
-        {"from_file": first, "images": str(tmp_path / "nowhere")},
+        {"from_file": first, "place": str(tmp_path / "nowhere")},
         {"epochs": 3, "lr": -1.0},
         {"epochs": 3, "lr": float("nan")},
-        {"epochs": 3, "lr": 1e-3, "images": str(tmp_path / "nowhere")},
+        {"epochs": 3, "lr": 1e-3, "place": str(tmp_path / "nowhere")},
     ):
         with pytest.raises(FinetuneError):
             resume_run(run, **wrong)
