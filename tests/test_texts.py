@@ -74,6 +74,12 @@ def test_every_format_gives_the_same_texts_and_labels(tmp_path):
     assert sorted(zip(source.texts, (source.classes[one] for one in source.targets), strict=True)) == sorted(ROWS)
 
 
+def test_the_set_that_ships_is_meant_by_its_name_whatever_lies_here(tmp_path, monkeypatch):
+    write_folder(tmp_path / "messages", ROWS)
+    monkeypatch.chdir(tmp_path)
+    assert len(open_("messages").classes) == 8 and len(open_("./messages").classes) == 2
+
+
 def test_columns_are_found_by_their_names_or_named(tmp_path):
     place = write_csv(tmp_path / "a.csv", [("x", "Cat", "tool"), ("y", "Saw", "animal")], ("id", "Message", "Intent"))
     assert open_(place).texts == ["Cat", "Saw"]

@@ -58,7 +58,7 @@ def open_texts(
         UsageError: there is no such data, or a line or file of it cannot be read.
     """
     what, path = f"--texts {texts}", Path(os.path.expanduser(texts))
-    if texts == BUNDLED and not path.exists():
+    if texts == BUNDLED:  # a folder of that name is ./messages
         path = bundled_file()
     if path.is_dir():
         if columns != Columns():
