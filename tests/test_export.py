@@ -30,8 +30,15 @@ def run_stock_lines(lines: str, images, tmp_path):
     return torch.load(tmp_path / "logits.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("format", ["pt", "safetensors"])
-@pytest.mark.parametrize("backbone", ["bundled/vgg", "bundled/resnet"])
+@pytest.mark.parametrize(
+    ("backbone", "format"),
+    [
+        ("bundled/vgg", "pt"),
+        ("bundled/resnet", "safetensors"),
+        pytest.param("bundled/vgg", "safetensors", marks=pytest.mark.slow),
+        pytest.param("bundled/resnet", "pt", marks=pytest.mark.slow),
+    ],
+)
 def test_stock_torchvision_loads_the_export_strictly_and_gives_the_runs_logits(tmp_path, backbone, format):
     recipe = small_recipe(backbone, epochs=1)
     run = train_run(tmp_path / "run", recipe, save_every_steps=0)

@@ -69,7 +69,10 @@ WORSENING = {"optimizer": Optimizer(lr=0.3), "validate_every_steps": 2}
     [
         {"trainable": Trainable(rules=(("*", "trainable", 0),), batchnorm=True)},
         {"trainable": Trainable(rules=(("head", "trainable", 0), ("layer3", "trainable", 1), ("*", "frozen", 0)))},
-        {"optimizer": Optimizer(name="sgd", lr=0.1), "schedule": Schedule(name="step", step_epochs=1)},
+        pytest.param(
+            {"optimizer": Optimizer(name="sgd", lr=0.1), "schedule": Schedule(name="step", step_epochs=1)},
+            marks=pytest.mark.slow,
+        ),
         WORSENING | {"stop": Stop(metric="loss"), "schedule": Schedule(name="plateau", patience=1, warmup_fraction=0)},
         WORSENING | {"stop": Stop(metric="loss", patience=4), "schedule": Schedule(name="constant")},
     ],

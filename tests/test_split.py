@@ -16,7 +16,6 @@ FAMILIES = [
     "alexnet", "bundled/resnet", "bundled/vgg", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet",
     "inception_v3", "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18",
     "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vit_b_32",
-    "wide_resnet50_2",
 ]  # fmt: skip
 # The last block, as a person would name it; and what the state is then, where it is one tensor.
 LAST_BLOCKS = {
