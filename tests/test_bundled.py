@@ -1,6 +1,7 @@
 """What ships inside the wheel is what its cards say."""
 
 import re
+import statistics
 from importlib import resources
 from pathlib import Path
 
@@ -68,6 +69,24 @@ def test_a_head_on_the_bert_tells_messages_apart_better_than_counting_words_and_
         assert counted <= 0.9
         assert accuracy["default"] > counted
     assert accuracy["default"] > accuracy["none"] + 0.1
+
+
+@pytest.mark.slow
+def test_the_bert_keeps_nine_tenths_of_its_teachers_margin_over_an_untrained_twin(tmp_path, minilm_folder, news_folder):
+    """On news that neither was trained on; the recipe as it comes, the mean over three splits."""
+    function = load_recipe_function(shipped_recipes()["bert_head"])
+    encoders = {"teacher": {"backbone": str(minilm_folder)}, "student": {}, "twin": {"weights": "none"}}
+    accuracy = {}
+    for name, options in encoders.items():
+        found = []
+        for seed in range(3):
+            recipe = function(texts=str(news_folder), max_length=128, seed=seed, **options)
+            path = tmp_path / f"{name}{seed}"
+            run, _ = launch.start(path, "x", recipe, Numerics(), Machine("cpu"), Settings(), DyingTerminal())
+            found.append(read(run)["metrics"]["last_validation"]["val/accuracy"])
+        accuracy[name] = statistics.mean(found)
+    margin = accuracy["teacher"] - accuracy["twin"]
+    assert margin > 0.05 and accuracy["student"] - accuracy["twin"] >= 0.9 * margin
 
 
 def test_no_two_of_the_messages_are_alike():
