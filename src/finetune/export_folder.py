@@ -152,13 +152,11 @@ def _write(trained: Trained, folder: Path, half: bool) -> nn.Module:
 
 def _classifier(trained: Trained) -> nn.Module:
     """The stock classification model, its labels named."""
-    from transformers import AutoConfig
-
     classes, task = trained.state["data"]["classes"], trained.recipe.task.kind
     names = dict(enumerate(classes)) or {0: "value"}
     numbers = {name: number for number, name in names.items()}
     labels = {"id2label": names, "label2id": numbers, "problem_type": PROBLEMS[task]}
-    config = AutoConfig.for_model(**hub.without_foreign_code(trained.backbone.options["config"]) | labels)
+    config = text_encoders.config_of(trained.backbone.options, **labels)
     with hub.refusing("the config of this backbone cannot be used"):
         model = text_encoders.stock_class().from_config(config, dtype=torch.float32, trust_remote_code=False)
     _fill(model, trained.tensors)

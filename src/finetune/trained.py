@@ -113,7 +113,7 @@ def hold_against(
         elif trained.folded and allowed < difference <= ROUNDED_TOLERANCE * largest:
             samples = trained.samples.double() if trained.samples.is_floating_point() else trained.samples
             module = copy.deepcopy(trained.network.module).double()
-            wanted = own_outputs(module, samples, trained.state["data"]["scale"])
+            wanted = own_outputs(module, samples, scale)
             exact = (compute(copy.deepcopy(model).double(), samples) - wanted).abs().max().item()
             refuse_above(what, exact, allowed)
             return difference

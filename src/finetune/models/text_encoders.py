@@ -210,21 +210,26 @@ def most_tokens(model: nn.Module, tokenizers_limit: int = LONGEST_TEXT_TOKENS) -
     return min(tokenizers_limit, LONGEST_TEXT_TOKENS)
 
 
-def _config_of(options: dict[str, Any]) -> Any:
+def config_of(options: dict[str, Any], **changes: Any) -> Any:
+    """transformers' config of a backbone's options.
+
+    Raises:
+        UsageError: it cannot be used.
+    """
     from transformers import AutoConfig
 
     with hub.refusing("the config of this backbone cannot be used"):
-        return AutoConfig.for_model(**hub.without_foreign_code(options["config"]))
+        return AutoConfig.for_model(**hub.without_foreign_code(options["config"]) | changes)
 
 
 def width_of(options: dict[str, Any]) -> int:
     """Width of the hidden states; DistilBERT calls it otherwise."""
-    return _config_of(options).hidden_size
+    return config_of(options).hidden_size
 
 
 def layers_option(config: dict[str, Any]) -> str:
     """What a family's config calls the number of layers."""
-    return _config_of({"config": config}).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return config_of({"config": config}).attribute_map.get("num_hidden_layers", "num_hidden_layers")
 
 
 # ---- Networks ------------------------------------------------------------------------------------------------------
@@ -275,14 +280,12 @@ def _masked(padding_token: int, _module: nn.Module, args: tuple, kwargs: dict) -
 def build(options: dict[str, Any], output_count: int) -> nn.Module:
     """The network of these options, randomly initialised. It takes tokens (batch, length) int64, `PADDING` behind the
     end of a text, and returns (batch, output_count)."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     if options["pooling"] not in list(POOLINGS):  # a list: the value may not even be hashable
         raise UsageError(f"pooling {options['pooling']!r} is unknown; allowed are {', '.join(POOLINGS)}")
+    config = config_of(options, **PLAIN_OUTPUT, num_labels=output_count)
     with hub.refusing("the config of this backbone cannot be used"):
-        config = AutoConfig.for_model(
-            **hub.without_foreign_code(options["config"]) | PLAIN_OUTPUT, num_labels=output_count
-        )
         kind = stock_class()._model_mapping[type(config)]
         kind = kind[0] if isinstance(kind, tuple) else kind
         if options["pooling"] == "stock":
