@@ -212,14 +212,22 @@ def resume(
             return go_on(run, record["id"], job, progress, state, run_settings, terminal, stop)
     if epochs or lr:
         raise UsageError(f"{run} has no checkpoint yet; go on without --epochs and --lr first")
+    return start_over(run, record, machine, run_settings, terminal, place)
+
+
+def start_over(
+    run: RunFolder, record: dict[str, Any], machine: Machine, settings: Settings, terminal: Terminal, place: str
+) -> Progress:
+    """Begin a run that was stopped before its first checkpoint, as it was begun then."""
     terminal.say(f"{run} has no checkpoint yet: starting over")
+    recipe, numerics = split_config(record["config"])
     _, progress = start(
         run.path,
         record["name"],
         recipe,
         numerics,
         machine,
-        run_settings,
+        settings,
         terminal,
         init_from=record["init_from"],
         copy_frozen=record["copy_frozen"],

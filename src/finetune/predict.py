@@ -60,17 +60,7 @@ def predict(
         samples = ImageInputs(image_files(inputs, image_column, allow_outside), preprocessing)
     write = csv_writer(samples.fields, min(top_k, len(classes))) if as_csv else write_json_line
     failed = 0
-    bar = Progress(
-        TextColumn("predicting"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(compact=True),
-        console=Console(stderr=True),
-        transient=True,
-        # Where the lines themselves go to the terminal, they show how far it is.
-        disable=not sys.stderr.isatty() or sys.stdout.isatty(),
-    )
-    with bar:
+    with progress_bar() as bar:
         shown = bar.add_task("", total=samples.count)
         for batch in samples.batches(batch_size):
             outputs = iter(())
@@ -87,6 +77,20 @@ def predict(
     if failed:
         print(f"finetune: {failed} of {samples.count} {samples.noun}(s) could not be read", file=sys.stderr)
     return 1 if failed else 0
+
+
+def progress_bar() -> Progress:
+    """How far it is, where only people see it."""
+    return Progress(
+        TextColumn("predicting"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(compact=True),
+        console=Console(stderr=True),
+        transient=True,
+        # Where the lines themselves go to the terminal, they show how far it is.
+        disable=not sys.stderr.isatty() or sys.stdout.isatty(),
+    )
 
 
 @torch.inference_mode()
