@@ -181,6 +181,7 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], int, list[str]]] = {
     "a size that is none": (lambda: ["vgg_head", "--cache-limit", "much"], 2, ["--cache-limit much", "20GB"]),
     "views without augmentation": (lambda: ["vgg_head", "--views", "4"], 2, ["--views 4", "--augment"]),
     "a backbone that is not there": (lambda: ["vgg_head", "--backbone", "bundled/vggg"], 2, ["--backbone bundled/vggg: unknown", "did you mean bundled/vgg"]),
+    "a backbone that reads texts": (lambda: ["vgg_head", "--backbone", "bundled/bert"], 2, ["bundled/bert: reads texts, not images", "finetune bert_head"]),
     "a backbone on a drive that is not there": (lambda: ["vgg_head", "--backbone", "~nosuch"], 2, ["unknown; allowed are"]),
     # ---- Weights
     "weights that are not there": (lambda: ["vgg_head", "--weights", "no.pt"], 2, ["--weights no.pt: no such file; allowed are default, none (random), or a .safetensors, .pt or .pth file"]),

@@ -104,6 +104,8 @@ def find_backbone(name: str) -> Backbone:
         config, preprocessing = huggingface.describe(folder)
         plain = {"name": name, "options": {"config": config}, "preprocessing": preprocessing.to_plain()}
         return backbone_from_plain(plain)
+    if name in BUNDLED_TEXT:
+        raise UsageError(f"--backbone {name}: reads texts, not images; use it with finetune bert_head")
     names = [*BUNDLED, *torchvision_names()]
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
     hint = f"; did you mean {', '.join(nearest)}?" if nearest else ""
