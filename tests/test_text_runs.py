@@ -24,7 +24,7 @@ from encoders import ANIMALS, TOOLS, make_encoder, sentences, text_recipe, write
 
 import finetune
 from finetune import TextTable, Trainable, launch
-from finetune.build import Numerics
+from finetune.build import Numerics, backbone_of_run, trained_network
 from finetune.cache import cache_folder
 from finetune.cli import main
 from finetune.data.tokens import PADDING
@@ -280,6 +280,27 @@ def test_another_runs_weights_start_a_run_on_texts(tmp_path, encoder, texts):
     before, after = read(first, "best.pt")["model"], read(second)["model"]
     assert torch.equal(before["classifier.mean"], after["classifier.mean"])
     assert (before["classifier.weight"] - after["classifier.weight"]).abs().max() < 1e-3
+
+
+def test_another_runs_weights_predict_the_same_numbers_though_those_here_have_another_scale(tmp_path, encoder):
+    table = TextTable(label_column="score")
+    place = numbers_csv(tmp_path / "numbers.csv")
+    recipe = text_recipe(place, encoder, task="regression", epochs=2, dropout=0.0, pooling="mean", table=table)
+    first = train_run(tmp_path / "first", recipe)
+    rows = [line.split(",") for line in place.read_text().splitlines()]
+    kept = [rows[0], *(row for row in rows[1:] if float(row[-1]) > 1250)]
+    other = tmp_path / "other.csv"
+    other.write_text("".join(",".join(row) + "\n" for row in kept))
+    recipe = text_recipe(other, encoder, task="regression", epochs=1, lr=1e-9, pooling="mean", table=table)
+    second = train_run(tmp_path / "second", recipe, init_from=f"{first.path}:latest")
+    (before, old), (after, new) = (
+        (network.module.eval(), state["data"]["scale"])
+        for network, state in (trained_network(run, "latest") for run in (first, second))
+    )
+    assert new[0] > old[0] + 50
+    tokens = backbone_of_run(first, read(first)).preprocessing.tokenize(["the hammer saw", "cat dog cow"]).batch([0, 1])
+    with torch.inference_mode():
+        torch.testing.assert_close(after(tokens) * new[1] + new[0], before(tokens) * old[1] + old[0], rtol=1e-4, atol=0)
 
 
 # ---- Prediction ---------------------------------------------------------------------------------------------------------

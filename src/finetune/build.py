@@ -157,8 +157,9 @@ def new_network(
     return network
 
 
-def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network, list[str]]:
-    """The recipe's network with another run's weights, frozen and trained ones; its backbone; that run's classes.
+def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network, dict[str, Any]]:
+    """The recipe's network with another run's weights, frozen and trained ones; its backbone; what that run keeps of
+    its data.
 
     No pretrained file is needed, and images are prepared as in that run.
 
@@ -193,7 +194,7 @@ def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network,
         raise RunError(f"--init-from {folder}: another head; use the same --head and width")
     network.module.load_state_dict(found)
     check_rules(network.module, network.rules(recipe.trainable.rules))
-    return sized(backbone, recipe), network, state["data"]["classes"]
+    return sized(backbone, recipe), network, state["data"]
 
 
 # ---- As a run left it ------------------------------------------------------------------------------------------

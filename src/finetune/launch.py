@@ -24,6 +24,7 @@ from finetune.lock import hold_lock
 from finetune.look import check_unbroken, leave_out_broken, look
 from finetune.memory import guard_memory
 from finetune.models.freeze import frozen_tensors
+from finetune.models.heads import last_layer, rescale
 from finetune.models.network import store_frozen
 from finetune.models.weights import Weights
 from finetune.old_run import extend, find_checkpoint, located, resumed_job, settings_of, settle
@@ -139,13 +140,16 @@ def new_job(
     find_optimizer(recipe.optimizer.name)
     set_numerics(numerics.deterministic)
     if init_from:
-        backbone, network, classes = network_from_run(recipe, init_from)
+        backbone, network, other = network_from_run(recipe, init_from)
         weights, weights_text, preprocessing_of = None, f"from {init_from}", init_from
         data = open_data(located(recipe, place), backbone)
-        if data.source.classes != classes:
-            raise RunError(
-                f"--init-from {init_from}: trained on other classes ({len(classes)}, here {data.class_count})"
-            )
+        if data.source.classes != other["classes"]:
+            count = len(other["classes"])
+            raise RunError(f"--init-from {init_from}: trained on other classes ({count}, here {data.class_count})")
+        if data.scale:
+            tensors = network.module.state_dict()
+            rescale(tensors, last_layer(network.head_paths[-1], network.head_kind), other["scale"], data.scale)
+            network.module.load_state_dict(tensors)
     else:
         recipe_here = located(recipe, place)
         backbone, weights, tensors = pretrained(recipe_here)

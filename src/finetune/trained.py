@@ -59,7 +59,7 @@ def trained_tensors(run: RunFolder, which: str) -> Trained:
     tensors = folded_state(network.module)
     samples = comparison_samples(recipe, backbone, state)
     if scale := state["data"]["scale"]:
-        rescale(tensors, last_layer(network.head_paths[-1], network.head_kind), *scale)
+        rescale(tensors, last_layer(network.head_paths[-1], network.head_kind), scale)
     folded = bool(scale) or any(True for _ in standardised_layers(network.module))
     outputs = own_outputs(network.module.eval(), samples, scale)
     return Trained(recipe, numerics, backbone, network, state, tensors, samples, outputs, folded)

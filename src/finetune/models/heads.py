@@ -5,7 +5,7 @@ weight and bias, so that what is shipped is a plain `nn.Linear` (or, for Squeeze
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -251,10 +251,17 @@ def last_layer(path: str, kind: str) -> str:
     return path + {"mlp": ".3", "append": ".1"}.get(kind, "")
 
 
-def rescale(state: dict[str, Tensor], path: str, mean: float, deviation: float) -> None:
-    """Make a state dict's last layer, at `path`, give numbers in their own unit, not standardised ones."""
-    state[f"{path}.weight"] = (state[f"{path}.weight"].double() * deviation).float()
-    state[f"{path}.bias"] = (state[f"{path}.bias"].double() * deviation + mean).float()
+def rescale(state: dict[str, Tensor], path: str, old: Sequence[float], new: Sequence[float] = (0.0, 1.0)) -> None:
+    """Make a state dict's last layer, at `path`, give the same numbers by another standard.
+
+    Args:
+        old, new: mean and deviation by which the numbers that it gives are standardised, and are to be; the default of
+            `new` is their own unit.
+    """
+    (mean, deviation), (new_mean, new_deviation) = old, new
+    weight, bias = state[f"{path}.weight"].double(), state[f"{path}.bias"].double()
+    state[f"{path}.weight"] = (weight * deviation / new_deviation).float()
+    state[f"{path}.bias"] = ((bias * deviation + mean - new_mean) / new_deviation).float()
 
 
 def plain_head(model: nn.Module, path: str, kind: str, class_count: int, width: int) -> None:
