@@ -15,8 +15,8 @@ from common import finetune_command, fresh, last_accuracy, report, run_process, 
 
 # Of the teacher's margin over the untrained twin, on the news.
 TARGET = 0.90
-# Labels to train on; 0 = all.
-MESSAGES_LABELS = (80, 160, 320, 0)
+# (data, labels to train on; 0 = all).
+TASKS = (("messages", 80), ("messages", 160), ("messages", 320), ("messages", 0), ("news", 0))
 
 
 @dataclass
@@ -63,9 +63,8 @@ def main(options: Options) -> None:
     }
     rows = []
     with workplace() as folder:
-        for data, place, labels in [("messages", "messages", count) for count in MESSAGES_LABELS] + [
-            ("news", options.news, 0)
-        ]:
+        for data, labels in TASKS:
+            place = options.news if data == "news" else data
             row: dict[str, object] = {"data": data, "labels": labels or "all"}
             words = ["--texts", place, "--max-length", str(options.max_length), "--train-samples", str(labels)]
             for name, encoder in encoders.items():
