@@ -171,18 +171,29 @@ def test_logits_of_kept_features_are_those_of_the_network(tmp_path):
 # ---- Exact ----------------------------------------------------------------------------------------------------------
 
 
+KILLED = {
+    "plain": (plain_recipe, {}, False),
+    "bf16, deleted": (plain_recipe, {"precision": "bf16"}, True),
+    "backbone in bf16": (plain_recipe, {"backbone_precision": "bf16"}, False),
+    "views, deleted": (views_recipe, {}, True),
+    "thawing, deleted": (thawing_recipe, {}, True),
+}
+KILLED_TOO = {
+    "plain, deleted": (plain_recipe, {}, True),
+    "bf16": (plain_recipe, {"precision": "bf16"}, False),
+    "backbone in bf16, deleted": (plain_recipe, {"backbone_precision": "bf16"}, True),
+    "views": (views_recipe, {}, False),
+    "thawing": (thawing_recipe, {}, False),
+}
+
+
 @pytest.mark.parametrize(
-    ("make", "options"),
+    ("make", "options", "deleted"),
     [
-        (plain_recipe, {}),
-        (plain_recipe, {"precision": "bf16"}),
-        (plain_recipe, {"backbone_precision": "bf16"}),
-        (views_recipe, {}),
-        (thawing_recipe, {}),
+        *(pytest.param(*values, id=name) for name, values in KILLED.items()),
+        *(pytest.param(*values, id=name, marks=pytest.mark.slow) for name, values in KILLED_TOO.items()),
     ],
-    ids=["plain", "bf16", "backbone in bf16", "views", "thawing"],
 )
-@pytest.mark.parametrize("deleted", [False, True], ids=["kept", "deleted"])
 def test_a_killed_run_on_kept_features_ends_as_the_unbroken_one(tmp_path, make, options, deleted, folder, monkeypatch):
     recipe = make(accumulate=2)
     unbroken = train_run(tmp_path / "unbroken", recipe, **options)
@@ -283,10 +294,15 @@ def test_of_two_runs_that_fill_the_same_entry_one_waits(tmp_path, folder):
     runs = [RunFolder(tmp_path / name) for name in "ab"]
     first = finetune(*SLOW, "--run", str(runs[0].path))
     wait_for_blocks(first, folder, 1)
+    os.killpg(first.pid, signal.SIGSTOP)  # however fast it is, it is not ready before the second one asks
     second = finetune(*SLOW, "--run", str(runs[1].path))
-    outputs = [finish(first), finish(second)]
+    waiting = "another process computes the same features: waiting for it"
+    try:
+        said = next(line for line in second.stdout if waiting in line)
+    finally:
+        os.killpg(first.pid, signal.SIGCONT)
+    outputs = [finish(first), said + finish(second)]
     assert "waiting for it" not in outputs[0] and "runs over 1,797 images once" in outputs[0]
-    assert "another process computes the same features: waiting for it" in outputs[1]
     assert "the frozen backbone does not run" in outputs[1]
     assert_equal_runs(*runs)
 

