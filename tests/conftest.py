@@ -71,7 +71,9 @@ def small_recipe(backbone: str = "bundled/vgg", **changes: Any) -> Recipe:
     """Seven steps an epoch on 100 digits, two epochs, everything random switched on."""
     values: dict[str, Any] = {
         "model": Model(backbone=backbone, dropout=changes.pop("dropout", 0.3), head=changes.pop("head", "linear")),
-        "data": Images(images="digits", augment=changes.pop("augment", "light"), train_samples=100),
+        "data": Images(
+            images="digits", augment=changes.pop("augment", "light"), train_samples=100, validation_fraction=0.05
+        ),
         "task": Classification(label_smoothing=0.1),
         "optimizer": Optimizer(accumulate=changes.pop("accumulate", 1), clip_norm=1.0),
         "schedule": Schedule(),

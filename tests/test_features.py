@@ -535,7 +535,7 @@ def test_a_frozen_head_layer_is_measured_and_thawed_exactly(tmp_path):
         ({"data": Images("digits", mixup=0.2, train_samples=50)}, {}, "--mixup makes other images in every epoch"),
         ({"trainable": Trainable(rules=(("*", "trainable", 0),))}, {}, "because what trains begins at the images"),
         ({"epochs": 0, "max_steps": 2}, {}, "the run ends before it has seen each image once"),
-        ({}, {"cache_limit": "50KB"}, "they would take 947.8 KB in"),
+        ({}, {"cache_limit": "50KB"}, "they would take 392.6 KB in"),
     ],
 )  # fmt: skip
 def test_a_run_says_in_one_line_why_nothing_is_kept(tmp_path, folder, changes, options, reason):
@@ -546,9 +546,9 @@ def test_a_run_says_in_one_line_why_nothing_is_kept(tmp_path, folder, changes, o
 
 def test_a_run_says_in_one_line_what_is_kept_and_how_large_it_is(tmp_path, folder):
     once = train_and_listen(tmp_path / "a", plain_recipe())
-    assert once == [f"features: kept; the frozen backbone runs over 459 images once (947.8 KB in {folder})"]
+    assert once == [f"features: kept; the frozen backbone runs over 190 images once (392.6 KB in {folder})"]
     again = train_and_listen(tmp_path / "b", plain_recipe())
-    assert again[0].startswith("features: kept from before, so the frozen backbone does not run (459 rows, 947.8 KB")
+    assert again[0].startswith("features: kept from before, so the frozen backbone does not run (459 rows, 392.6 KB")
     views = train_and_listen(tmp_path / "c", views_recipe())
     assert views[0].startswith("features: 2 fixed views of each image are kept; the frozen backbone runs over 559")
     thawing = train_and_listen(tmp_path / "d", thawing_recipe())

@@ -60,7 +60,7 @@ def test_deaths_with_saves_only_at_the_end_of_epochs_repeat_steps_and_end_the_sa
     assert_equal_runs(interrupted, unbroken)
 
 
-# Far too high a rate: the loss is best at step 6 and then gets worse, at each validation from step 7 on.
+# Far too high a rate: the loss is best at step 4 and never again as good.
 WORSENING = {"optimizer": Optimizer(lr=0.3), "validate_every_steps": 2}
 
 
@@ -74,7 +74,7 @@ WORSENING = {"optimizer": Optimizer(lr=0.3), "validate_every_steps": 2}
             marks=pytest.mark.slow,
         ),
         WORSENING | {"stop": Stop(metric="loss"), "schedule": Schedule(name="plateau", patience=1, warmup_fraction=0)},
-        WORSENING | {"stop": Stop(metric="loss", patience=4), "schedule": Schedule(name="constant")},
+        WORSENING | {"stop": Stop(metric="loss", patience=5), "schedule": Schedule(name="constant")},
     ],
     ids=["everything trains", "thaw", "sgd and step", "plateau", "early stop"],
 )
