@@ -548,7 +548,7 @@ def test_a_run_says_in_one_line_what_is_kept_and_how_large_it_is(tmp_path, folde
     once = train_and_listen(tmp_path / "a", plain_recipe())
     assert once == [f"features: kept; the frozen backbone runs over 190 images once (392.6 KB in {folder})"]
     again = train_and_listen(tmp_path / "b", plain_recipe())
-    assert again[0].startswith("features: kept from before, so the frozen backbone does not run (459 rows, 392.6 KB")
+    assert again[0].startswith("features: kept from before, so the frozen backbone does not run (190 rows, 392.6 KB")
     views = train_and_listen(tmp_path / "c", views_recipe())
     assert views[0].startswith("features: 2 fixed views of each image are kept; the frozen backbone runs over 559")
     thawing = train_and_listen(tmp_path / "d", thawing_recipe())
