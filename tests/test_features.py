@@ -144,7 +144,7 @@ def test_cached_and_uncached_runs_see_the_same_samples_in_the_same_order(tmp_pat
     assert fetched[first_look:] == asked
 
 
-@pytest.mark.parametrize("make", [plain_recipe, views_recipe, thawing_recipe])
+@pytest.mark.parametrize("make", [plain_recipe, views_recipe, pytest.param(thawing_recipe, marks=pytest.mark.slow)])
 def test_cached_and_uncached_runs_agree_within_1e_4_on_the_logits(tmp_path, make):
     recipe = make(dropout=0.0, seed=2)
     runs = [train_run(tmp_path / str(cache), recipe, cache=cache) for cache in (True, False)]
@@ -486,7 +486,7 @@ def test_an_image_that_could_not_be_read_once_is_tried_again(tmp_path, photos, m
     assert not read(train_run(tmp_path / "second", photo_recipe(photos)))["data"]["skipped"]
 
 
-@pytest.mark.parametrize("augment", ["none", "light"])
+@pytest.mark.parametrize("augment", ["light", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_signal_to_the_whole_group_stops_politely_though_workers_get_it_too(tmp_path, photos, folder, augment):
     for number in range(20):
         for path in list(photos.glob(f"*/{'[0-9]' * 2}.png")):

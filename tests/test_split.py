@@ -90,7 +90,7 @@ def test_every_model_is_cut_at_its_head(name):
 
 
 # A second or more each, and cut like one of the others.
-LARGE = ("vgg11", "vit_b_32", "maxvit_t", "swin_v2_t", "densenet121", "googlenet")
+LARGE = ("vgg11", "swin_t", "convnext_tiny", "vit_b_32", "maxvit_t", "swin_v2_t", "densenet121", "googlenet")
 
 
 @pytest.mark.parametrize(

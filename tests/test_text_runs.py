@@ -78,9 +78,9 @@ def said_by_start(path, recipe, **numerics):
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
-        ({"pooling": "mean"}, {}),
+        pytest.param({"pooling": "mean"}, {}, marks=pytest.mark.slow),
         ({"pooling": "stock", "head": "mlp"}, {}),
-        ({"pooling": "mean"}, {"cache": False}),
+        pytest.param({"pooling": "mean"}, {"cache": False}, marks=pytest.mark.slow),
         ({"pooling": "cls"}, {"cache": False, "precision": "bf16"}),
         ({"pooling": "mean", "trainable": THAW}, {}),
     ],
