@@ -179,8 +179,12 @@ def test_a_server_that_hangs_for_a_while_holds_nothing_up(tmp_path, server):
 def test_a_second_machine_is_told_who_uses_the_run(tmp_path, server):
     first = finetune(*WORDS, "--run", "s3://bucket/run", env=machine(server, tmp_path / "here"))
     wait_for(lambda: steps(server.names()), first)
-    second = finetune("resume", "s3://bucket/run", env=machine(server, tmp_path / "there"))
-    said = finish(second, code=1)
+    os.killpg(first.pid, signal.SIGSTOP)  # however fast it is, it is not ready before the second one asks
+    try:
+        second = finetune("resume", "s3://bucket/run", env=machine(server, tmp_path / "there"))
+        said = finish(second, code=1)
+    finally:
+        os.killpg(first.pid, signal.SIGCONT)
     assert f"run s3://bucket/run is in use by process {first.pid}, since 20" in said and "last heard of" in said
     finish(first)
 
