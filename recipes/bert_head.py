@@ -4,7 +4,7 @@
     finetune bert_head --texts reviews.csv --backbone sentence-transformers/all-MiniLM-L6-v2
 
 Expected on the customer messages that ship with the kit, with the defaults: 86.4 % in the best epoch, 84.5 % in the
-last, in 13 s on two cores, and in 8 s once the features are kept.
+last, in 10 s on two cores, and in 8 s once the features are kept.
 """
 
 from typing import Literal
