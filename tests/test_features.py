@@ -290,6 +290,7 @@ def test_killed_while_filling_whole_blocks_are_kept_and_the_end_is_the_same(tmp_
     assert_equal_runs(run, unbroken)
 
 
+@pytest.mark.slow
 def test_of_two_runs_that_fill_the_same_entry_one_waits(tmp_path, folder):
     runs = [RunFolder(tmp_path / name) for name in "ab"]
     first = finetune(*SLOW, "--run", str(runs[0].path))

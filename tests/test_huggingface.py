@@ -259,6 +259,7 @@ def test_a_config_that_makes_no_network_is_one_line(tmp_path, folders, change, c
     assert error.startswith("finetune: ") and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_resume_finds_the_same_libraries_as_the_run_had(tmp_path, folders):
     run = RunFolder(tmp_path / "run")
     finish(

@@ -130,6 +130,7 @@ except StoppedEarly as error:
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_nears_a_real_limit_saves_exits_75_and_says_what_grew(tmp_path):
     found = subprocess.run(
         [sys.executable, "-c", LEAK, str(tmp_path / "run")], capture_output=True, text=True, timeout=240

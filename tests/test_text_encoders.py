@@ -356,6 +356,7 @@ def test_another_runs_weights_come_with_its_pooling(tmp_path, folders, texts):
         train_run(tmp_path / "x", text_recipe(texts, folders["bert"], pooling="cls"), init_from=str(run.path))
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_by_its_plain_name_resumes_though_its_cache_is_another_disk(tmp_path, folders, texts):
     shm = Path("/dev/shm")
     if not shm.is_dir() or shm.stat().st_dev == tmp_path.stat().st_dev:
