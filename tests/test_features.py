@@ -172,26 +172,27 @@ def test_logits_of_kept_features_are_those_of_the_network(tmp_path):
 
 
 KILLED = {
-    "plain": (plain_recipe, {}, False),
-    "bf16, deleted": (plain_recipe, {"precision": "bf16"}, True),
-    "backbone in bf16": (plain_recipe, {"backbone_precision": "bf16"}, False),
-    "views, deleted": (views_recipe, {}, True),
-    "thawing, deleted": (thawing_recipe, {}, True),
+    "plain": (plain_recipe, {}),
+    "bf16": (plain_recipe, {"precision": "bf16"}),
+    "backbone in bf16": (plain_recipe, {"backbone_precision": "bf16"}),
+    "views": (views_recipe, {}),
+    "thawing": (thawing_recipe, {}),
 }
-KILLED_TOO = {
-    "plain, deleted": (plain_recipe, {}, True),
-    "bf16": (plain_recipe, {"precision": "bf16"}, False),
-    "backbone in bf16, deleted": (plain_recipe, {"backbone_precision": "bf16"}, True),
-    "views": (views_recipe, {}, False),
-    "thawing": (thawing_recipe, {}, False),
-}
+# Each in the ordinary suite once, the other way in the slow one.
+ORDINARY_DELETED = ("bf16", "views", "thawing")
 
 
 @pytest.mark.parametrize(
     ("make", "options", "deleted"),
     [
-        *(pytest.param(*values, id=name) for name, values in KILLED.items()),
-        *(pytest.param(*values, id=name, marks=pytest.mark.slow) for name, values in KILLED_TOO.items()),
+        pytest.param(
+            *KILLED[name],
+            deleted,
+            id=f"{name}, {'deleted' if deleted else 'kept'}",
+            marks=() if deleted == (name in ORDINARY_DELETED) else pytest.mark.slow,
+        )
+        for name in KILLED
+        for deleted in (False, True)
     ],
 )
 def test_a_killed_run_on_kept_features_ends_as_the_unbroken_one(tmp_path, make, options, deleted, folder, monkeypatch):
