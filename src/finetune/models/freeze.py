@@ -6,7 +6,8 @@ Optimizer, clipping, weight decay and checkpoint all take their parameters from 
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -154,3 +155,15 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
         # A byte view that works for every type, bfloat16 included, and for tensors without dimensions.
         sha256.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Everything in eval mode; afterwards as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

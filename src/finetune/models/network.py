@@ -14,7 +14,7 @@ from finetune.errors import RunError, UsageError, one_line
 from finetune.files import BadFile, copy_file, link_or_copy, read_json, sha256_of_file, write_json
 from finetune.models import hub, huggingface, text_encoders
 from finetune.models.backbones import Backbone
-from finetune.models.freeze import Rule
+from finetune.models.freeze import Rule, in_eval
 from finetune.models.heads import NO_HEAD, attach_head, find_head, has_auxiliary_heads, renew_layer, replaced_layers
 from finetune.models.shapes import build_shapes
 from finetune.models.weights import Weights, load_backbone_weights, locate, read_weights, stock_names
@@ -121,16 +121,11 @@ def check_padding(network: Network, backbone: Backbone, source: str) -> None:
     """
     tokens = backbone.preprocessing.example(2)
     alone = tokens[-1:, tokens[-1] != PADDING]
-    modes = {module: module.training for module in network.module.modules()}
-    network.module.eval()
     try:
-        with torch.inference_mode():
+        with in_eval(network.module), torch.inference_mode():
             together, single = network.module(tokens)[-1:], network.module(alone)
     except Exception as error:  # a forward that is not made for such tokens raises whatever it stumbles over
         raise UsageError(f"{source}: cannot be computed ({one_line(error)}); give another encoder") from None
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if together.shape != single.shape or (together - single).abs().max() > PADDING_SHARE * single.abs().max():
         raise UsageError(f"{source}: what it makes of a text depends on the texts beside it; give another encoder")
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
 
+from finetune.models.freeze import in_eval
 from finetune.models.heads import Standardised
 
 # The two parts do the same operations; but a kernel may choose its algorithm by the memory layout of what it gets.
@@ -64,7 +65,7 @@ def split(model: nn.Module, samples: Tensor) -> Split:
     is_of_transformers = hasattr(model, "base_model_prefix")
     with torch.inference_mode():
         found, rows = _split_off_head(model, samples) if is_of_transformers else _split_traced(model, samples)
-        with _in_eval(model):
+        with in_eval(model):
             _hold_against(model(samples), found.suffix(rows))
     return found
 
@@ -76,18 +77,6 @@ def _hold_against(whole: Tensor, parts: Tensor) -> None:
     difference = ((whole - parts).abs().max() / whole.abs().max().clamp(min=1e-12)).item()
     if not difference <= ALLOWED_DIFFERENCE:
         raise CannotSplit(f"its two parts differ from the whole by {difference:.1e} of the largest output")
-
-
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    """Everything in eval mode; afterwards as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _is_live(module: nn.Module) -> bool:
