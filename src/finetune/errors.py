@@ -20,6 +20,10 @@ class FinetuneError(Exception):
     def __str__(self) -> str:
         return "\n".join([self.args[0], *self.details])
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class UsageError(FinetuneError):
     """A wrong command line or a wrong recipe: nothing was started."""
@@ -53,6 +57,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def one_line(error: BaseException, length: int = 200) -> str:
     """What another library's error says, on one line."""
     return " ".join(str(error).split())[:length] or type(error).__name__
+
+
+def in_words(error: BaseException) -> str:
+    """What a person is told of any error, on one line: what we say ourselves as it is, of others the kind as well."""
+    return error.args[0] if isinstance(error, FinetuneError) else f"{type(error).__name__}: {one_line(error)}"
 
 
 class StoppedEarly(FinetuneError):

@@ -56,10 +56,6 @@ def memory_in_use() -> Use:
     return Use(process.memory_info().rss, children)
 
 
-def own_memory_mb() -> int:
-    return psutil.Process().memory_info().rss // MB
-
-
 def limits() -> list[Limit]:
     """The machine's memory, that of the control group (containers, Slurm), and that which `ulimit -v` allows."""
     machine = psutil.virtual_memory()

@@ -69,6 +69,7 @@ class Calibration:
             confidence: (decisions,) probability of what was decided, 0..1.
             correct: (decisions,) whether it was right.
         """
+        confidence = confidence.nan_to_num(0.0)  # of a network that has left the numbers: the loss says so
         bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
         rows = torch.stack([torch.ones_like(bins), (confidence * 1e6).round().long(), correct.long()], dim=1)
         self.sums.index_add_(0, bins, rows)

@@ -59,6 +59,13 @@ def build_optimizer(
     return kind(groups, **arguments)
 
 
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """As they are logged: lr; and where there is more than one group, that of each by what is in it."""
+    groups = optimizer.param_groups
+    kinds = {f"lr/{'matrices' if group['params'][0].ndim >= 2 else 'vectors'}": group["lr"] for group in groups}
+    return {"lr": groups[0]["lr"]} | (kinds if len(groups) > 1 else {})
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Plain state by parameter name: {"state": {name: {...}}, "groups": [{"names", "lr", "weight_decay"}]}."""
     state, groups = {}, []

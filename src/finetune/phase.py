@@ -41,12 +41,14 @@ class Feed:
         forward: what a batch holds (images, tokens or rows, on the device) -> what the model returns.
         train, validation: give the batches.
         features: the kept ones, or None where the backbone runs in every epoch.
+        why_not: the reason for that.
     """
 
     forward: Callable[[Tensor], Any]
     train: Batches
     validation: Batches
     features: Features | None = None
+    why_not: str = ""
 
     @property
     def is_kept(self) -> bool:
@@ -159,7 +161,8 @@ def choose_feed(job: Job, frozen_sha256: str, kept: bool | None, terminal: Termi
     if kept:
         terminal.say(f"not bit for bit from here on: features were kept, and now cannot be: {reason}")
     terminal.say(f"features: not kept, the backbone runs in every epoch, because {reason}")
-    return Feed(forward_of_samples(job.network.module, found, job.numerics, job.device), *job.loaders)
+    forward = forward_of_samples(job.network.module, found, job.numerics, job.device)
+    return Feed(forward, *job.loaders, why_not=reason)
 
 
 def _reason_against(job: Job, kept: bool | None) -> str:

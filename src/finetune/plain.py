@@ -54,6 +54,17 @@ def _from_plain(kind: type, plain: dict[str, Any]) -> Any:
     return kind(**values)
 
 
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}."""
+    found: dict[str, Any] = {}
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            found |= flatten(entry, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = entry
+    return found
+
+
 def differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
     """What differs between two plain values, one line each: "name: saved, now given"."""
     lines = []

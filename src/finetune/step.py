@@ -46,6 +46,13 @@ def gradients(
     return sum(part_losses[1:], start=part_losses[0])
 
 
+def gradient_norm(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Tensor:
+    """() the length of the whole gradient, before it is clipped."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm / scaler.get_scale() if scaler.is_enabled() else norm
+
+
 def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float) -> None:
     """Move the weights along their gradients.
 

@@ -43,6 +43,10 @@ class ClassificationTask:
             logits.float(), targets, self.class_weights, reduction="sum", label_smoothing=self.label_smoothing
         )
 
+    def sample_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(batch,) plain: no class weights, no smoothing."""
+        return functional.cross_entropy(logits.float(), targets, reduction="none")
+
     def weight(self, targets: Tensor) -> Tensor | int:
         """What a batch's losses are divided by: the weights of its samples' classes, added up."""
         if self.class_weights is None:
@@ -83,6 +87,10 @@ class MultiLabelTask:
         )
         return total / self.class_count
 
+    def sample_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(batch,) plain: no class weights, no smoothing."""
+        return functional.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean(1)
+
     def weight(self, targets: Tensor) -> int:
         return len(targets)
 
@@ -119,7 +127,11 @@ class RegressionTask:
             outputs: (batch, 1).
             targets: (batch,).
         """
-        return (outputs.float().squeeze(1) - targets).square().sum()
+        return self.sample_losses(outputs, targets).sum()
+
+    def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(batch,)"""
+        return (outputs.float().squeeze(1) - targets).square()
 
     def weight(self, targets: Tensor) -> int:
         return len(targets)
@@ -140,8 +152,12 @@ class DistillationTask:
 
     def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Of each sample the squared distance over the teacher's squared length, added up. Both: (batch, width)."""
+        return self.sample_losses(outputs, targets).sum()
+
+    def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(batch,)"""
         distance = (outputs.float() - targets).square().sum(1)
-        return (distance / targets.square().sum(1).clamp(min=1e-12)).sum()
+        return distance / targets.square().sum(1).clamp(min=1e-12)
 
     def weight(self, targets: Tensor) -> int:
         return len(targets)

@@ -15,7 +15,15 @@ from finetune.files import BadFile, copy_file, link_or_copy, read_json, sha256_o
 from finetune.models import hub, huggingface, text_encoders
 from finetune.models.backbones import Backbone
 from finetune.models.freeze import Rule, in_eval
-from finetune.models.heads import NO_HEAD, attach_head, find_head, has_auxiliary_heads, renew_layer, replaced_layers
+from finetune.models.heads import (
+    NO_HEAD,
+    attach_head,
+    find_head,
+    has_auxiliary_heads,
+    last_layer,
+    renew_layer,
+    replaced_layers,
+)
 from finetune.models.shapes import build_shapes
 from finetune.models.weights import Weights, load_backbone_weights, locate, read_weights, stock_names
 
@@ -39,6 +47,19 @@ class Network:
     head_kind: str
     old_class_count: int
     new_paths: tuple[str, ...] = ()
+
+    @property
+    def last_layer_path(self) -> str:
+        """Of what gives the network's numbers."""
+        return last_layer(self.head_paths[-1], self.head_kind)
+
+    def head(self) -> nn.Module | None:
+        """The head, if it has one."""
+        return self.module.get_submodule(self.head_paths[-1]) if self.head_kind != NO_HEAD else None
+
+    def last_layer(self) -> nn.Module | None:
+        """Of the head, if there is one."""
+        return self.module.get_submodule(self.last_layer_path) if self.head_kind != NO_HEAD else None
 
     def rules(self, rules: tuple[tuple[str, str, int], ...]) -> tuple[Rule, ...]:
         """The recipe's freeze rules with "head" replaced by the paths of what trains of it.
