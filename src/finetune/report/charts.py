@@ -1,0 +1,193 @@
+"""The diagrams of a report, each with a sentence that says in numbers what it shows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.report import plots
+from finetune.report.curves import Curve
+from finetune.report.data import RunData, Validation, lower_is_better
+from finetune.report.plots import Line
+from finetune.text import printable
+
+METRICS = {
+    "accuracy": "accuracy",
+    "f1": "macro F1",
+    "loss": "loss",
+    "mae": "mean absolute error",
+    "r2": "R², variance explained",
+    "cosine": "cosine to the teacher",
+}
+# Both between 0 and 1, and seldom far apart.
+SHARES = ("accuracy", "f1")
+# Of figures that somebody else's metrics.jsonl may hold.
+MOST_METRIC_CHARTS = 6
+# Curves over more than so many times their lowest value.
+LINEAR_UP_TO = 30
+# A larger confusion matrix is told by its most frequent mistakes.
+LARGEST_MATRIX = 25
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A diagram.
+
+    Attributes:
+        svg: ready for HTML.
+        caption: the same in words and numbers.
+        key: (colour, meaning) of its lines.
+        width: in units; 0 = as wide as there is room.
+    """
+
+    title: str
+    svg: str
+    caption: str
+    key: tuple[tuple[str, str], ...] = ()
+    width: int = 0
+
+
+def number_text(value: float) -> str:
+    """Four decimals, as in the terminal; of very small and large numbers about as many digits."""
+    if 1000 <= abs(value) < 1e9:
+        return f"{value:,.1f}"
+    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1000 else f"{value:.4g}"
+
+
+def metric_text(name: str) -> str:
+    return METRICS.get(name, printable(name))
+
+
+def capitalised(text: str) -> str:
+    """With its first letter large, all others as they are."""
+    return text[:1].upper() + text[1:]
+
+
+# ---- Curves ---------------------------------------------------------------------------------------------------------
+
+
+def curve_charts(data: RunData) -> list[Chart]:
+    """Loss, metrics, learning rate and gradient over the steps, as far as they were logged."""
+    if not data.curves:
+        return []
+    charts = [chart for chart in (_loss_chart(data), *_metric_charts(data)) if chart is not None]
+    for name, title in (("lr", "Learning rate"), ("train/gradient_norm", "Norm of the gradient")):
+        curve = data.curves.get(name)
+        if curve is not None:
+            (low_at, low), (high_at, high) = curve.extreme(lowest=True), curve.extreme(lowest=False)
+            caption = (
+                f"{title}: at its highest {high:.4g} (step {high_at:,}), at its lowest {low:.4g} (step {low_at:,}); "
+                f"{curve.values[-1]:.4g} in the end."
+            )
+            charts.append(_chart(data, len(charts), title, [Line(curve, "train")], caption, is_linear=name == "lr"))
+    return charts
+
+
+def _chart(
+    data: RunData,
+    number: int,
+    title: str,
+    lines: Sequence[Line],
+    caption: str,
+    key: Sequence[tuple[str, str]] = (),
+    is_linear: bool = True,
+) -> Chart:
+    """Args: is_linear: else the axis is logarithmic where most of the curves would lie on the ground."""
+    last = max(int(curve.steps[-1]) for curve in data.curves.values())
+    low, high = (pick(float(pick(line.curve.values)) for line in lines) for pick in (min, max))
+    logarithmic = not is_linear and 0 < LINEAR_UP_TO * low < high
+    label = f"Line chart: {title} over the steps of the run"
+    svg = plots.line_chart(f"curve{number}", label, lines, data.events, last, data.steps_per_epoch, logarithmic)
+    return Chart(f"{title}, logarithmic scale" if logarithmic else title, svg, caption, tuple(key))
+
+
+def _loss_chart(data: RunData) -> Chart | None:
+    steps, mean, validation = (data.curves.get(name) for name in ("train/loss", "train/epoch_loss", "val/loss"))
+    lines, key, sentences = [], [], []
+    if steps is not None:
+        lines.append(Line(steps, "train", is_faint=mean is not None))
+        key.append(("faint" if mean is not None else "train", "training, single steps"))
+    if mean is not None:
+        lines.append(Line(mean, "train"))
+        key.append(("train", "training, mean since the epoch began"))
+    training = mean if mean is not None else steps
+    if training is not None:
+        sentences.append(f"Training loss went from {_point(training, 0)} to {_point(training, -1)}.")
+    if validation is not None:
+        lines.append(Line(validation, "val", best=validation.extreme(lowest=True)))
+        key.append(("val", "validation"))
+        sentences.append(_course("Validation loss", validation, lowest=True))
+    return _chart(data, 0, "Loss", lines, " ".join(sentences), key, is_linear=False) if lines else None
+
+
+def _point(curve: Curve, place: int) -> str:
+    return f"{number_text(float(curve.values[place]))} (step {int(curve.steps[place]):,})"
+
+
+def _course(what: str, curve: Curve, lowest: bool) -> str:
+    step, value = curve.extreme(lowest)
+    best, last = "lowest" if lowest else "highest", number_text(float(curve.values[-1]))
+    if step == curve.steps[-1]:
+        return f"{what} was {best} in the end, at step {step:,}: {last}."
+    return f"{what} was {best} at step {step:,} with {number_text(value)}, and {last} in the end."
+
+
+def _metric_charts(data: RunData) -> list[Chart]:
+    """Accuracy and F1 share one; of the others each has its own."""
+    names = data.metrics[:MOST_METRIC_CHARTS]
+    together = [name for name in names if name in SHARES]
+    groups = [together, *([name] for name in names if name not in SHARES)]
+    return [_metric_chart(data, number, group) for number, group in enumerate(groups, start=1) if group]
+
+
+def _metric_chart(data: RunData, number: int, names: Sequence[str]) -> Chart:
+    lines, key, sentences = [], [], []
+    for name, colour in zip(names, ("val", "other"), strict=False):
+        curve, lowest = data.curves[f"val/{name}"], lower_is_better(name)
+        lines.append(Line(curve, colour, best=curve.extreme(lowest) if colour == "val" else None))
+        key.append((colour, metric_text(name)))
+        sentences.append(_course(capitalised(metric_text(name)), curve, lowest))
+    title = capitalised(" and ".join(map(metric_text, names)))
+    return _chart(data, number, f"{title}, validation", lines, " ".join(sentences), key if len(key) > 1 else ())
+
+
+# ---- What the best validation made of its samples -------------------------------------------------------------------
+
+
+def confusion_chart(validation: Validation) -> Chart | None:
+    """None where there is no matrix, or one that nobody could read."""
+    matrix = validation.confusion
+    if not matrix or len(matrix) > LARGEST_MATRIX:
+        return None
+    right, total = sum(row[number] for number, row in enumerate(matrix)), sum(map(sum, matrix))
+    sentences = [f"{right:,} of {total:,} are on the diagonal, which is right."]
+    if validation.mistakes:
+        true, predicted, count = validation.mistakes[0]
+        kinds = sum(number > 0 for row in matrix for number in row) - sum(row[n] > 0 for n, row in enumerate(matrix))
+        times = "once" if count == 1 else f"{count:,} times"
+        sentences.append(
+            f"The most frequent mistake: “{printable(true)}” was taken for “{printable(predicted)}” {times}; "
+            f"kinds of mistake that occur: {kinds:,} of {len(matrix) * (len(matrix) - 1):,}."
+        )
+    names = [printable(row.name) for row in validation.classes]
+    label = f"Heat map: confusion matrix of {len(names)} classes"
+    svg, width = plots.confusion_chart("confusion", label, matrix, names)
+    caption = " ".join([*sentences, "The stronger the colour, the larger a count's share of its row."])
+    return Chart("Confusion matrix", svg, caption, width=width)
+
+
+def calibration_chart(validation: Validation) -> Chart | None:
+    """None where there are no probabilities."""
+    error, bins = validation.calibration_error, validation.calibration
+    if error is None or not bins:
+        return None
+    decisions = int(sum(bin["count"] for bin in bins))
+    confidence, share = (
+        sum(bin["count"] * bin[name] for bin in bins) / decisions for name in ("confidence", "accuracy")
+    )
+    leaning = "more sure than it was right" if confidence > share else "no more sure than it was right"
+    caption = (
+        f"Expected calibration error {error:.4f}, over {decisions:,} decisions: on average the network was {leaning}, "
+        f"confidence {confidence:.4f}, share right {share:.4f}. Dots on the dashed line are honest, below it too sure; "
+        "the larger a dot, the more decisions."
+    )
+    svg = plots.calibration_chart("calibration", "Calibration diagram: share right over confidence", bins)
+    return Chart("Calibration", svg, caption)

@@ -1,0 +1,113 @@
+"""What to type to repeat a run, to go on with it, and to use what it learnt."""
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from finetune.build import split_config
+from finetune.errors import FinetuneError
+from finetune.export import is_stock, loading_lines
+from finetune.export_folder import folder_lines
+from finetune.models.backbones import backbone_from_plain
+from finetune.models.heads import NO_HEAD
+from finetune.report.data import NOT_AS_WRITTEN, Checkpoint, RunData
+
+WITH_KIT = "with this kit, after finetune export"
+
+
+class Command(NamedTuple):
+    """Something to type, and what comes of it."""
+
+    text: str
+    meaning: str
+
+
+def typed(words: Sequence[str]) -> str:
+    """Words as a shell takes them."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def commands_of(data: RunData) -> list[Command]:
+    """Repeat, resume; where there is something to judge and to export, also that."""
+    run, checkpoint = str(data.run), data.checkpoint
+    commands = [Command(*_repeat(data))]
+    if checkpoint is not None and checkpoint.status != "running":
+        longer = str(2 * max(checkpoint.epoch, 1))
+        commands.append(Command(typed(["finetune", "resume", run, "--epochs", longer]), "train longer"))
+    else:
+        commands.append(Command(typed(["finetune", "resume", run]), "go on where it stopped, bit for bit"))
+    if not data.best:
+        return commands
+    predicts = data.config["task"]["kind"] != "distillation"
+    if predicts:
+        meaning = "figures by class, on the test part if there is one"
+        commands.append(Command(typed(["finetune", "evaluate", run]), meaning))
+    commands.append(Command(typed(["finetune", "export", run]), "the best weights, for stock libraries"))
+    if _has_folder(data):
+        commands.append(Command(typed(["finetune", "export", run, "--format", "hf"]), "a folder for transformers"))
+    if predicts:
+        inputs = "a text" if data.config["data"]["kind"] == "texts" else "IMAGE_OR_FOLDER"
+        words = ["finetune", "predict", str(data.run.path / "model.pt"), inputs]
+        commands.append(Command(typed(words), "use the export"))
+    return commands
+
+
+def _repeat(data: RunData) -> tuple[str, str]:
+    """The command of the run, as it was typed; of a run that does not know it, its recipe."""
+    words = data.record.get("command")
+    if isinstance(words, list) and words and all(isinstance(word, str) for word in words):
+        return typed(["finetune", *words]), "repeat the run"
+    file = data.run.code / f"{data.record['name']}.py"
+    recipe = str(file) if file.is_file() else data.record["name"]
+    return typed(["finetune", recipe]), "repeat the run; options that were given are in recipe.json"
+
+
+def _is_stock(data: RunData) -> bool:
+    recipe, _ = split_config(data.config)
+    assert data.checkpoint is not None
+    return is_stock(recipe, backbone_from_plain(data.checkpoint.backbone))
+
+
+def _has_folder(data: RunData) -> bool:
+    """Whether `export --format hf` has a class for it."""
+    if data.checkpoint is None or data.config["data"]["kind"] != "texts":
+        return False
+    try:
+        return data.config["model"]["head"] == NO_HEAD or _is_stock(data)
+    except (FinetuneError, *NOT_AS_WRITTEN):
+        return False
+
+
+def loading_of(data: RunData) -> list[Command]:
+    """Lines of Python that load the exports, and what is needed for them."""
+    if data.checkpoint is None or not data.best:
+        return []
+    file = data.run.path / "model.pt"
+    found = [Command(f"import finetune\nmodel = finetune.load({str(file)!r})", WITH_KIT)]
+    try:
+        lines = loading_lines(file, _description(data, data.checkpoint))
+        own = lines.partition("\n\n")[2]  # where no stock class takes the weights
+        found = [Command(own, WITH_KIT)] if own else [*found, Command(lines, "without it: in stock libraries")]
+        if _has_folder(data):
+            lines = folder_lines(data.run.path / "hf", data.config["model"]["head"] != NO_HEAD)
+            found.append(Command(lines, "in transformers, after finetune export --format hf"))
+    except (FinetuneError, *NOT_AS_WRITTEN):
+        pass  # a backbone that this version does not know: the export itself says so
+    return found
+
+
+def _description(data: RunData, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of an export's JSON what `loading_lines` reads."""
+    backbone = checkpoint.backbone
+    return {
+        "architecture": {
+            "backbone": backbone["name"],
+            "options": backbone["options"],
+            "head": data.config["model"]["head"],
+            "outputs": checkpoint.outputs,
+            "stock": _is_stock(data),
+        },
+        "preprocessing": backbone["preprocessing"],
+    }

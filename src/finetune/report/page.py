@@ -1,0 +1,305 @@
+"""report.html of a run: one file that says what was trained on what, how it went, how good it is, how to go on.
+
+It refers to nothing outside itself and runs no script. Everything in it that others named (classes, files, texts) is
+escaped by the template.
+"""
+
+import base64
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
+
+from finetune import __version__
+from finetune.build import split_config
+from finetune.data.source import Source
+from finetune.dataset import open_source
+from finetune.errors import FinetuneError, RunError, UsageError, one_line
+from finetune.files import make_folders, write_atomically
+from finetune.lock import is_held
+from finetune.old_run import located
+from finetune.report.charts import (
+    calibration_chart,
+    capitalised,
+    confusion_chart,
+    curve_charts,
+    metric_text,
+    number_text,
+)
+from finetune.report.commands import commands_of, loading_of
+from finetune.report.data import NOT_AS_WRITTEN, ClassRow, RunData, Validation, gather
+from finetune.run import RunFolder
+from finetune.text import printable
+from finetune.watch.examples import examples_of
+from finetune.watch.tracker import Example
+
+TEMPLATE, STYLE = (Path(__file__).with_name(name) for name in ("page.html.j2", "page.css"))
+# Of longer tables those rows are shown that matter most, and it is said how many there are.
+SHOWN_ROWS = 30
+SHOWN_WORST, SHOWN_BEST = 24, 12
+STATUS_TEXTS = {
+    "finished": "Finished",
+    "stopped early": "Stopped early, as nothing got better any more",
+    "stopped": "Stopped, can be resumed",
+    "running": "Still running",
+}
+
+
+def write_report(run: RunFolder, output: Path, best: Sequence[Example], worst: Sequence[Example], status: str) -> None:
+    """Write the report of a run.
+
+    Args:
+        output: the .html file; its folder is made where there is none.
+        best, worst: samples of the best validation, the best and the worst first.
+        status: "finished", "stopped early", "stopped", "running" or "failed: ...".
+
+    Raises:
+        RunError: no run, damaged recipe.json or validation.json, or the file cannot be written.
+    """
+    _write(gather(run), output, best, worst, status)
+
+
+def _write(data: RunData, output: Path, best: Sequence[Example], worst: Sequence[Example], status: str) -> None:
+    page = render(data, best, worst, status)
+    try:
+        make_folders(output.parent)
+        write_atomically(output, lambda stream: stream.write(page.encode()))
+    except OSError as error:
+        raise RunError(f"--output {output}: cannot be written ({error.strerror}); name another file") from None
+
+
+# ---- Out of the files of a run alone --------------------------------------------------------------------------------
+
+
+def report_run(run: RunFolder, output: Path, place: str, say: Callable[[str], None]) -> None:
+    """`finetune report`: the report of a run as its files tell of it, with samples out of its data.
+
+    Args:
+        place: where the run's data lies now; "" = where the run says.
+        say: told what of the data could not be found.
+
+    Raises:
+        RunError: see `write_report`.
+        UsageError: what lies at `place` is not the run's data.
+    """
+    data = gather(run)
+    source = None
+    try:
+        source = _open_data(data, place)
+    except FinetuneError as error:
+        if place:
+            raise
+        say(f"no pictures or texts in the report: {error.args[0]}")
+    best, worst = _examples(data, source)
+    status = data.checkpoint.status if data.checkpoint else "stopped"
+    if status not in ("finished", "stopped early"):
+        status = "running" if is_held(run.path) else "stopped"
+    _write(data, output, best, worst, status)
+
+
+def _open_data(data: RunData, place: str) -> Source | None:
+    """The data that the samples of the best validation are of.
+
+    Raises:
+        FinetuneError: it is not there, or not what the run was trained on.
+    """
+    if data.validation is None or data.checkpoint is None:
+        return None
+    recipe, _ = split_config(data.config)
+    spec = located(recipe, place).data
+    source = open_source(spec, recipe.task.kind)
+    if source.fingerprint != data.checkpoint.fingerprint:
+        raise UsageError(
+            f"{spec.option} {spec.place}: is not what run {data.run} was trained on; say where that lies now with "
+            f"{spec.option}"
+        )
+    return source
+
+
+def _examples(data: RunData, source: Source | None) -> list[list[Example]]:
+    """The best and the worst samples."""
+    if data.validation is None:
+        return [[], []]
+    classes = data.checkpoint.classes if data.checkpoint else [row.name for row in data.validation.classes]
+    try:
+        return [examples_of(samples, classes, source) for samples in (data.validation.best, data.validation.worst)]
+    except NOT_AS_WRITTEN as error:
+        raise RunError(
+            f"validation of the run {data.run.validation_file} names samples or classes that its data has not "
+            f"({one_line(error)}); restore it, or delete it"
+        ) from None
+
+
+# ---- The page -------------------------------------------------------------------------------------------------------
+
+
+def render(data: RunData, best: Sequence[Example], worst: Sequence[Example], status: str) -> str:
+    """The page as HTML."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
+    environment.filters |= {"svg": Markup, "number": number_text}
+    validation = data.validation
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        style=Markup(STYLE.read_text(encoding="utf-8")),
+        name=data.run.url.rstrip("/").rpartition("/")[2] or data.run.path.resolve().name,
+        version=__version__,
+        status=_status(data, status),
+        notices=data.notices,
+        figures=_figures(data),
+        facts=_facts(data),
+        charts=curve_charts(data),
+        events=data.events,
+        history=_history(data),
+        validation=validation,
+        noun=data.config["data"]["kind"],
+        outcome=_outcome(validation),
+        classes=_shown_classes(validation),
+        confusion=confusion_chart(validation) if validation else None,
+        calibration=calibration_chart(validation) if validation else None,
+        samples=_samples(data, best, worst),
+        commands=commands_of(data),
+        loading=loading_of(data),
+        shown_rows=SHOWN_ROWS,
+    )
+
+
+def _shown(value: Any) -> Any:
+    """What an expression in the template puts into the page: of text all but its ends of lines as in a terminal."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\n".join(map(printable, value.replace("\t", " ").splitlines()))
+
+
+class _Status(NamedTuple):
+    """The state of the run: a word for the style sheet, and words for people."""
+
+    kind: str
+    text: str
+    progress: str
+
+
+def _status(data: RunData, status: str) -> _Status:
+    kind = status.partition(":")[0].replace(" ", "-")
+    text = STATUS_TEXTS.get(status) or f"{status[:1].upper()}{status[1:]}"
+    if data.checkpoint is None:
+        return _Status(kind, text, "no checkpoint yet")
+    step, steps_per_epoch = data.checkpoint.step, data.steps_per_epoch
+    epochs = f", {round(step / steps_per_epoch, 2):g} epochs" if steps_per_epoch else ""
+    return _Status(kind, text, f"{step:,} steps{epochs}")
+
+
+def _figures(data: RunData) -> list[tuple[str, str]]:
+    """What to know at once: of the best validation."""
+    found = [(capitalised(metric_text(name)), number_text(value)) for name, value in data.best_figures().items()]
+    validation = data.validation
+    if validation is not None and validation.step == data.best.get("step"):
+        if validation.calibration_error is not None:
+            found.append(("Calibration error", number_text(validation.calibration_error)))
+        found.append(("Samples that validate", f"{validation.samples:,}"))
+    return found
+
+
+def _facts(data: RunData) -> list[tuple[str, str]]:
+    """Label and text: those that the terminal showed when the run began, and what the checkpoint adds."""
+    facts = dict(data.validation.facts) if data.validation else {}
+    checkpoint = data.checkpoint
+    if not facts:
+        recipe, _ = split_config(data.config)
+        facts = {"backbone": recipe.model.full_name, "weights": recipe.model.weights, "data": recipe.data.place}
+        if checkpoint is not None:
+            facts["data"] += (
+                f": {checkpoint.train_samples:,} to train on, {checkpoint.validation_samples:,} to validate, "
+                f"{len(checkpoint.classes)} classes"
+            )
+        facts["training"] = (
+            f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
+        )
+        facts["run folder"] = str(data.run)
+    if checkpoint is not None and "trains" not in facts:
+        facts["tensors"] = (
+            f"{checkpoint.trained_tensors:,} train ({checkpoint.trained_parameters:,} parameters), "
+            f"{checkpoint.frozen_tensors:,} are frozen"
+        )
+    if checkpoint is not None:
+        facts["versions"] = ", ".join(
+            f"{name.replace('_', ' ')} {value}" for name, value in checkpoint.versions.items()
+        )
+    return [(capitalised(label), text) for label, text in facts.items()]
+
+
+def _history(data: RunData) -> dict[str, Any] | None:
+    """The validations as a table: the newest ones, and the best."""
+    names = [f"val/{name}" for name in (*data.metrics, "loss") if f"val/{name}" in data.curves]
+    if not names:
+        return None
+    steps = data.curves[names[0]].steps.tolist()
+    best = data.best.get("step")
+    shown = [step for number, step in enumerate(steps) if len(steps) - number <= SHOWN_ROWS or step == best]
+    per_epoch = data.steps_per_epoch
+    columns = ["train/epoch_loss", *names] if "train/epoch_loss" in data.curves else names
+    rows = [
+        {
+            "step": step,
+            "epoch": -(-step // per_epoch) if per_epoch else None,
+            "values": [data.curves[name].at(step) for name in columns],
+            "is_best": step == best,
+        }
+        for step in shown
+    ]
+    labels = ["Training loss" if name == "train/epoch_loss" else capitalised(metric_text(name[4:])) for name in columns]
+    return {"labels": labels, "rows": rows, "count": len(steps)}
+
+
+def _outcome(validation: Validation | None) -> str:
+    """Its figures in words."""
+    figures = validation.figures if validation else {}
+    return ", ".join(f"{metric_text(name)} {number_text(value)}" for name, value in figures.items())
+
+
+def _shown_classes(validation: Validation | None) -> list[ClassRow]:
+    """All of them in order; of many the worst."""
+    rows = validation.classes if validation else []
+    return rows if len(rows) <= SHOWN_ROWS else sorted(rows, key=lambda row: (row.f1, row.recall))[:SHOWN_ROWS]
+
+
+def _samples(data: RunData, best: Sequence[Example], worst: Sequence[Example]) -> dict[str, Any]:
+    """The best and the worst ones, ready for the template; of few samples none is both."""
+    count = data.validation.samples if data.validation else len(worst) + len(best)
+    worst, best = worst[: min(SHOWN_WORST, -(-count // 2))], best[: min(SHOWN_BEST, count // 2)]
+    shown = [*worst, *best]
+    has_data = any(one.picture or one.text for one in shown)
+    return {
+        "worst": [_sample(one) for one in worst],
+        "best": [_sample(one) for one in best],
+        "has_data": has_data,
+        "has_texts": any(one.text for one in shown),
+        "has_classes": bool(data.validation and data.validation.classes),
+        "has_truth": any(one.true for one in shown),
+    }
+
+
+def _sample(example: Example) -> dict[str, Any]:
+    picture = example.picture
+    width, height = (int.from_bytes(picture[place : place + 4], "big") for place in (16, 20))  # of a PNG
+    try:
+        true, predicted = float(example.true), float(example.predicted)
+    except ValueError:
+        numbers = ("", "", "")
+    else:
+        numbers = tuple(map(_digits, (true, predicted, predicted - true)))
+    return {
+        "example": example,
+        "true_classes": {example.true, *example.true.split(", ")},
+        "picture": Markup("data:image/png;base64," + base64.b64encode(picture).decode() if picture else ""),
+        "width": width,
+        "height": height,
+        "numbers": numbers,
+    }
+
+
+def _digits(value: float) -> str:
+    """Of a number as exact as `Example` has it."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
