@@ -19,6 +19,7 @@ import torch
 
 from finetune import Classification, Images, Model, Optimizer, Recipe, Schedule, Stop, checkpoint, launch
 from finetune.build import Numerics, find_pretrained, new_network
+from finetune.cli import COMMANDS
 from finetune.files import sha256_of_file
 from finetune.job import Machine
 from finetune.models.network import Network
@@ -32,6 +33,13 @@ def ctrl_c_is_heard() -> None:
     """Whoever starts this suite in the background passes on that SIGINT is ignored, and the kit respects that."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_surroundings() -> None:
+    """What programs write depends on these, and a CI server sets some of them. Nor does anybody want a test's messages."""
+    for name in ("CI", "COLUMNS", "FORCE_COLOR", "LINES", "NO_COLOR", "TTY_COMPATIBLE", "FINETUNE_NOTIFY"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -133,10 +141,12 @@ def train_with_deaths(path: Path, recipe: Recipe, deaths: list[int], **options: 
 # ---- Real processes ------------------------------------------------------------------------------------------------
 
 
-def finetune(*words: str, **options) -> subprocess.Popen:
-    """A real `finetune` process at the head of its own process group."""
+def finetune(*words: str, is_watched: bool = False, **options) -> subprocess.Popen:
+    """A real `finetune` process at the head of its own process group. Of a hundred of them few are looked at, so a run is
+    drawn, which takes a second, only where it is to be watched."""
+    unwatched = [] if words[0] in COMMANDS or is_watched else ["--track", "none", "--no-report"]
     return subprocess.Popen(
-        [sys.executable, "-m", "finetune.cli", *words],
+        [sys.executable, "-m", "finetune.cli", *words, *unwatched],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -176,9 +186,12 @@ def read(run: RunFolder, name: str = "latest.pt") -> dict[str, Any]:
 
 
 def metrics_lines(run: RunFolder) -> list[dict[str, Any]]:
-    """metrics.jsonl without times and memory."""
+    """metrics.jsonl without times, memory and the devices' use."""
     lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(("time/", "memory/"))} for line in lines]
+    return [
+        {key: value for key, value in line.items() if not key.startswith(("time/", "memory/", "device/"))}
+        for line in lines
+    ]
 
 
 def assert_equal_values(ours: Any, theirs: Any, path: str = "") -> None:

@@ -82,7 +82,7 @@ def test_the_run_ends_with_what_to_type_next_and_the_folder_last(tmp_path, monke
         "finetune resume runs/resnet_head-1",
         "--images FOLDER",
         "frozen",
-        "val/accuracy",
+        "val loss",
     ):
         assert words in output
     assert main(["resnet_head", "--epochs", "1", "--train-samples", "100", "--device", "cpu", "--quiet"]) == 0
@@ -137,7 +137,9 @@ try:
     code = main(sys.argv[1:])
 except SystemExit as end:
     code = end.code or 0
-unwanted = "transformers tokenizers pyarrow torchmetrics matplotlib tensorboard sklearn pandas scipy".split()
+unwanted = "transformers tokenizers pyarrow torchmetrics sklearn pandas scipy wandb apprise IPython tensorflow".split()
+# A run draws with them, at its end; that is what it is watched with.
+unwanted += [] if "--epochs" in sys.argv else ["matplotlib", "tensorboard", "jinja2.environment"]
 found = [name for name in unwanted if name in sys.modules]
 assert not found, found
 raise SystemExit(code)

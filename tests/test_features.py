@@ -104,6 +104,7 @@ def test_the_backbone_sees_each_image_once_and_a_second_run_reads_none(tmp_path,
     assert_equal_runs(second, first)
 
 
+@pytest.mark.slow
 def test_another_head_rate_and_order_use_the_same_entry(tmp_path, fetched):
     data = Images("digits")
     train_run(tmp_path / "first", plain_recipe(data=data, epochs=1))
@@ -267,6 +268,7 @@ def wait_for_blocks(process, folder: Path, count: int) -> None:
     raise AssertionError("no progress within two minutes")
 
 
+@pytest.mark.slow
 def test_killed_while_filling_whole_blocks_are_kept_and_the_end_is_the_same(tmp_path, folder):
     run = RunFolder(tmp_path / "run")
     process = finetune(*SLOW, "--run", str(run.path))

@@ -46,6 +46,7 @@ def kept_features(recipe) -> torch.Tensor:
     return features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["messages", "news"])
 def test_a_head_is_within_half_a_point_of_logistic_regression_on_the_same_features(
     tmp_path, minilm_folder, news_folder, monkeypatch, name

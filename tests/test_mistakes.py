@@ -4,7 +4,6 @@ No traceback, nothing half-made left behind.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import read, small_recipe, train_run
 from PIL import Image
+from terminal import run_in_terminal
 from torchvision.models import get_model
 
 from finetune import Images
@@ -357,18 +357,7 @@ def test_an_error_that_nobody_can_read_keeps_its_exit_code():
     assert found.returncode == 2
 
 
-@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are of POSIX")
 def test_in_a_terminal_too_a_wrong_option_is_one_plain_line():
-    ours, theirs = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "finetune.cli", "vgg_head", "--epohcs", "3"],
-        stdout=theirs,
-        stderr=theirs,
-        env=os.environ | {"TERM": "xterm-256color"},
-    )
-    os.close(theirs)
-    assert process.wait(60) == 2
-    said = os.read(ours, 10_000).decode()
-    os.close(ours)
+    said = run_in_terminal([sys.executable, "-m", "finetune.cli", "vgg_head", "--epohcs", "3"], 80, code=2)
     assert said.startswith("finetune: Unrecognized options: --epohcs, 3; Perhaps you meant: --epochs INT")
     assert said.count("\n") == 1 and "\x1b" not in said and "│" not in said

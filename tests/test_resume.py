@@ -60,8 +60,10 @@ def kill_through(run: RunFolder, command: list[str], seed: int) -> list[int]:
 @pytest.mark.parametrize(
     ("recipe", "options"),
     [
-        ("resnet_head", ["--workers", "2", "--accumulate", "4", "--precision", "bf16"]),
-        pytest.param("vgg_head", ["--workers", "0"], marks=pytest.mark.slow),
+        pytest.param(
+            "resnet_head", ["--workers", "2", "--accumulate", "4", "--precision", "bf16"], marks=pytest.mark.slow
+        ),
+        ("vgg_head", ["--workers", "0"]),
         pytest.param(
             "vgg_head", ["--workers", "2", "--accumulate", "4", "--worker-start", "spawn"], marks=pytest.mark.slow
         ),

@@ -78,6 +78,7 @@ LONG_STEPS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once_and_the_last_checkpoint_is_good(tmp_path):
     run = RunFolder(tmp_path / "run")
     process = finetune(*LONG_STEPS, "--run", str(run.path))

@@ -96,6 +96,7 @@ def test_a_run_killed_four_times_ends_bit_for_bit_like_one_that_was_not(tmp_path
     assert read(unbroken)["step"] == 12
 
 
+@pytest.mark.slow
 def test_real_processes_killed_end_with_the_same_weights_in_every_bit(tmp_path, encoder, texts):
     words = ["bert_head", "--texts", str(texts), "--backbone", str(encoder), "--epochs", "15", "--batch-size", "8"]
     words += ["--save-every-steps", "1", "--dropout", "0.2", "--device", "cpu", "--quiet"]

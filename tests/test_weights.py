@@ -269,6 +269,7 @@ def mobilenet_words(path, run: RunFolder) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_head_on_imagenets_mobilenet_learns_the_digits_is_killed_resumed_and_exported(tmp_path, mobilenet_file):
     broken, unbroken = RunFolder(tmp_path / "broken"), RunFolder(tmp_path / "unbroken")
     kill_after_progress(finetune(*mobilenet_words(mobilenet_file, broken)), broken, 14)
@@ -316,6 +317,7 @@ def test_torchvisions_cache_is_used_by_the_name_of_the_weights(tmp_path, monkeyp
     assert (run.frozen / record["file"]).samefile(cached)  # a link, not a second copy
 
 
+@pytest.mark.slow
 def test_two_transfers_in_a_chain_start_the_second_from_the_export_of_the_first(tmp_path, mobilenet_file):
     """The second has other classes and gets the preprocessing of the first, from the JSON beside its weights."""
     data = Images("digits", image_size=64, train_samples=40)

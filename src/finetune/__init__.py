@@ -1,5 +1,7 @@
 """finetune: train a new head on a frozen, pretrained backbone; lose nothing when the machine dies."""
 
+from typing import TYPE_CHECKING, Any
+
 from finetune.errors import FinetuneError, RunError, StoppedEarly, UsageError
 from finetune.head_recipes import ImageTable, ImageTraining, TextTable, Training, image_head, text_head
 from finetune.recipe import (
@@ -16,6 +18,9 @@ from finetune.recipe import (
     Texts,
     Trainable,
 )
+
+if TYPE_CHECKING:
+    from finetune.api import FinishedRun
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,14 +44,32 @@ __all__ = [
     "Trainable",
     "Training",
     "UsageError",
+    "fit",
     "image_head",
     "load",
+    "resume",
     "text_head",
 ]
 
+# What follows imports torch when it is called, not before.
+
 
 def load(path):
-    """The model of an export, rebuilt and in eval mode; see `finetune.exported.load`. Imports torch when called."""
+    """The model of an export, rebuilt and in eval mode; see `finetune.exported.load`."""
     from finetune.exported import load as load_export
 
     return load_export(path)
+
+
+def fit(recipe: Recipe, run: str = "", *, name: str = "notebook", **options: Any) -> "FinishedRun":
+    """Train a recipe; see `finetune.api.fit`."""
+    from finetune import api
+
+    return api.fit(recipe, run, name=name, **options)
+
+
+def resume(run: str = "", **options: Any) -> "FinishedRun":
+    """Go on with a run; see `finetune.api.resume`."""
+    from finetune import api
+
+    return api.resume(run, **options)

@@ -19,13 +19,26 @@ from typing import Annotated, Any, NoReturn
 import docstring_parser
 import tyro
 
-from finetune.errors import FinetuneError, StoppedEarly, UsageError, is_out_of_memory, one_line
+from finetune.errors import FinetuneError, StoppedEarly, UsageError, in_words, is_out_of_memory, one_line
 from finetune.guard import exit_on_signals
 from finetune.head_recipes import image_head, text_head
-from finetune.options import CacheOptions, EvaluateOptions, ExportOptions, PredictOptions, ResumeOptions, RunOptions
+from finetune.options import (
+    CacheOptions,
+    DoctorOptions,
+    EvaluateOptions,
+    ExportOptions,
+    PredictOptions,
+    ReportOptions,
+    ResumeOptions,
+    RunOptions,
+    RunsOptions,
+)
 from finetune.recipe import Recipe
 from finetune.recipe_files import call_recipe, find_recipe_file, load_recipe_function, shipped_recipes
 from finetune.text import printable
+
+# Options that say nothing of what is trained; those of the first kind are followed by a value. URLs hold passwords.
+ONCE, ONCE_WITHOUT_VALUE = ("--run", "--notify"), ("--resume", "--quiet")
 
 HELP = """\
 finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit for bit.
@@ -36,8 +49,11 @@ finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit fo
   finetune export RUN                    weights that stock torchvision or transformers loads, a JSON beside them
   finetune predict FILE INPUT...         classify images, texts, folders or a csv with an export: JSON lines, or --csv
   finetune evaluate RUN                  loss, accuracy, F1 by class, confusion matrix, calibration
+  finetune report RUN                    all that is known of a run as one HTML page: curves, figures, worst samples
   finetune summary RECIPE [options]      layers, what trains, the size of a checkpoint
+  finetune runs [FOLDER]                 the runs in a folder (runs/); of two runs: side by side
   finetune cache [clear]                 features that frozen backbones computed: list, or delete
+  finetune doctor                        versions, devices, memory, disk: what is missing or wrong on this machine
   finetune new NAME FILE                 copy a shipped recipe to a file of your own
   finetune COMMAND --help                a command's options
   finetune COMMAND ... --debug           where an error came from
@@ -137,12 +153,23 @@ def import_commands() -> ModuleType:
     return commands
 
 
+def repeatable(words: Sequence[str]) -> list[str]:
+    """What was typed, without what belongs to one run alone: its folder; and without what is secret."""
+    found, is_value = [], False
+    for word in words:
+        name = word.partition("=")[0]
+        if not is_value and name not in (*ONCE, *ONCE_WITHOUT_VALUE):
+            found.append(word)
+        is_value = word in ONCE
+    return found
+
+
 # ---- Commands ------------------------------------------------------------------------------------------------------
 
 
 def command_train(name: str, arguments: Sequence[str]) -> int:
     path, recipe, options = parse_recipe(name, arguments)
-    return import_commands().train_recipe(path, recipe, options)
+    return import_commands().train_recipe(path, recipe, options, repeatable([name, *arguments]))
 
 
 def command_resume(arguments: Sequence[str]) -> int:
@@ -165,6 +192,11 @@ def command_evaluate(arguments: Sequence[str]) -> int:
     return import_commands().evaluate_run(options)
 
 
+def command_report(arguments: Sequence[str]) -> int:
+    options = parse(ReportOptions, "report", "All that is known of a run as one HTML page.", arguments)
+    return import_commands().write_report_of_run(options)
+
+
 def command_summary(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("finetune summary: needs a recipe, as in: finetune summary vgg_head")
@@ -177,6 +209,20 @@ def command_cache(arguments: Sequence[str]) -> int:
     from finetune.cache_command import list_or_clear
 
     return list_or_clear(options.action, options.entries)
+
+
+def command_runs(arguments: Sequence[str]) -> int:
+    options = parse(RunsOptions, "runs", "The runs in a folder, or two runs side by side.", arguments)
+    from finetune.runs.table import list_or_compare
+
+    return list_or_compare(options.folders, options.sort, options.json)
+
+
+def command_doctor(arguments: Sequence[str]) -> int:
+    options = parse(DoctorOptions, "doctor", "What is missing or wrong on this machine.", arguments)
+    from finetune.doctor.report import examine
+
+    return examine(options.json)
 
 
 def command_new(arguments: Sequence[str]) -> int:
@@ -200,8 +246,11 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": command_export,
     "predict": command_predict,
     "evaluate": command_evaluate,
+    "report": command_report,
     "summary": command_summary,
+    "runs": command_runs,
     "cache": command_cache,
+    "doctor": command_doctor,
     "new": command_new,
 }
 
@@ -233,8 +282,10 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{where}{error.strerror or error}; check the path and its rights", FinetuneError.exit_code
     if is_out_of_memory(error):
         return f"out of memory ({one_line(error)}); close other programs, or give less to do at once", 1
-    text = f"{type(error).__name__}: {one_line(error)}"
-    return f"{text}; this is a fault of finetune: please report it with what --debug shows", FinetuneError.exit_code
+    return (
+        f"{in_words(error)}; this is a fault of finetune: please report it with what --debug shows",
+        FinetuneError.exit_code,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,9 +1,10 @@
 """What each command does, once its options are parsed. Imported late: this is where torch comes in."""
 
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune import launch
 from finetune.build import Numerics, determining_config
@@ -18,7 +19,11 @@ from finetune.run import RunFolder, newest_unfinished
 from finetune.state import Progress
 from finetune.text import json_line, printable
 from finetune.train import Settings
+from finetune.watch.outside import check_notify_urls, check_services, notify_urls
 from finetune.watch.progress import Terminal, make_console
+
+Result = TypeVar("Result")
+Conclude = Callable[[RunFolder, Progress, Terminal], Result]
 
 
 def make_terminal(quiet: bool) -> Terminal:
@@ -34,16 +39,38 @@ def check_workers(workers: int | None) -> int | None:
 def make_machine(options: Any) -> Machine:
     if options.cache_limit:
         parse_size(options.cache_limit)
-    return Machine(options.device, check_workers(options.workers), options.worker_start, options.cache_limit)
+    workers, notify = check_workers(options.workers), notify_urls(options.notify)
+    check_services(["notify"] if notify else [])
+    check_notify_urls(notify)
+    return Machine(options.device, workers, options.worker_start, options.cache_limit, notify)
 
 
-def train_recipe(path: Path, recipe: Recipe, options: Any) -> int:
-    """`finetune RECIPE`."""
+def train_recipe(path: Path, recipe: Recipe, options: Any, words: list[str]) -> int:
+    """`finetune RECIPE`; `words`: to repeat it."""
+    train(path.stem, tuple(local_modules(path)), recipe, options, words, finish)
+    return 0
+
+
+def train(
+    name: str, code: tuple[Path, ...], recipe: Recipe, options: Any, words: list[str], conclude: Conclude[Result]
+) -> Result:
+    """Begin a run, or go on with it if `options.resume` is given and there is one.
+
+    Args:
+        name: of the recipe.
+        code: files to keep with the run.
+        options: as in `options.RunOptions`.
+        words: to type after `finetune` to repeat it.
+        conclude: told how it ended; what it returns is returned.
+    """
     terminal = make_terminal(options.quiet)
     numerics = Numerics(options.precision, options.deterministic, options.backbone_precision or "", options.cache)
     saving = options.given()
     machine = make_machine(options)
-    settings = Settings(log_every_steps=options.log_every_steps, **saving)
+    settings = Settings(
+        **{"track": "tensorboard"} | saving, log_every_steps=options.log_every_steps, report=options.report
+    )
+    check_services(settings.trackers)
     opened = open_run(options.run, terminal.say) if options.run else nullcontext()
     with opened as run:
         if run is not None and run.exists() and options.resume:
@@ -53,28 +80,35 @@ def train_recipe(path: Path, recipe: Recipe, options: Any) -> int:
                     f"--run {run} --resume: holds another run: {'; '.join(found)}; "
                     "give its own values, or another --run"
                 )
-            return finish(run, launch.resume(run, machine, terminal, settings=saving), terminal)
+            return conclude(run, launch.resume(run, machine, terminal, settings=saving), terminal)
         if run is not None and run.exists() and run.has_checkpoint():
             raise UsageError(f"--run {run}: already holds a run; add --resume to go on with it, or give another folder")
         run, progress = launch.start(
             None if run is None else run.path,
-            path.stem,
+            name,
             recipe,
             numerics,
             machine,
             settings,
             terminal,
-            code=tuple(local_modules(path)),
+            code=code,
             init_from=options.init_from,
             copy_frozen=options.frozen == "copy",
             skip_broken=options.skip_broken,
             url="" if run is None else run.url,
+            command=words,
         )
-        return finish(run, progress, terminal)
+        return conclude(run, progress, terminal)
 
 
 def resume_run(options: Any) -> int:
     """`finetune resume`."""
+    resume(options, finish)
+    return 0
+
+
+def resume(options: Any, conclude: Conclude[Result]) -> Result:
+    """Go on with a run; see `train`. `options` as in `options.ResumeOptions`."""
     terminal = make_terminal(options.quiet)
     with open_run(options.run or str(newest_unfinished().path), terminal.say) as run:
         progress = launch.resume(
@@ -87,19 +121,18 @@ def resume_run(options: Any) -> int:
             from_file=Path(options.from_) if options.from_ else None,
             place=options.images or options.texts,
         )
-        return finish(run, progress, terminal)
+        return conclude(run, progress, terminal)
 
 
-def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> int:
+def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> None:
     """Say how it ended and what to type next. The last line is the run folder, for scripts."""
-    best = progress.best
-    if best:
-        terminal.say(
-            f"\n{progress.status}: best validation {best['metric']} {best['value']:.4f} in epoch {best['epoch']}"
-        )
+    terminal.say(f"\n{progress.status}: {progress.best_text()}")
     terminal.say("\nnext:")
     longer = 2 * max(progress.epoch, 1)
-    hints = {
+    hints = {}
+    if run.report_file.exists():
+        hints[str(run.report_file)] = "how it went and how good it is: open it in a browser"
+    hints |= {
         f"finetune export {run}": "weights that other programs load",
         f"finetune evaluate {run}": "figures by class, confusion matrix",
         f"finetune resume {run} --epochs {longer}": "train longer; after a crash, without --epochs",
@@ -110,11 +143,11 @@ def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> int:
     if data.get("texts") == "messages":
         hints["finetune bert_head --texts FILE"] = "your own texts: a csv with a text and a label in each row"
     width = max(map(len, hints))
+    fits = width + 4 + max(map(len, hints.values())) <= terminal.console.width
     for command, meaning in hints.items():
-        terminal.say(f"  {command:<{width}}  {meaning}")
+        terminal.say(f"  {command:<{width}}  {meaning}" if fits else f"  {command}\n      {meaning}")
     terminal.say("")
     print(run)
-    return 0
 
 
 def _say_aside(text: str) -> None:
@@ -180,6 +213,19 @@ def evaluate_run(options: Any) -> int:
         print(json_line(figures))
     else:
         show(figures, make_console())
+    return 0
+
+
+def write_report_of_run(options: Any) -> int:
+    """`finetune report`."""
+    from finetune.report.page import report_run
+
+    if options.output and Path(options.output).suffix.lower() != ".html":
+        raise UsageError(f"--output {options.output}: must end in .html")
+    with open_run(options.run, _say_aside, writes=not options.output) as run:
+        output = Path(options.output) if options.output else run.report_file
+        report_run(run, output, options.images or options.texts, _say_aside)
+    print(output)
     return 0
 
 

@@ -1,9 +1,10 @@
 """Starts a run, or goes on with one; holds what was saved against what is found."""
 
 import dataclasses
+import math
 import shutil
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ from finetune.data.contents import Contents
 from finetune.data.order import key
 from finetune.data.tokens import Tokenization
 from finetune.dataset import open_data
-from finetune.device import pick_device, set_numerics
+from finetune.device import pick_device, set_numerics, to_device
 from finetune.distil import pretrained, taught
 from finetune.errors import RunError, StoppedEarly, UsageError
+from finetune.facts import facts_of
 from finetune.guard import StopRequest, listen_for_signals
-from finetune.job import Job, Machine, describe, describe_freeze, make_loaders
+from finetune.job import Job, Machine, make_loaders
 from finetune.lock import hold_lock
 from finetune.look import check_unbroken, leave_out_broken, look
 from finetune.memory import guard_memory
 from finetune.models.freeze import frozen_tensors
-from finetune.models.heads import last_layer, rescale
+from finetune.models.heads import rescale
 from finetune.models.network import store_frozen
 from finetune.models.weights import Weights
 from finetune.old_run import extend, find_checkpoint, located, resumed_job, settings_of, settle
@@ -37,6 +39,9 @@ from finetune.tasks import make_task
 from finetune.tasks import to_device as task_to_device
 from finetune.train import Settings, count_steps, train
 from finetune.watch.progress import Terminal
+from finetune.watch.start import watching
+from finetune.watch.tracker import Begun
+from finetune.watch.watch import Subject, Watch
 
 # ---- A new run ---------------------------------------------------------------------------------------------------
 
@@ -56,6 +61,7 @@ def start(
     skip_broken: bool = False,
     place: str = "",
     url: str = "",
+    command: Sequence[str] = (),
 ) -> tuple[RunFolder, Progress]:
     """Begin a run in a folder that holds none, or one that died before its first checkpoint.
 
@@ -68,6 +74,7 @@ def start(
         skip_broken: look at every sample first, and leave broken ones out.
         place: where the recipe's data lies now, if not where it says.
         url: of the remote folder that `path` is the mirror of, if it is one.
+        command: what to type after `finetune` to do the same again; for people, no secrets.
 
     Raises:
         FinetuneError: see `train`.
@@ -82,15 +89,11 @@ def start(
         "init_from": init_from,
         "copy_frozen": copy_frozen,
         "skip_broken": skip_broken,
+        "command": list(command),
     }
     run = RunFolder(path or next_folder(name), url)
-    with made_folder(run), listen_for_signals(f"finetune resume {run}") as stop, guard_memory(stop):
-        shutil.rmtree(run.frozen, ignore_errors=True)
-        run_id = fill_folder(run, record, list(code))
-        frozen = frozen_tensors(job.network.module, job.network.rules(recipe.trainable.rules), 0)
-        store_frozen(run.frozen, weights, frozen, copy=copy_frozen, link=not url)
-        if isinstance(job.backbone.preprocessing, Tokenization):
-            job.backbone.preprocessing.write(run.tokenizer)
+    with made_folder(run), attended(run, machine, settings, terminal) as (stop, watch):
+        run_id = lay_out(run, record, code, job, weights)
         job = taught(job, terminal, stop)
         with closing(start_phase(job, 0, terminal, stop)) as phase:
             # Another run's weights come with that run's measured features, and these stay.
@@ -99,7 +102,18 @@ def start(
             job.loaders.train.contents.save(run.contents_file, terminal.say)
             seed_generators(key("train", recipe.seed))
             progress = Progress(history=[{"event": "start", "step": 0, "epoch": 0}])
-            return run, run_job(run, run_id, job, phase, progress, None, settings, terminal, stop)
+            return run, run_job(run, run_id, job, phase, progress, None, settings, watch, stop)
+
+
+def lay_out(run: RunFolder, record: dict[str, Any], code: Sequence[Path], job: Job, weights: Weights | None) -> str:
+    """Fill the folder of a new run; returns the run's id."""
+    shutil.rmtree(run.frozen, ignore_errors=True)
+    run_id = fill_folder(run, record, list(code))
+    frozen = frozen_tensors(job.network.module, job.network.rules(job.recipe.trainable.rules), 0)
+    store_frozen(run.frozen, weights, frozen, copy=record["copy_frozen"], link=not run.url)
+    if isinstance(job.backbone.preprocessing, Tokenization):
+        job.backbone.preprocessing.write(run.tokenizer)
+    return run_id
 
 
 @contextmanager
@@ -148,7 +162,7 @@ def new_job(
             raise RunError(f"--init-from {init_from}: trained on other classes ({count}, here {data.class_count})")
         if data.scale:
             tensors = network.module.state_dict()
-            rescale(tensors, last_layer(network.head_paths[-1], network.head_kind), other["scale"], data.scale)
+            rescale(tensors, network.last_layer_path, other["scale"], data.scale)
             network.module.load_state_dict(tensors)
     else:
         recipe_here = located(recipe, place)
@@ -211,9 +225,12 @@ def resume(
                 state |= progress_to_plain(progress)
                 checkpoints.write_checkpoint(run.checkpoints, state, is_best=False, keep=run_settings.keep)
             if job is None:
+                if run_settings.report and not run.report_file.exists():  # killed after the last step, before it
+                    Watch(terminal).report_old(run, place)
                 terminal.say(f"run {run} is {progress.status} at step {progress.step}; to train longer: --epochs N")
                 return progress
-            return go_on(run, record["id"], job, progress, state, run_settings, terminal, stop)
+            with watching_run(run, machine, run_settings, terminal) as watch:
+                return go_on(run, record["id"], job, progress, state, run_settings, watch, stop)
     if epochs or lr:
         raise UsageError(f"{run} has no checkpoint yet; go on without --epochs and --lr first")
     return start_over(run, record, machine, run_settings, terminal, place)
@@ -238,6 +255,7 @@ def start_over(
         skip_broken=record["skip_broken"],
         place=place,
         url=run.url,
+        command=record.get("command", ()),
     )
     return progress
 
@@ -249,10 +267,11 @@ def go_on(
     progress: Progress,
     state: dict[str, Any],
     settings: Settings,
-    terminal: Terminal,
+    watch: Watch,
     stop: StopRequest,
 ) -> Progress:
     """Train from a checkpoint on, in a run whose lock is held."""
+    terminal = watch.terminal
     if progress.best:
         problem = checkpoints.repair_best(run.checkpoints, progress.best["step"], run_id)
         if problem:
@@ -264,10 +283,29 @@ def go_on(
     job = taught(job, terminal, stop, state["data"]["taught_by"])
     with closing(start_phase(job, state["frozen"]["epoch"], terminal, stop, state["frozen"])) as phase:
         check_unbroken(job.data, phase.feed)
-        return run_job(run, run_id, job, phase, progress, state, settings, terminal, stop)
+        return run_job(run, run_id, job, phase, progress, state, settings, watch, stop)
 
 
 # ---- Both --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def attended(
+    run: RunFolder, machine: Machine, settings: Settings, terminal: Terminal
+) -> Iterator[tuple[StopRequest, Watch]]:
+    """While the block runs signals are heard, memory is guarded, and who watches is told how it ends."""
+    with (
+        listen_for_signals(f"finetune resume {run}") as stop,
+        guard_memory(stop),
+        watching_run(run, machine, settings, terminal) as watch,
+    ):
+        yield stop, watch
+
+
+def watching_run(
+    run: RunFolder, machine: Machine, settings: Settings, terminal: Terminal
+) -> AbstractContextManager[Watch]:
+    return watching(run, settings.trackers, machine.notify, settings.notify_every_epochs, terminal)
 
 
 def run_job(
@@ -278,7 +316,7 @@ def run_job(
     progress: Progress,
     resumed: dict[str, Any] | None,
     settings: Settings,
-    terminal: Terminal,
+    watch: Watch,
     stop: StopRequest,
 ) -> Progress:
     """Show what is about to happen, then train."""
@@ -286,11 +324,9 @@ def run_job(
     targets = data.source.targets[data.split.train]
     task = task_to_device(make_task(recipe.task, data.output_count, data.scale, targets), job.device)
     rules = job.network.rules(recipe.trainable.rules)
-    _, _, end_step = count_steps(recipe, len(data.split.train), progress)
-    epoch = resumed["frozen"]["epoch"] if resumed else 0
 
     def next_phase(epoch: int) -> Phase:
-        begun = start_phase(job, epoch, terminal, stop)
+        begun = start_phase(job, epoch, watch.terminal, stop)
         try:
             check_unbroken(data, begun.feed)
         except RunError:
@@ -298,8 +334,8 @@ def run_job(
             raise
         return begun
 
-    terminal.begin(describe(run, job), describe_freeze(job, epoch), progress.step, end_step)
-    return train(
+    tell_of_beginning(watch, run, run_id, job, phase, progress, settings, is_resumed=resumed is not None)
+    progress = train(
         run,
         recipe,
         {"run_id": run_id} | job.identity,
@@ -315,6 +351,34 @@ def run_job(
         job.device,
         job.numerics.precision,
         settings,
-        terminal,
+        watch,
         stop,
     )
+    watch.end(progress.status, f"{progress.status}: {progress.best_text()}")
+    return progress
+
+
+def tell_of_beginning(
+    watch: Watch,
+    run: RunFolder,
+    run_id: str,
+    job: Job,
+    phase: Phase,
+    progress: Progress,
+    settings: Settings,
+    is_resumed: bool,
+) -> None:
+    """Show the facts, and tell everybody who watches what is about to be trained."""
+    data, network, recipe = job.data, job.network, job.recipe
+    steps_per_epoch, _, end_step = count_steps(recipe, len(data.split.train), progress)
+    facts = facts_of(run, job, phase)
+    watch.terminal.begin(facts, progress.step, end_step)
+    watch.subject = Subject(
+        run, run_id, data.source.classes, data.source, facts, network.module, network.head(), network.last_layer(),
+        to_device(job.backbone.preprocessing.example(1), job.device), settings.report,
+    )  # fmt: skip
+    begun = Begun(
+        run_id, str(run), run.path, job.identity["config"], facts, progress.step, end_step,
+        math.ceil(end_step / steps_per_epoch), is_resumed, recipe.best_metric, progress.best,
+    )  # fmt: skip
+    watch.begin(begun, job.device)

@@ -22,13 +22,16 @@ class MachineOptions:
     cache_limit: str = ""
     """How much disk new features may take, like 20GB; default: a quarter of what is free. More = the backbone runs in
     every epoch."""
+    notify: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """URL that messages go to (slack://..., mailto://..., 100 more: see apprise); may be given several times. It is not
+    saved with the run; FINETUNE_NOTIFY in the environment does the same."""
     quiet: bool = False
     """Print the last line only."""
 
 
 @dataclass(frozen=True)
-class SavingOptions:
-    """How often to save."""
+class SettingOptions:
+    """What is saved with a run and holds at a resume, unless it is given anew."""
 
     save_every_steps: int | None = None
     """Save also every so many steps; 0 = at the end of each epoch only."""
@@ -36,14 +39,18 @@ class SavingOptions:
     """Save also when so many minutes have passed; 0 = never for that."""
     keep: int | None = None
     """Numbered checkpoints to keep, besides latest.pt and best.pt (2)."""
+    track: str | None = None
+    """Who else is told: tensorboard, wandb, both with a comma between, or none (tensorboard)."""
+    notify_every_epochs: int | None = None
+    """Send a message also every so many epochs; 0 = only of start, best, stop, failure, end."""
 
     def given(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(SavingOptions)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(SettingOptions)}
         return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
-class RunOptions(SavingOptions, MachineOptions):
+class RunOptions(SettingOptions, MachineOptions):
     """Options that every recipe has."""
 
     run: str = ""
@@ -62,6 +69,8 @@ class RunOptions(SavingOptions, MachineOptions):
     """Deterministic algorithms; without them a resume is not exact on CUDA."""
     log_every_steps: int = 10
     """Steps between two lines in metrics.jsonl."""
+    report: bool = True
+    """Write report.html at the end of the run."""
     frozen: Literal["auto", "copy"] = "auto"
     """copy = keep the frozen weights in the run folder, so that it stands alone."""
     skip_broken: bool = False
@@ -69,7 +78,7 @@ class RunOptions(SavingOptions, MachineOptions):
 
 
 @dataclass(frozen=True)
-class ResumeOptions(SavingOptions, MachineOptions):
+class ResumeOptions(SettingOptions, MachineOptions):
     """Options of `finetune resume`."""
 
     run: Annotated[str, tyro.conf.Positional] = ""
@@ -156,6 +165,20 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class ReportOptions:
+    """Options of `finetune report`."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run's folder or URL."""
+    output: str = ""
+    """The .html file to write; default: RUN/report.html."""
+    images: str = ""
+    """Where the run's images lie now, if they were moved."""
+    texts: str = ""
+    """Where the run's texts lie now, if they were moved."""
+
+
+@dataclass(frozen=True)
 class CacheOptions:
     """Options of `finetune cache`."""
 
@@ -163,3 +186,23 @@ class CacheOptions:
     """list what is kept, or clear it; what a run uses just now stays."""
     entries: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Only entries whose names begin so; default: all."""
+
+
+@dataclass(frozen=True)
+class RunsOptions:
+    """Options of `finetune runs`."""
+
+    folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER ...]")] = ("runs",)
+    """Folders that hold runs. Of two runs: the two side by side."""
+    sort: str = "changed"
+    """name, state, best, time, size, changed or epochs; the best, longest, largest or newest comes first."""
+    json: bool = False
+    """Print JSON: an array of runs; of two runs side by side, one object."""
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Options of `finetune doctor`."""
+
+    json: bool = False
+    """Print one JSON object."""

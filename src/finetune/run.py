@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint import LATEST
 from finetune.errors import RunError, UsageError
 from finetune.files import (
     TEMPORARY_SUFFIX,
@@ -20,7 +19,6 @@ from finetune.files import (
     write_json,
 )
 from finetune.lock import LOCK_FILE, OWNER_FILE
-from finetune.torch_files import load_plain
 
 RUNS_FOLDER = Path("runs")
 RECIPE_FILE = "recipe.json"
@@ -62,6 +60,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def latest(self) -> Path:
+        """The checkpoint to go on from."""
+        return self.checkpoints / "latest.pt"
+
+    @property
     def frozen(self) -> Path:
         return self.path / "frozen"
 
@@ -77,6 +80,19 @@ class RunFolder:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def validation_file(self) -> Path:
+        """What the best validation made of its samples; see `finetune.outcomes`."""
+        return self.path / "validation.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def contents_file(self) -> Path:
@@ -121,7 +137,7 @@ class RunFolder:
 
     def remove(self) -> None:
         """Delete everything that a run puts here, and then the folder. Its lock must be held."""
-        for folder in (self.checkpoints, self.code, self.frozen):
+        for folder in (self.checkpoints, self.code, self.frozen, self.tensorboard, self.path / "wandb"):
             shutil.rmtree(folder, ignore_errors=True)
         for path in [path for path in self.path.iterdir() if path.is_file()]:
             with suppress(OSError):
@@ -191,15 +207,28 @@ def fill_folder(run: RunFolder, record: dict[str, Any], code: list[Path]) -> str
     return run_id
 
 
+def peek(path: Path) -> dict[str, Any]:
+    """What a checkpoint says. Its tensors stay on the disk and its checksum is not looked at: whoever lists runs must
+    not read gigabytes.
+
+    Raises:
+        BadFile: it cannot be read, or is none.
+    """
+    from finetune.torch_files import load_plain  # torch: only where there is something to read
+
+    state = load_plain(path, mapped=True)
+    if not isinstance(state, dict) or not isinstance(state.get("status"), str):
+        raise BadFile(f"{path} is not a checkpoint of this kit")
+    return state
+
+
 def run_status(run: RunFolder) -> str:
     """ "new" (no checkpoint yet), "damaged", or the status in the newest checkpoint."""
-    path = run.checkpoints / LATEST
-    if not path.is_file():
+    if not run.latest.is_file():
         return "new"
     try:
-        # Mapped, not read: listing runs must not read gigabytes.
-        return str(load_plain(path, mapped=True)["status"])
-    except (BadFile, KeyError, TypeError):
+        return peek(run.latest)["status"]
+    except BadFile:
         return "damaged"
 
 

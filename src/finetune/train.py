@@ -20,7 +20,6 @@ from finetune.device import autocast, to_device
 from finetune.errors import RunError, UsageError
 from finetune.guard import StopRequest
 from finetune.losses import Losses
-from finetune.memory import own_memory_mb
 from finetune.metrics_file import MetricsFile
 from finetune.models.freeze import (
     Rule,
@@ -31,7 +30,14 @@ from finetune.models.freeze import (
     phase_of,
     set_modes,
 )
-from finetune.optim import load_optimizer_state, optimizer_state, schedule_factor, set_learning_rate
+from finetune.optim import (
+    learning_rates,
+    load_optimizer_state,
+    optimizer_state,
+    schedule_factor,
+    set_learning_rate,
+)
+from finetune.outcomes import Outcomes
 from finetune.phase import Feed, Phase
 from finetune.recipe import LOWER_IS_BETTER, Recipe
 from finetune.run import RunFolder
@@ -42,9 +48,12 @@ from finetune.state import (
     progress_to_plain,
     restore_generators,
 )
-from finetune.step import free_memory, gradients, in_halves, optimizer_step
+from finetune.step import free_memory, gradient_norm, gradients, in_halves, optimizer_step
 from finetune.tasks import Task
-from finetune.watch.progress import Terminal
+from finetune.watch.tracker import Validated
+from finetune.watch.watch import Watch
+
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -55,20 +64,38 @@ class Settings:
         save_every_steps, save_every_minutes: save also this often; 0 = at the end of each epoch only.
         keep: numbered checkpoints to keep.
         log_every_steps: steps between two lines in metrics.jsonl.
+        track: names of who else is told, with commas between: tensorboard, wandb; "" = nobody.
+        notify_every_epochs: send a message that often; 0 = never for that.
+        report: write report.html at the end.
     """
 
     save_every_steps: int = 0
     save_every_minutes: float = 0.0
     keep: int = 2
     log_every_steps: int = 10
+    track: str = ""
+    notify_every_epochs: int = 0
+    report: bool = False
 
     def __post_init__(self):
         """Raises UsageError for values that mean nothing."""
-        for name, least in (("save_every_steps", 0), ("save_every_minutes", 0), ("keep", 1), ("log_every_steps", 1)):
+        numbers = {"save_every_steps": 0, "save_every_minutes": 0, "keep": 1, "log_every_steps": 1}
+        for name, least in (numbers | {"notify_every_epochs": 0}).items():
             value = getattr(self, name)
             if not least <= value < math.inf:
                 text = "0 (off) or more" if least == 0 else "1 or more"
                 raise UsageError(f"--{name.replace('_', '-')} {value}: not allowed; give {text}")
+        unknown = [name for name in self.trackers if name not in TRACKERS]
+        if unknown:
+            raise UsageError(
+                f"--track {self.track}: {unknown[0]!r} is unknown; give {', '.join(TRACKERS)}, several with commas "
+                "between, or none"
+            )
+
+    @property
+    def trackers(self) -> list[str]:
+        """Names of those who are told."""
+        return [name for name in self.track.replace(" ", "").split(",") if name not in ("", "none")]
 
 
 def validate(
@@ -80,22 +107,26 @@ def validate(
     device: torch.device,
     precision: str,
     stop: StopRequest,
+    watched: nn.Module | None,
     halvings: int = 0,
-) -> dict[str, float]:
-    """The task's figures over the samples `indices`, everything in eval mode; the batch halved so many times.
+) -> Outcomes | None:
+    """What comes of the samples `indices`, everything in eval mode; the batch halved so many times.
+
+    Args:
+        watched: the layer whose input some are to see.
 
     Returns:
-        {} when a stop was asked for before the end.
+        None when a stop was asked for before the end.
     """
     model.eval()
-    tally = task.tally(device)
+    outcomes = Outcomes(task, device, len(indices))
     requests = (Request(batch.tolist()) for batch in batches_from(indices, max(1, batch_size >> halvings)))
-    with torch.inference_mode(), autocast(device, precision):
+    with torch.inference_mode(), autocast(device, precision), outcomes.listening(watched):
         for batch in feed.validation.batches(requests):
             if stop.requested:
-                return {}
-            tally.add(feed.forward(to_device(batch.inputs, device)), batch.targets.to(device))
-    return {f"val/{name}": value for name, value in tally.figures().items()}
+                return None
+            outcomes.add(batch.indices, feed.forward(to_device(batch.inputs, device)), batch.targets.to(device))
+    return outcomes
 
 
 def is_better(metric: str, value: float, best: dict[str, Any]) -> bool:
@@ -168,7 +199,7 @@ def train(
     device: torch.device,
     precision: str,
     settings: Settings,
-    terminal: Terminal,
+    watch: Watch,
     stop: StopRequest,
 ) -> Progress:
     """Train from where `progress` stands to the end.
@@ -191,7 +222,6 @@ def train(
     spec = recipe.optimizer
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     last_saved = time.monotonic()
-
     train_samples, validation_samples = (reading_order(part, samples) for part in data.split[:2])
 
     if resumed:
@@ -222,14 +252,15 @@ def train(
         losses.check()
         state = state_now()
         losses.check_weights(state["model"])
-        contents.save(run.contents_file, terminal.say)
+        contents.save(run.contents_file, watch.say)
+        watch.saving()
         write_checkpoint(run.checkpoints, state, is_best=is_best, keep=settings.keep)
         last_saved = time.monotonic()
-        terminal.saved()
+        watch.saved()
 
     def ran_out_of_memory(text: str) -> None:
         free_memory(device)
-        terminal.say(text)
+        watch.say(text)
 
     def validation_is_due() -> bool:
         at_end = progress.position_samples >= samples or progress.step >= end_step
@@ -242,15 +273,18 @@ def train(
         epoch_loss = progress.epoch_loss()
         size = recipe.batch_size * 4
 
-        attempt = partial(validate, model, phase.feed, validation_samples, size, task, device, precision, stop)
-        values, progress.halvings = in_halves(attempt, size, progress.halvings, ran_out_of_memory)
+        validate_all = partial(validate, model, phase.feed, validation_samples, size, task, device, precision, stop)
+        attempt = partial(validate_all, watch.layer)
+        outcomes, progress.halvings = in_halves(attempt, size, progress.halvings, ran_out_of_memory)
         set_modes(model, rules, batchnorm, phase.epoch)
-        if not values:
+        if outcomes is None:
             return False
         epoch = math.ceil(progress.step / steps_per_epoch)
-        metrics_file.write({"step": progress.step, "epoch": epoch, "train/epoch_loss": epoch_loss} | values)
-        best = record_validation(recipe, progress, values, epoch)
-        terminal.validated(epoch, epochs, {"train loss": epoch_loss} | values, best)
+        figures = outcomes.figures()
+        best = record_validation(recipe, progress, figures, epoch)
+        values = {"train/epoch_loss": epoch_loss} | figures
+        metrics_file.write({"step": progress.step, "epoch": epoch} | values)
+        watch.validated(Validated(progress.step, epoch, epochs, values, progress.best, best), outcomes)
         return best
 
     def conclude_step(save_is_due: bool) -> None:
@@ -280,7 +314,7 @@ def train(
         return phase.feed.train.batches(Request(batch.tolist(), augment_epoch) for batch in batches)
 
     mark = resumed["metrics_file"] if resumed else None
-    metrics_file = MetricsFile(run.metrics_file, terminal.say, mark, progress.step)
+    metrics_file = MetricsFile(run.metrics_file, watch.say, mark, progress.step)
     losses = Losses(run.bad_batch_file, contents.source.name)
 
     try:
@@ -302,7 +336,7 @@ def train(
                 phase = next_phase(progress.epoch)
                 load_optimizer_state(phase.optimizer, carried)
                 progress.history.append({"event": "thaw", "step": progress.step, "epoch": progress.epoch})
-                terminal.say(f"epoch {progress.epoch + 1}: thawed, {len(phase.trainable)} tensors train now")
+                watch.say(f"epoch {progress.epoch + 1}: thawed, {len(phase.trainable)} tensors train now")
 
             optimizer = phase.optimizer
             set_modes(model, rules, batchnorm, phase.epoch)
@@ -310,14 +344,15 @@ def train(
             for batch in batches_of_epoch():
                 # ---- One optimizer step -------------------------------------------------------------------------
                 inputs, targets = to_device(batch.inputs, device), batch.targets.to(device, non_blocking=True)
-                lr = learning_rate(recipe, progress, steps_per_epoch, horizon_steps)
-                set_learning_rate(optimizer, lr)
+                set_learning_rate(optimizer, learning_rate(recipe, progress, steps_per_epoch, horizon_steps))
                 batch_samples, halvings = len(targets), progress.halvings
                 attempt = partial(
                     gradients, phase.feed.forward, task, inputs, targets, spec.accumulate, optimizer, scaler, precision
                 )
                 at_once = math.ceil(batch_samples / spec.accumulate)
                 batch_loss, progress.halvings = in_halves(attempt, at_once, halvings, ran_out_of_memory, statistics)
+                norm = gradient_norm(optimizer, scaler) if (progress.step + 1) % settings.log_every_steps == 0 else None
+                watch.take_gradients()
                 optimizer_step(optimizer, scaler, spec.clip_norm)
 
                 # ---- Where we are now ---------------------------------------------------------------------------
@@ -325,13 +360,14 @@ def train(
                 progress.position_samples += batch_samples
                 progress.loss_sum = progress.loss_sum.to(device).add(batch_loss, alpha=batch_samples)
                 progress.loss_samples += batch_samples
-                epoch_number = progress.epoch + 1
                 losses.note(progress.step, batch.indices, batch_loss)
-                if progress.step % settings.log_every_steps == 0:
+                watch.step(progress.step, progress.epoch + 1, epochs, batch_samples)
+                if norm is not None:
                     losses.check()
-                    values = {"step": progress.step, "epoch": epoch_number, "train/loss": batch_loss.item(), "lr": lr}
-                    metrics_file.write(values | {"memory/process_mb": own_memory_mb()})
-                terminal.step(progress.step, epoch_number, epochs, batch_samples)
+                    values = {"train/loss": batch_loss.item(), "train/gradient_norm": norm.item()}
+                    values |= learning_rates(optimizer) | watch.measure()
+                    metrics_file.write({"step": progress.step, "epoch": progress.epoch + 1} | values)
+                    watch.logged(progress.step, values)
 
                 # ---- Validate and save: on step boundaries only ---------------------------------------------------
                 minutes = (time.monotonic() - last_saved) / 60
@@ -344,7 +380,6 @@ def train(
         if hash_tensors(frozen_tensors(model, rules, phase.epoch)) != phase.frozen_sha256:
             raise RunError("frozen tensors changed while training; this is a fault of finetune: please report it")
     finally:
-        terminal.end()
         metrics_file.close()
         phase.close()
     return progress

@@ -14,7 +14,7 @@ from finetune.data.tokens import Tokenization
 from finetune.dataset import open_data, open_source, split_data
 from finetune.errors import FinetuneError, RunError
 from finetune.models.backbones import Backbone
-from finetune.models.heads import folded_state, last_layer, rescale, standardised_layers
+from finetune.models.heads import folded_state, rescale, standardised_layers
 from finetune.models.network import Network
 from finetune.recipe import Recipe
 from finetune.run import RunFolder
@@ -59,7 +59,7 @@ def trained_tensors(run: RunFolder, which: str) -> Trained:
     tensors = folded_state(network.module)
     samples = comparison_samples(recipe, backbone, state)
     if scale := state["data"]["scale"]:
-        rescale(tensors, last_layer(network.head_paths[-1], network.head_kind), scale)
+        rescale(tensors, network.last_layer_path, scale)
     folded = bool(scale) or any(True for _ in standardised_layers(network.module))
     outputs = own_outputs(network.module.eval(), samples, scale)
     return Trained(recipe, numerics, backbone, network, state, tensors, samples, outputs, folded)

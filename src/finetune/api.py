@@ -1,0 +1,142 @@
+"""The kit from Python, as in a notebook: the same runs, options and errors as on the command line."""
+
+import dataclasses
+import difflib
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import RunError, UsageError
+from finetune.options import ResumeOptions, RunOptions
+from finetune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has ended.
+
+    Attributes:
+        folder: of the run.
+        status: "finished" or "stopped early" (nothing got better any more).
+        best: {"metric", "value", "step", "epoch"} of the best validation.
+    """
+
+    folder: Path
+    status: str
+    best: dict[str, Any]
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    def validations(self) -> list[dict[str, float]]:
+        """A dict each: step, epoch, train/epoch_loss, val/loss, val/accuracy, ..."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if "val/loss" in line]
+
+    def export(self, output: str | Path = "") -> Path:
+        """The best weights, for `finetune.load` and for stock torchvision or transformers.
+
+        Args:
+            output: .pt, .safetensors or .onnx; default: model.pt in the run's folder.
+
+        Raises:
+            FinetuneError: see `finetune export`.
+        """
+        from finetune.export import FORMATS, export
+        from finetune.run import RunFolder
+
+        path = Path(output) if output else self.folder / "model.pt"
+        if path.suffix not in FORMATS:
+            raise UsageError(f"output {path}: must end in {' or '.join(FORMATS)}")
+        export(RunFolder(self.folder), "best", path)
+        return path
+
+    def show_report(self, height_pixels: int = 600) -> Any:
+        """The report within the notebook.
+
+        Raises:
+            RunError: the run has none.
+        """
+        if not self.report.is_file():
+            raise RunError(f"{self.report} does not exist; write it with: finetune report {self.folder}")
+        from IPython.display import HTML
+
+        # The page itself, not its place: a notebook of Colab cannot reach a file on the machine it runs on.
+        page = html.escape(self.report.read_text(encoding="utf-8"))
+        frame = (
+            f"width='100%' height='{height_pixels}' style='border: 0' title='report of {html.escape(str(self.folder))}'"
+        )
+        return HTML(f"<iframe srcdoc='{page}' {frame}></iframe>")
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        best = self.best
+        words = f"best validation {best['metric']} {best['value']:.4f} in epoch {best['epoch']}" if best else ""
+        rows = {"run": str(self.folder), self.status: words, "report": str(self.report)}
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
+            for name, text in rows.items()
+        )
+        return f"<table>{cells}</table>"
+
+
+def fit(recipe: Recipe, run: str | Path = "", *, name: str = "notebook", **options: Any) -> FinishedRun:
+    """Train a recipe. With `run`, the same call goes on where the last one ended: after a crash, run the cell again.
+
+    Args:
+        recipe: as a recipe function, `image_head` or `text_head` returns it; it may be made in a notebook's cell.
+        run: the run's folder; default: the next free runs/NAME-N, a new one with each call.
+        name: of the recipe, for that folder.
+        options: those of `finetune RECIPE --help` that every run has, with _ in place of -: device="cpu",
+            save_every_minutes=5, notify=("slack://...",), cache=False.
+
+    Raises:
+        FinetuneError: as the command line would say it; StoppedEarly when it was interrupted, and saved.
+    """
+    if not isinstance(recipe, Recipe):
+        raise UsageError(
+            f"fit: {type(recipe).__name__} is no Recipe; call the recipe function, as in fit(recipe(lr=1e-3)), or "
+            "image_head(images=..., backbone=...)"
+        )
+    given = _given(RunOptions, {"resume": bool(run)} | options | {"run": str(run)})
+    from finetune import commands
+
+    return commands.train(name, (), recipe, given, [], _conclude)
+
+
+def resume(run: str | Path = "", **options: Any) -> FinishedRun:
+    """Go on with a run as if it had never stopped.
+
+    Args:
+        run: its folder; default: the newest unfinished below runs/.
+        options: those of `finetune resume --help`, with _ in place of -: epochs=30, device="cuda", from_="...".
+
+    Raises:
+        FinetuneError: as the command line would say it.
+    """
+    given = _given(ResumeOptions, options | {"run": str(run)})
+    from finetune import commands
+
+    return commands.resume(given, _conclude)
+
+
+def _given(kind: type, options: dict[str, Any]) -> Any:
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in options:
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"allowed are {', '.join(sorted(names))}"
+            raise UsageError(f"option {name}: unknown; {hint}")
+    return kind(**{name: str(value) if isinstance(value, Path) else value for name, value in options.items()})
+
+
+def _conclude(run: Any, progress: Any, terminal: Any) -> FinishedRun:
+    if run.url:
+        terminal.say(f"{run}: a copy of it lies in {run.path}")
+    if progress.status not in ("finished", "stopped early"):
+        raise RunError(f"run {run} is {progress.status} at step {progress.step}; go on with finetune.resume")
+    return FinishedRun(run.path, progress.status, progress.best)
