@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from finetune.recipe import Recipe
     from finetune.state import Progress
     from finetune.train import Settings
-    from finetune.watch.progress import Terminal
+    from finetune.watch.watch import Watch
 
 PACKAGES = ("torch", "torchvision", "lightning", "transformers", "accelerate", "fastai", "scikit-learn")
 HERE = Path(__file__).parent
@@ -234,7 +234,7 @@ def machine() -> dict[str, Any]:
 def train_alone(
     folder: Path, recipe: "Recipe", model: "nn.Module", rules: "tuple[Rule, ...]", feed: "Feed", contents: Any,
     train_indices: "Tensor", validation_indices: "Tensor", class_count: int, settings: "Settings",
-    terminal: "Terminal",
+    watch: "Watch",
 ) -> "Progress":  # fmt: skip
     """Our own loop and nothing around it, on the CPU, with AdamW.
 
@@ -268,7 +268,7 @@ def train_alone(
     run.make()
     return train(
         run, recipe, {"config": {}, "data": {}, "network": {}}, model, rules, phase, lambda epoch: phase, contents,
-        data, task, Progress(), None, torch.device("cpu"), "fp32", settings, terminal,
+        data, task, Progress(), None, torch.device("cpu"), "fp32", settings, watch,
         StopRequest(),
     )  # fmt: skip
 

@@ -56,6 +56,7 @@ def train_on(count: int, folder: Path) -> dict[str, Any]:
     from finetune.recipe import Images, Model, Optimizer, Recipe
     from finetune.train import Settings
     from finetune.watch.progress import Terminal, make_console
+    from finetune.watch.watch import Watch
 
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports the rest of torch
     before_mb = resident_mb()
@@ -98,7 +99,7 @@ def train_on(count: int, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     progress = train_alone(
         folder / f"run{count}", recipe, model, (Rule("*"),), feed, Asked.contents, train_indices, validation_indices,
-        CLASSES, Settings(log_every_steps=1_000), terminal,
+        CLASSES, Settings(log_every_steps=1_000), Watch(terminal),
     )  # fmt: skip
     seconds = time.perf_counter() - started
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
