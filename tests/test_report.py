@@ -394,7 +394,7 @@ def test_what_ended_a_run_and_how_to_go_on_is_said(trained, tmp_path):
         ("failed: the loss is <b>nan</b>", "Failed: the loss is <b>nan</b>"),
         ("stopped early", "Stopped early, as nothing got better any more"),
     ):
-        write_report(run, run.report_file, [], [], status)
+        write_report(gather(run), run.report_file, [], [], status)
         page = Page(run.report_file)
         assert words in page.text and f"finetune resume {run}" in page.text and "--epochs" not in page.text
     assert main(["report", str(run)]) == 0 and "Stopped, can be resumed" in Page(run.report_file).text

@@ -165,11 +165,6 @@ def _pairs(classes: Tensor, values: Tensor) -> list[list[Any]]:
     return [[number, value] for number, value in zip(classes.tolist(), values.tolist(), strict=True)]
 
 
-def is_validation(value: Any, run_id: str, step: int) -> bool:
-    """Whether validation.json, as it was read, is of this run and step."""
-    return isinstance(value, dict) and value.get("run_id") == run_id and value.get("step") == step
-
-
 def class_names(numbers: Sequence[int], classes: Sequence[str]) -> str:
     """As a person reads them."""
     return ", ".join(classes[number] for number in numbers)

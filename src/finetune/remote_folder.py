@@ -32,8 +32,8 @@ class RemoteFolder:
             self.file_system, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except ImportError as error:
             raise UsageError(
-                f"--run {url}: needs another package ({one_line(error)}); for s3:// pip install 'finetune[s3]', "
-                "for gs:// 'finetune[gs]'"
+                f"--run {url}: needs another package ({one_line(error)}); for s3:// pip install s3fs, "
+                "for gs:// pip install gcsfs"
             ) from None
         except Exception as error:  # any library may stand behind a URL
             raise UsageError(

@@ -47,7 +47,7 @@ STATUS_TEXTS = {
 }
 
 
-def write_report(run: RunFolder, output: Path, best: Sequence[Example], worst: Sequence[Example], status: str) -> None:
+def write_report(data: RunData, output: Path, best: Sequence[Example], worst: Sequence[Example], status: str) -> None:
     """Write the report of a run.
 
     Args:
@@ -56,18 +56,35 @@ def write_report(run: RunFolder, output: Path, best: Sequence[Example], worst: S
         status: "finished", "stopped early", "stopped", "running" or "failed: ...".
 
     Raises:
-        RunError: no run, damaged recipe.json or validation.json, or the file cannot be written.
+        RunError: the file cannot be written.
     """
-    _write(gather(run), output, best, worst, status)
-
-
-def _write(data: RunData, output: Path, best: Sequence[Example], worst: Sequence[Example], status: str) -> None:
     page = render(data, best, worst, status)
     try:
         make_folders(output.parent)
         write_atomically(output, lambda stream: stream.write(page.encode()))
     except OSError as error:
         raise RunError(f"--output {output}: cannot be written ({error.strerror}); name another file") from None
+
+
+def best_and_worst(data: RunData, source: Source | None) -> list[list[Example]]:
+    """Samples of the best validation, the best and the worst.
+
+    Args:
+        source: of the samples; None = it is not there any more.
+
+    Raises:
+        RunError: validation.json does not fit to it.
+    """
+    if data.validation is None:
+        return [[], []]
+    classes = data.checkpoint.classes if data.checkpoint else [row.name for row in data.validation.classes]
+    try:
+        return [examples_of(samples, classes, source) for samples in (data.validation.best, data.validation.worst)]
+    except NOT_AS_WRITTEN as error:
+        raise RunError(
+            f"validation of the run {data.run.validation_file} names samples or classes that its data has not "
+            f"({one_line(error)}); restore it, or delete it"
+        ) from None
 
 
 # ---- Out of the files of a run alone --------------------------------------------------------------------------------
@@ -81,7 +98,7 @@ def report_run(run: RunFolder, output: Path, place: str, say: Callable[[str], No
         say: told what of the data could not be found.
 
     Raises:
-        RunError: see `write_report`.
+        RunError: see `gather`, `best_and_worst` and `write_report`.
         UsageError: what lies at `place` is not the run's data.
     """
     data = gather(run)
@@ -92,11 +109,11 @@ def report_run(run: RunFolder, output: Path, place: str, say: Callable[[str], No
         if place:
             raise
         say(f"no pictures or texts in the report: {error.args[0]}")
-    best, worst = _examples(data, source)
+    best, worst = best_and_worst(data, source)
     status = data.checkpoint.status if data.checkpoint else "stopped"
     if status not in ("finished", "stopped early"):
         status = "running" if is_held(run.path) else "stopped"
-    _write(data, output, best, worst, status)
+    write_report(data, output, best, worst, status)
 
 
 def _open_data(data: RunData, place: str) -> Source | None:
@@ -116,20 +133,6 @@ def _open_data(data: RunData, place: str) -> Source | None:
             f"{spec.option}"
         )
     return source
-
-
-def _examples(data: RunData, source: Source | None) -> list[list[Example]]:
-    """The best and the worst samples."""
-    if data.validation is None:
-        return [[], []]
-    classes = data.checkpoint.classes if data.checkpoint else [row.name for row in data.validation.classes]
-    try:
-        return [examples_of(samples, classes, source) for samples in (data.validation.best, data.validation.worst)]
-    except NOT_AS_WRITTEN as error:
-        raise RunError(
-            f"validation of the run {data.run.validation_file} names samples or classes that its data has not "
-            f"({one_line(error)}); restore it, or delete it"
-        ) from None
 
 
 # ---- The page -------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.source import Source
-from finetune.errors import FinetuneError, in_words
-from finetune.files import read_json, write_json
-from finetune.outcomes import Outcomes, is_validation
+from finetune.errors import in_words
+from finetune.files import write_json
+from finetune.outcomes import Outcomes
 from finetune.run import RunFolder
 from finetune.state import capture_generators, restore_generators
 from finetune.watch.devices import device_figures
@@ -67,6 +67,7 @@ class Watch:
         self.terminal, self.run = terminal, run
         self.subject: Subject | None = None
         self._trackers: list[Tracker] = []
+        self._said: set[str] = set()
         self._step, self._best = 0, dict[str, Any]()
         self._device = torch.device("cpu")
         self._leak = LeakWatch()
@@ -94,7 +95,10 @@ class Watch:
             action()
             return True
         except Exception as error:  # whatever a library, a disk or a network can raise: the run goes on
-            self.terminal.say(f"{what}: {in_words(error)}; the run goes on without it")
+            text = f"{what}: {in_words(error)}; the run goes on without it"
+            if text not in self._said:
+                self._said.add(text)
+                self.terminal.say(text)
             return False
 
     def _tell(self, action: Callable[[Tracker], None]) -> None:
@@ -242,21 +246,15 @@ class Watch:
         self._guarded("report.html", report)
 
     def _report(self, subject: Subject, status: str) -> list[Example]:
-        """Write it; the samples with the largest loss."""
-        from finetune.watch.examples import examples_of
+        """Write it; the samples of the best validation with the largest loss."""
+        from finetune.report.data import gather
+        from finetune.report.page import best_and_worst, write_report
 
-        best = self._best
-        validation: dict[str, Any] = {}
-        with suppress(FinetuneError):  # the report says that there is none
-            validation = read_json(subject.run.validation_file, "best validation")
-        if not is_validation(validation, subject.run_id, best.get("step", -1)):
-            validation = {"worst": [], "best": []}
-        examples = [examples_of(validation[which], subject.classes, subject.source) for which in ("best", "worst")]
+        data = gather(subject.run)
+        best, worst = best_and_worst(data, subject.source)
         if subject.report:
-            from finetune.report.page import write_report
-
-            write_report(subject.run, subject.run.report_file, *examples, status)
-        return examples[1]
+            write_report(data, subject.run.report_file, best, worst, status)
+        return worst
 
 
 def _pictures(subject: Subject, outcomes: Outcomes, step: int, at_end: bool) -> Pictures:
