@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from finetune.job import Machine
 from finetune.memory import Limit, Use, describe_shortage, guard_memory, limits
 from finetune.models.freeze import learning_statistics
 from finetune.run import RunFolder
+from finetune.tasks import ClassificationTask
 from finetune.train import Settings
 
 MB = 1_000_000
@@ -333,3 +335,24 @@ def test_a_failed_attempt_leaves_no_trace_in_statistics_and_random_numbers():
     found, halvings = step.in_halves(compute, 8, 0, lambda _: None, statistics)
     assert halvings == 1 and torch.equal(found, attempts[0])
     assert norm[0].num_batches_tracked == 1
+
+
+def test_the_gradients_of_an_attempt_that_failed_halfway_do_not_count():
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    task, inputs, targets = ClassificationTask(2), torch.randn(8, 3), torch.randint(2, (8,))
+    parts: list[int] = []
+
+    def forward(part: torch.Tensor) -> torch.Tensor:
+        parts.append(len(part))
+        if parts == [4, 4]:
+            raise MemoryError
+        return layer(part)
+
+    attempt = partial(step.gradients, forward, task, inputs, targets, 2, optimizer, scaler, "fp32")
+    loss, halvings = step.in_halves(attempt, 4, 0, lambda _: None)
+    assert parts == [4, 4, 2, 2, 2, 2] and halvings == 1
+    expected = torch.nn.functional.cross_entropy(layer(inputs), targets)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(layer.weight.grad, torch.autograd.grad(expected, layer.weight)[0])

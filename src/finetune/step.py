@@ -33,16 +33,20 @@ def gradients(
     Returns:
         () the mean loss, on the device.
     """
-    optimizer.zero_grad(set_to_none=True)  # what an attempt that ran out of memory left
     batch_weight, parts = task.weight(targets), accumulate << halvings
     part_losses = []
-    # The parts of a batch are weighed by the whole batch, so any number of parts gives the same mean.
-    for part_inputs, part_targets in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
-        with autocast(inputs.device, precision):
-            outputs = forward(part_inputs)
-        loss = training_loss(task, outputs, part_targets) / batch_weight
-        scaler.scale(loss).backward()
-        part_losses.append(loss.detach())
+    try:
+        # The parts of a batch are weighed by the whole batch, so any number of parts gives the same mean.
+        for part_inputs, part_targets in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
+            with autocast(inputs.device, precision):
+                outputs = forward(part_inputs)
+            loss = training_loss(task, outputs, part_targets)
+            # The mean's gradient, without a node of the graph for the division.
+            loss.backward(scaler.scale(torch.ones_like(loss) / batch_weight))
+            part_losses.append(loss.detach() / batch_weight)
+    except BaseException:
+        optimizer.zero_grad(set_to_none=True)  # of some parts only
+        raise
     return sum(part_losses[1:], start=part_losses[0])
 
 
@@ -90,7 +94,7 @@ def free_memory(device: torch.device) -> None:
 def _generators() -> list[Tensor]:
     """The state of those that a forward pass draws from: the CPU's, and the current CUDA device's if it is used."""
     states = [torch.get_rng_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         states.append(torch.cuda.get_rng_state())
     return states
 
