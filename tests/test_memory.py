@@ -103,15 +103,16 @@ def test_the_guard_asks_once_and_its_thread_ends_with_the_block(monkeypatch):
 
 
 class Filling(DyingTerminal):
-    """Fills the address space more with each step, as a program that leaks would."""
+    """Fills the address space more with each step, as a program that leaks would: 100 MB a second, of which the guard,
+    that looks once a second, sees the last 200."""
 
     def __init__(self):
         super().__init__()
         self.kept: list[bytearray] = []
 
     def step(self, *_) -> None:
-        self.kept.append(bytearray(50 * MB))
-        time.sleep(0.1)
+        self.kept.append(bytearray(20 * MB))
+        time.sleep(0.2)
 
 
 LEAK = f"""
