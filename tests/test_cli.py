@@ -1,13 +1,15 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import finetune, finish, read
+from conftest import finetune, read
 
 from finetune.cli import main
 from finetune.run import RunFolder
@@ -151,20 +153,32 @@ raise SystemExit(code)
         assert done.returncode == 0, (words, done.stderr)
 
 
-def test_worker_processes_end_with_the_command(tmp_path):
-    process = finetune(
-        "vgg_head", "--epochs", "1", "--train-samples", "50", "--augment", "light", "--workers", "2", "--quiet",
-        "--run", str(tmp_path / "run"),
-    )  # fmt: skip
-    finish(process)
-    deadline = time.monotonic() + 2
-    while True:
-        try:
-            os.killpg(process.pid, 0)  # the workers belong to its group
-        except ProcessLookupError:
-            break
-        assert time.monotonic() < deadline, "somebody of the process group is still alive"
-        time.sleep(0.05)
+SCRIPT = 'import finetune, sys; finetune.fit(finetune.image_head(images="digits", backbone="bundled/vgg", epochs=1), sys.argv[1], workers=2)'
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "finetune.cli", "vgg_head", "--train-samples", "50", "--workers", "2", "--augment", "light", "--run"],
+        ["-m", "finetune.cli", "vgg_head", "--train-samples", "50", "--workers", "2", "--run"],
+        ["-c", SCRIPT],
+    ],
+    ids=["samples", "kept features", "kept features, from Python"],
+)
+def test_worker_processes_end_with_the_process_that_started_them(tmp_path, words):
+    options = ["--epochs", "1", "--quiet"] if words[0] == "-m" else []
+    process = subprocess.Popen([sys.executable, *words, str(tmp_path / "run"), *options], start_new_session=True)
+    try:
+        assert process.wait(timeout=60) == 0
+        deadline = time.monotonic() + 2
+        with pytest.raises(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)  # the workers belong to its group
+                time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_a_run_goes_on_to_its_end_when_nobody_reads_its_output_any_more(tmp_path):

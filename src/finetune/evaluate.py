@@ -1,6 +1,7 @@
 """`finetune evaluate`: how good a checkpoint is, on data that it did not train on."""
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def evaluate(
     task = make_task(recipe.task, state["data"]["outputs"], state["data"]["scale"])
     tally, calibration, broken = task.tally(device), Calibration(device), list[str]()
     batches = batches_from(judged.indices, BATCH_SAMPLES)
-    with torch.inference_mode(), autocast(device, numerics.precision):
+    with closing(loader), torch.inference_mode(), autocast(device, numerics.precision):
         for batch in loader.batches(Request(indices.tolist(), tolerant=True) for indices in batches):
             broken += [reason for _, reason in batch.broken]
             if len(batch.indices):

@@ -47,6 +47,11 @@ class Loaders(NamedTuple):
     train: Loader
     validation: Loader
 
+    def close(self) -> None:
+        """End the worker processes of both."""
+        for loader in self:
+            loader.close()
+
 
 def make_loaders(data: Data, machine: Machine, device: torch.device, contents: Contents) -> Loaders:
     pin_memory = device.type == "cuda"

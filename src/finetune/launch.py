@@ -95,7 +95,7 @@ def start(
     with made_folder(run), attended(run, machine, settings, terminal) as (stop, watch):
         run_id = lay_out(run, record, code, job, weights)
         job = taught(job, terminal, stop)
-        with closing(start_phase(job, 0, terminal, stop)) as phase:
+        with closing(job.loaders), closing(start_phase(job, 0, terminal, stop)) as phase:
             # Another run's weights come with that run's measured features, and these stay.
             broken = look(job, phase.feed, measure=not init_from, all_files=skip_broken, terminal=terminal, stop=stop)
             job = dataclasses.replace(job, data=leave_out_broken(job.data, broken, skip_broken, terminal))
@@ -281,7 +281,8 @@ def go_on(
     terminal.say(f"resuming {run} at {where}")
     progress.history.append({"event": "resume", "step": progress.step, "epoch": progress.epoch})
     job = taught(job, terminal, stop, state["data"]["taught_by"])
-    with closing(start_phase(job, state["frozen"]["epoch"], terminal, stop, state["frozen"])) as phase:
+    epoch = state["frozen"]["epoch"]
+    with closing(job.loaders), closing(start_phase(job, epoch, terminal, stop, state["frozen"])) as phase:
         check_unbroken(job.data, phase.feed)
         return run_job(run, run_id, job, phase, progress, state, settings, watch, stop)
 

@@ -101,6 +101,8 @@ def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal, stop: 
     first, second = (list(batches_from(part, BATCH_SAMPLES)) for part in (measured, others))
     requests = [Request(batch.tolist(), measured_view(job), tolerant=True) for batch in first]
     requests += [Request(batch.tolist(), tolerant=True) for batch in second]
+    if not requests:
+        return []
     batches = loader.batches(requests)
     broken: list[BrokenSample] = []
 

@@ -1,7 +1,9 @@
 """Batches fetched ahead by worker processes, or in this one. Which of the two cannot change a bit."""
 
+import atexit
 import multiprocessing
 import signal
+import weakref
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 
@@ -102,7 +104,12 @@ class Loader:
 
     def close(self) -> None:
         """End the worker processes; the next batches start others."""
+        # Left to Python they end when nothing refers to the DataLoader any more, not even a cycle or an exception's
+        # frame. At exit they would be sent the one SIGTERM that they ignore, and be waited for.
+        iterator = None if self._loader is None else self._loader._iterator
         self._loader = None
+        if iterator is not None:
+            iterator._shutdown_workers()
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """The batches of `requests`, in their order.
@@ -126,5 +133,16 @@ class Loader:
         else:
             if self._loader is None:
                 self._loader = self._with_workers()
+                _with_processes.add(self)
             self._requests.requests = requests
             yield from self._loader
+
+
+_with_processes: weakref.WeakSet[Loader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Whoever was not closed is closed before the interpreter waits for its child processes."""
+    for loader in list(_with_processes):
+        loader.close()
