@@ -1,6 +1,7 @@
 """Asked to stop: a run saves and exits 75 within seconds, wherever it is; asked twice by Ctrl-C, it leaves at once."""
 
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -124,3 +125,32 @@ def test_ctrl_break_saves_and_exits_75(tmp_path):
     process.send_signal(signal.CTRL_BREAK_EVENT)
     finish(process, code=75)
     assert read(run)["status"] == "running"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are of POSIX")
+@pytest.mark.parametrize("is_disowned", [False, True], ids=["stops", "disowned, goes on"])
+def test_a_terminal_that_is_closed_stops_a_run_politely_or_not_at_all(tmp_path, is_disowned):
+    import fcntl
+    import termios
+
+    ours, theirs = os.openpty()
+
+    def own_terminal() -> None:
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)  # its end is a SIGHUP to this process
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if is_disowned else signal.SIG_DFL)
+
+    run = RunFolder(tmp_path / "run")
+    words = ["vgg_head", "--epochs", "40" if is_disowned else "4000", "--log-every-steps", "1", "--run", str(run.path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune.cli", *words, "--track", "none", "--no-report"],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=own_terminal,
+        env=os.environ | {"TERM": "xterm-256color"},
+    )  # fmt: skip
+    os.close(theirs)
+    deadline = time.monotonic() + 60
+    while not run.metrics_file.exists() and time.monotonic() < deadline:
+        if select.select([ours], [], [], 0.01)[0]:
+            os.read(ours, 65536)
+    os.close(ours)
+    assert process.wait(timeout=60) == (0 if is_disowned else 75)
+    assert read(run)["status"] == ("finished" if is_disowned else "running")

@@ -1,8 +1,10 @@
 """Watching a run: told numbers, never in the way. The terminal, validation.json, and what a watcher that fails can do."""
 
+import io
 import json
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -277,6 +279,31 @@ terminal.end()
         "0.5000",
         "best",
     ]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+def test_what_a_stream_cannot_encode_is_shown_by_its_code(encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    terminal = Terminal(Console(file=stream, width=80))
+    terminal.begin({"run folder": "日本/é"}, 0, 10)
+    terminal.say("\ud800")
+    stream.flush()
+    shown = stream.buffer.getvalue().decode(encoding)
+    assert ("日本" if encoding == "utf-8" else r"\u65e5\u672c") in shown and ("é" in shown) == (encoding != "ascii")
+
+
+def test_a_stream_that_fails_or_is_closed_is_let_go():
+    for stream in (open("/dev/full", "w", buffering=1), io.StringIO()):  # noqa: SIM115
+        terminal = Terminal(Console(file=stream, force_terminal=True, width=80))
+        if isinstance(stream, io.StringIO):
+            stream.close()
+        with terminal.track("first look", 3) as advance:
+            advance(1)
+        terminal.begin({"device": "cpu"}, 0, 10)
+        terminal.say("much " * 10_000)
+        terminal.end()
+        with suppress(OSError):
+            stream.close()
 
 
 def test_quiet_says_the_run_folder_only_and_a_pipe_gets_no_bar(capsys):

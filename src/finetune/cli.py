@@ -19,7 +19,15 @@ from typing import Annotated, Any, NoReturn
 import docstring_parser
 import tyro
 
-from finetune.errors import FinetuneError, StoppedEarly, UsageError, in_words, is_out_of_memory, one_line
+from finetune.errors import (
+    FinetuneError,
+    StoppedEarly,
+    UsageError,
+    in_words,
+    is_out_of_memory,
+    one_line,
+    reader_is_gone,
+)
 from finetune.guard import exit_on_signals
 from finetune.head_recipes import image_head, text_head
 from finetune.options import (
@@ -315,6 +323,9 @@ def run() -> NoReturn:
     """The `finetune` process, a second quicker than `main`: Python looks for no garbage while torch is imported, and
     torch is not taken apart in the end."""
     gc.disable()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
     exit_on_signals()
     try:
         code = main()
@@ -322,11 +333,13 @@ def run() -> NoReturn:
         code = int(end.code or 0)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nobody reads any more, and exit functions flush
     except OSError as error:
-        print(f"finetune: standard output cannot be written ({error.strerror}); give it more room", file=sys.stderr)
-        code = code or 1
+        if not reader_is_gone(error):
+            with suppress(OSError):
+                text = f"standard output cannot be written ({error.strerror}); give it more room"
+                print(f"finetune: {text}", file=sys.stderr)
+            code = code or 1
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - exit functions flush
     try:
         with suppress(OSError):
             sys.stderr.flush()

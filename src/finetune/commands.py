@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from finetune import launch
 from finetune.build import Numerics, determining_config
 from finetune.cache import parse_size
-from finetune.errors import UsageError
+from finetune.errors import UsageError, reader_is_gone
 from finetune.job import Machine
 from finetune.plain import differences
 from finetune.recipe import Recipe
@@ -147,7 +147,11 @@ def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> None:
     for command, meaning in hints.items():
         terminal.say(f"  {command:<{width}}  {meaning}" if fits else f"  {command}\n      {meaning}")
     terminal.say("")
-    print(run)
+    try:
+        print(run)
+    except OSError as error:
+        if not reader_is_gone(error):
+            raise
 
 
 def _say_aside(text: str) -> None:

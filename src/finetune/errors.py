@@ -1,5 +1,6 @@
 """What a user can be told: each error is one line that says what, the value, what is allowed and what to do."""
 
+import errno
 from collections.abc import Sequence
 
 
@@ -68,3 +69,8 @@ class StoppedEarly(FinetuneError):
     """The run was asked to stop, saved its state and is worth calling again."""
 
     exit_code = 75
+
+
+def reader_is_gone(error: OSError) -> bool:
+    """Of an error while writing to standard output: whether a pipe's reader, or the terminal, is there no more."""
+    return error.errno in (errno.EPIPE, errno.EIO)

@@ -1,12 +1,14 @@
 """What a person sees in the terminal while a run goes on. In a pipe: plain lines."""
 
 import html
+import io
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import IO, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -33,9 +35,50 @@ class PatientConsole(Console):
         self.quiet = True
 
 
+class PatientStream(io.TextIOBase):
+    """A stream for what is only to be seen: what it cannot encode is written as an escape code, and when it fails, as
+    that of a closed terminal does, it falls silent for good. rich's bar writes from a thread of its own and as it
+    ends; none of that may end a run, or hide what ended it."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+        self._is_silent = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        try:
+            text.encode(self.encoding)
+        except UnicodeError:
+            text = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+        self._patiently(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._patiently(self._stream.flush)
+
+    def _patiently(self, action: Callable[[], Any]) -> None:
+        if not self._is_silent:
+            try:
+                action()
+            except (OSError, ValueError):  # a ValueError: the stream is closed
+                self._is_silent = True
+
+
 def make_console(quiet: bool = False) -> Console:
     """A console on standard output. Where no terminal reads it, on a CI server and with NO_COLOR: plain lines."""
-    is_terminal = sys.stdout.isatty()
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
     plain = (not is_terminal and not in_notebook()) or bool(os.environ.get("NO_COLOR")) or bool(os.environ.get("CI"))
     width = None if is_terminal else 120
     return PatientConsole(
@@ -98,10 +141,11 @@ class NotebookBar:
 
 
 class Terminal:
-    """A table at the start, a bar while training, a line after each validation."""
+    """A table at the start, a bar while training, a line after each validation. To show them can never stop a run."""
 
     def __init__(self, console: Console):
         self.console = console
+        self.console.file = PatientStream(console.file)
         self._live: Live | None = None
         self._notebook_bar: NotebookBar | None = None
         self._started = self._last_saved = time.monotonic()
@@ -111,15 +155,8 @@ class Terminal:
         self._values: dict[str, float] = {}
         self._metric: tuple[str, float] | None = None
 
-    def _print(self, what: RenderableType) -> None:
-        """Print, or fall silent for good when nobody reads any more: showing can never stop a run."""
-        try:
-            self.console.print(what)
-        except OSError:
-            self.console.quiet = True
-
     def say(self, text: str) -> None:
-        self._print(Text("\n".join(map(printable, text.split("\n")))))
+        self.console.print(Text("\n".join(map(printable, text.split("\n")))))
 
     # ---- Before the training -----------------------------------------------------------------------------------------
 
@@ -164,7 +201,7 @@ class Terminal:
         table.add_column(overflow="fold")
         for label, text in facts.items():
             table.add_row(label, Text(printable(text)))
-        self._print(Padding(table, (1, 0)))
+        self.console.print(Padding(table, (1, 0)))
         self._step = self._first_step = step
         self._total_steps = total_steps
         self._started = self._last_saved = time.monotonic()
@@ -200,7 +237,7 @@ class Terminal:
             parts.append(f"{label or key.rpartition('/')[2]} {value:{'.4f' if is_wide else '.3f'}}")
         parts += ["best"] if validated.is_best else []
         line = "  ".join(parts)
-        self._print(Text(line if len(line) <= self.console.width else " ".join(parts)))
+        self.console.print(Text(line if len(line) <= self.console.width else " ".join(parts)))
 
     def saved(self) -> None:
         self._last_saved = time.monotonic()
