@@ -1,5 +1,6 @@
 """The kit from Python, and in a real notebook's kernel: real cells, real processes, real kills."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -13,6 +14,9 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 import finetune as kit
+from finetune.api import _given
+from finetune.launch import alone_in_process
+from finetune.options import ResumeOptions, RunOptions
 from finetune.run import RunFolder
 
 from conftest import Killed, assert_equal_runs, last_step  # isort: skip
@@ -110,6 +114,12 @@ def test_a_folder_on_a_drive_without_hard_links_goes_on_as_well(tmp_path, monkey
         (lambda: kit.resume("nowhere", epoch=3), "did you mean epochs?"),
         (lambda: kit.resume("nowhere"), "run folder nowhere does not exist"),
         (lambda: kit.fit(digits(), track="wandbee"), "'wandbee' is unknown; give tensorboard, wandb"),
+        (lambda: kit.fit(digits(), track=["tensorboard", "x"]), "--track tensorboard,x: 'x' is unknown"),
+        (lambda: kit.fit(digits(), notify="nowhere://user:secret@host"), "--notify: URL 1 (nowhere://) is none"),
+        (lambda: kit.fit(digits(), workers="two"), "--workers: 'two' is no INT"),
+        (lambda: kit.fit(digits(), keep=1.5), "--keep: '1.5' is no INT"),
+        (lambda: kit.fit(digits(), report="no"), "option report 'no': give True or False"),
+        (lambda: kit.fit(digits(), frozen="Copy"), "invalid choice 'Copy' for argument '--frozen'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, call, words):
@@ -118,6 +128,23 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, call, words):
         call()
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_options_are_what_the_command_line_makes_of_them():
+    words = {"save_every_minutes": "2.5", "log_every_steps": 5, "workers": None, "report": False, "cache": True}
+    given = _given(RunOptions, "RECIPE", Path("a b"), words | {"notify": ("json://a", "json://b"), "quiet": True})
+    expected = RunOptions(save_every_minutes=2.5, log_every_steps=5, report=False, quiet=True, run="a b")
+    assert given == dataclasses.replace(expected, notify=("json://a", "json://b"))
+    assert _given(RunOptions, "RECIPE", "", {"notify": "json://a,b"}).notify == ("json://a,b",)
+    assert _given(ResumeOptions, "resume", "-run", {"from_": "a.pt", "lr": 1e-5}) == ResumeOptions(
+        run="-run", from_="a.pt", lr=1e-5
+    )
+
+
+def test_a_second_training_in_the_same_process_is_refused(tmp_path):
+    with alone_in_process(), pytest.raises(kit.RunError, match="another thread of this process trains"):
+        kit.fit(digits(), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 # ---- In a kernel ----------------------------------------------------------------------------------------------------------

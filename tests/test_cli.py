@@ -153,6 +153,20 @@ raise SystemExit(code)
         assert done.returncode == 0, (words, done.stderr)
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_wrong_option_is_one_line_whatever_the_terminal_can_show(encoding):
+    for words, starts in (
+        (["--epohcs", "3"], "Unrecognized options: --epohcs, 3; Perhaps you meant: --epochs INT"),
+        (["--workers", "x"], "Error parsing --workers: 'x' is no INT; all options:"),
+    ):
+        command = [sys.executable, "-m", "finetune.cli", "vgg_head", *words]
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stderr
+        assert said.startswith(f"finetune: {starts}")
+        assert said.endswith("; all options: finetune vgg_head --help\n") and said.count("\n") == 1
+        assert "---" not in said
+
+
 SCRIPT = 'import finetune, sys; finetune.fit(finetune.image_head(images="digits", backbone="bundled/vgg", epochs=1), sys.argv[1], workers=2)'
 
 

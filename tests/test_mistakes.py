@@ -174,6 +174,7 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], int, list[str]]] = {
     "a GPU that is not there": (lambda: ["vgg_head", "--device", "cuda:7"], 2, ["--device cuda:7: cannot be used", "give auto, cpu"]),
     "a device that is none": (lambda: ["vgg_head", "--device", "toaster"], 2, ["--device toaster: cannot be used"]),
     "half precision on the CPU": (lambda: ["vgg_head", "--precision", "fp16", "--device", "cpu"], 2, ["--precision fp16: not on cpu; allowed there are fp32 and bf16"]),
+    "a password in an option that is none": (lambda: ["vgg_head", "--notfy", "json://me:secret@host/x"], 2, ["Unrecognized options: --notfy, json://...;"]),
     "negative workers": (lambda: ["vgg_head", "--workers", "-1"], 2, ["--workers -1: not allowed; give 0 (none) or more"]),
     "no checkpoints kept": (lambda: ["vgg_head", "--keep", "0"], 2, ["--keep 0: not allowed; give 1 or more"]),
     "a negative pause between saves": (lambda: ["vgg_head", "--save-every-steps", "-1"], 2, ["--save-every-steps -1: not allowed"]),

@@ -315,7 +315,8 @@ def test_a_curve_keeps_what_can_be_read_of_a_log(tmp_path):
         '{"step": 1, "train/loss": 1.0}', '{"step": 2, "train/loss": NaN}', "[]", '{"step": 3, "train/lo',
         '{"step": 4, "train/loss": "x"}', '{"step": true, "train/loss": 1}', '{"step": 1e400, "train/loss": 1}',
         '{"step": -1, "train/loss": 1}', "[" * 100_000, '{"step": 5, "train/loss": 2}', '{"step": 6, "train/loss": 3}',
-        '{"step": 5, "train/loss": 4}', f'{{"step": 7, "train/loss": 1{"0" * 400}}}', '{"step": 8, "train/loss": true}',
+        '{"step": 5, "train/loss": 4}', '{"step": 6, "train/loss": -1e308}', '{"step": 9000000000000000, "train/loss": 1}',
+        f'{{"step": 7, "train/loss": 1{"0" * 400}}}', '{"step": 8, "train/loss": true}',
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     curve = read_curves(tmp_path / "metrics.jsonl")["train/loss"]

@@ -111,6 +111,14 @@ def test_training_time_is_that_of_all_processes_together(runs, tmp_path, capsys)
     assert listed(capsys, str(tmp_path))["killed-1"]["seconds"] > before
 
 
+def test_an_absurd_time_in_a_log_is_no_reason_to_list_nothing(trained, tmp_path, capsys):
+    run = RunFolder(shutil.copytree(trained.path, tmp_path / "absurd"))
+    with open(run.metrics_file, "a") as stream:
+        stream.write('{"step": 99, "time/seconds": ' + "9" * 400 + "}\n")
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "absurd" in capsys.readouterr().out
+
+
 def test_the_size_counts_what_is_linked_several_times_once(trained, tmp_path, capsys):
     copy = RunFolder(shutil.copytree(trained.path, tmp_path / "run"))
     for path in [path for path in copy.path.rglob("*") if path.is_file()]:

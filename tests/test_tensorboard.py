@@ -1,5 +1,6 @@
 """What TensorBoard is given of real runs, read with TensorBoard's own reader; and seen in a real browser."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -32,8 +33,8 @@ from finetune.job import Machine
 from finetune.run import RunFolder
 from finetune.train import Settings
 from finetune.watch.sheets import confusion_sheet, example_sheet
-from finetune.watch.tensorboard import EventFile, principal_components
-from finetune.watch.tracker import Example
+from finetune.watch.tensorboard import EventFile, TensorBoard, Writer, principal_components
+from finetune.watch.tracker import Begun, Example, Pictures
 
 SETTINGS = Settings(save_every_steps=3, log_every_steps=1, track="tensorboard")
 
@@ -133,7 +134,7 @@ def test_a_resume_doubles_nothing_and_leaves_no_hole(tmp_path, tracked):
         launch.resume(run, Machine("cpu"), DyingTerminal(11), settings={})
     launch.resume(run, Machine("cpu"), DyingTerminal(), settings={})
     ours, theirs = events(run), events(tracked)
-    assert len(list(run.tensorboard.glob("events*"))) == 3 + 1  # one is the graph's
+    assert len(list(run.tensorboard.glob("events*"))) == 3
     for tag in ("val/loss", "val/accuracy", "train/epoch_loss"):
         assert [(point.step, point.value) for point in ours.Scalars(tag)] == [
             (point.step, point.value) for point in theirs.Scalars(tag)
@@ -143,6 +144,58 @@ def test_a_resume_doubles_nothing_and_leaves_no_hole(tmp_path, tracked):
     assert [one.step for one in ours.Images("validation/worst first")] == [14]
     assert (run.tensorboard / "projector_config.pbtxt").read_text().count("embeddings") == 1
     assert ours.Tags()["graph"]
+
+
+def test_a_run_that_is_begun_anew_in_its_folder_doubles_nothing(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(Killed):
+        settings = dataclasses.replace(SETTINGS, save_every_steps=0)
+        launch.start(run.path, "test", small_recipe(), Numerics(), Machine("cpu"), settings, DyingTerminal(5))
+    assert not run.has_checkpoint() and steps_of(events(run), "train/loss")
+    launch.resume(run, Machine("cpu"), DyingTerminal(), settings={})
+    steps = steps_of(events(run), "train/loss")
+    assert all(before < after for before, after in itertools.pairwise(steps)) and steps[-1] == 14
+
+
+def test_a_clock_that_goes_back_changes_no_order(tmp_path, monkeypatch):
+    first = Writer(tmp_path)
+    first.add_values(1, {"loss": 1.0})
+    first.add_values(2, {"loss": 0.5})
+    first.close()
+    monkeypatch.setattr("time.time_ns", lambda: 1)
+    for value in (0.4, 0.3):
+        with Writer(tmp_path, purge_step=2) as writer:
+            writer.add_values(2, {"loss": value})
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+    assert [(point.step, point.value) for point in found.Scalars("loss")] == [(1, 1.0), (2, np.float32(0.3))]
+
+
+def test_who_looks_on_while_pictures_are_drawn_sees_the_curve_go_on(tmp_path):
+    board, device = TensorBoard(tmp_path), torch.device("cpu")
+    board.begin(Begun("", "run", tmp_path, {}, {}, 0, 10, 1, False, "accuracy"))
+    board.logged(1, {"train/loss": 1.0})
+    viewer = EventAccumulator(str(tmp_path))
+    viewer.Reload()
+    network = torch.nn.Linear(2, 2)
+    board.draw(Pictures(1, (), None, (), None, network, torch.zeros(1, 2, device=device), False))
+    for step in (2, 3):
+        viewer.Reload()
+        board.logged(step, {"train/loss": 1.0})
+    viewer.Reload()
+    assert steps_of(viewer, "train/loss") == [1, 2, 3] and viewer.Tags()["graph"]
+    board.close()
+
+
+def test_weights_too_large_for_a_histogram_are_left_out(tmp_path):
+    board = TensorBoard(tmp_path)
+    board.begin(Begun("", "run", tmp_path, {}, {}, 0, 10, 1, False, "accuracy"))
+    large = {"huge": torch.full((4,), 1e25), "infinite": torch.tensor([torch.inf]), "weight": torch.ones(4)}
+    board.histograms(1, large, {})
+    board.close()
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+    assert found.Tags()["histograms"] == ["head weights/weight"]
 
 
 def test_tracking_does_not_change_a_bit_of_a_run(tmp_path, tracked):

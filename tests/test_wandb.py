@@ -218,7 +218,32 @@ def test_a_stopped_run_is_shown_as_one_to_go_on_with(tmp_path, monkeypatch):
     # The validation of step 23 may come when the run goes on.
     assert rows(found) == [{"_step": 10, "train/loss": 0.1}]
     state = json.loads((folder / "wandb-step.json").read_text())
-    assert state == {"sent_step": 10, "step": 23, "row": {"train/loss": 0.2}}
+    assert state == {"run_id": begun(folder).run_id, "sent_step": 10, "step": 23, "row": {"train/loss": 0.2}}
+
+
+def test_a_run_begun_anew_in_its_folder_is_another_with_all_of_its_steps(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    state = {"run_id": "of the first try", "sent_step": 10, "step": 11, "row": {"train/loss": 9.0}}
+    (tmp_path / "wandb-step.json").write_text(json.dumps(state))
+    with outside(tmp_path, services=("wandb",)) as (one, said):
+        one.begin(begun(tmp_path))
+        one.logged(5, {"train/loss": 0.5})
+        one.end(Ended("finished", "finished"))
+        one.process.wait(60)
+    assert said == [] and rows(read_folder(folders(tmp_path)[0])) == [{"_step": 5, "train/loss": 0.5}]
+
+
+def test_a_run_that_failed_is_shown_as_failed_though_its_best_is_no_number(tmp_path, trained, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = make_folder(tmp_path, trained)
+    with outside(folder, services=("wandb",)) as (one, said):
+        one.begin(begun(folder))
+        best = {"metric": "loss", "value": float("inf"), "step": 23, "epoch": 1}
+        one.end(Ended("failed", "the loss is nan", "runs/flowers-1", best))
+        one.process.wait(60)
+    found = read_folder(folders(folder)[0])
+    assert said == [] and found["exit"][0].exit_code == 1
+    check_best(found, folder, best | {"value": "inf"})
 
 
 def test_without_an_account_a_run_goes_on_and_says_what_to_do(tmp_path):

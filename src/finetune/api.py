@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import html
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,11 @@ class FinishedRun:
 
     def validations(self) -> list[dict[str, float]]:
         """A dict each: step, epoch, train/epoch_loss, val/loss, val/accuracy, ..."""
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if "val/loss" in line]
+        lines = []
+        for text in (self.folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):  # a line that a kill has torn
+                lines.append(json.loads(text))
+        return [line for line in lines if isinstance(line, dict) and "val/loss" in line]
 
     def export(self, output: str | Path = "") -> Path:
         """The best weights, for `finetune.load` and for stock torchvision or transformers.
@@ -102,7 +106,7 @@ def fit(recipe: Recipe, run: str | Path = "", *, name: str = "notebook", **optio
             f"fit: {type(recipe).__name__} is no Recipe; call the recipe function, as in fit(recipe(lr=1e-3)), or "
             "image_head(images=..., backbone=...)"
         )
-    given = _given(RunOptions, {"resume": bool(run)} | options | {"run": str(run)})
+    given = _given(RunOptions, "RECIPE", run, {"resume": bool(run)} | options)
     from finetune import commands
 
     return commands.train(name, (), recipe, given, [], _conclude)
@@ -118,20 +122,33 @@ def resume(run: str | Path = "", **options: Any) -> FinishedRun:
     Raises:
         FinetuneError: as the command line would say it.
     """
-    given = _given(ResumeOptions, options | {"run": str(run)})
+    given = _given(ResumeOptions, "resume", run, options)
     from finetune import commands
 
     return commands.resume(given, _conclude)
 
 
-def _given(kind: type, options: dict[str, Any]) -> Any:
-    names = [field.name for field in dataclasses.fields(kind)]
-    for name in options:
+def _given(kind: type, command: str, run: str | Path, options: dict[str, Any]) -> Any:
+    """Options, checked as those of the command line are, and by the same parser."""
+    from finetune.cli import parse
+
+    names = [field.name for field in dataclasses.fields(kind) if field.name != "run"]
+    words: list[str] = []
+    for name, value in options.items():
         if name not in names:
             nearest = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"allowed are {', '.join(sorted(names))}"
             raise UsageError(f"option {name}: unknown; {hint}")
-    return kind(**{name: str(value) if isinstance(value, Path) else value for name, value in options.items()})
+        option = name.strip("_").replace("_", "-")
+        if isinstance(getattr(kind, name), bool) and not isinstance(value, bool):
+            raise UsageError(f"option {name} {value!r}: give True or False")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif name == "notify" and isinstance(value, list | tuple):
+            words += [f"--{option}={one}" for one in value]
+        elif value is not None:
+            words.append(f"--{option}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+    return dataclasses.replace(parse(kind, command, "", words), run=str(run))
 
 
 def _conclude(run: Any, progress: Any, terminal: Any) -> FinishedRun:

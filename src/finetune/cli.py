@@ -6,6 +6,7 @@ import gc
 import inspect
 import io
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -45,6 +46,11 @@ from finetune.recipe import Recipe
 from finetune.recipe_files import call_recipe, find_recipe_file, load_recipe_function, shipped_recipes
 from finetune.text import printable
 
+# What tyro says of an option that may be left out.
+INSTANTIATED = re.compile(
+    r"Error parsing (--[\w-]+): no type matching \{None\}\|(.+?) could be instantiated from \[(.*?)\]\.?.*"
+)
+ADDRESS = re.compile(r"([A-Za-z][\w+.-]*://)[^\s;,]+")
 # Options that say nothing of what is trained; those of the first kind are followed by a value. URLs hold passwords.
 ONCE, ONCE_WITHOUT_VALUE = ("--run", "--notify"), ("--resume", "--quiet")
 
@@ -144,11 +150,15 @@ def parse(options: type, command: str, description: str, arguments: Sequence[str
     # The first paragraph between the box's rules is what is wrong, the second what was perhaps meant. In a terminal
     # tyro colours it, wherever it goes.
     plain = Text.from_ansi(said.getvalue()).plain
-    lines = [line.strip("│ ") for line in plain.splitlines() if not line.startswith(("╭", "╰"))]
-    groups = groupby(lines, lambda line: line.startswith("─"))
+    lines = [line.strip("│ ") for line in plain.splitlines() if line.strip() and not line.startswith(("╭", "╰"))]
+    groups = groupby(lines, lambda line: not line.strip("─-"))
     paragraphs = [" ".join(group).rstrip(".") for is_rule, group in groups if not is_rule]
+    if "╭" not in plain:  # where standard output is ASCII the box has a title above its first rule
+        del paragraphs[0]
     meant = [words for words in paragraphs[1:] if words.startswith("Perhaps you meant")]
-    raise UsageError("; ".join([*paragraphs[:1], *meant, f"all options: finetune {command} --help"]))
+    paragraphs[:1] = [INSTANTIATED.sub(r"Error parsing \1: \3 is no \2", text) for text in paragraphs[:1]]
+    text = "; ".join([*paragraphs[:1], *meant, f"all options: finetune {command} --help"])
+    raise UsageError(ADDRESS.sub(r"\1...", text))  # an address may hold a password
 
 
 def import_commands() -> ModuleType:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
@@ -92,7 +92,7 @@ def start(
         "command": list(command),
     }
     run = RunFolder(path or next_folder(name), url)
-    with made_folder(run), attended(run, machine, settings, terminal) as (stop, watch):
+    with alone_in_process(), made_folder(run), attended(run, machine, settings, terminal) as (stop, watch):
         run_id = lay_out(run, record, code, job, weights)
         job = taught(job, terminal, stop)
         with closing(job.loaders), closing(start_phase(job, 0, terminal, stop)) as phase:
@@ -107,7 +107,7 @@ def start(
 
 def lay_out(run: RunFolder, record: dict[str, Any], code: Sequence[Path], job: Job, weights: Weights | None) -> str:
     """Fill the folder of a new run; returns the run's id."""
-    shutil.rmtree(run.frozen, ignore_errors=True)
+    run.clear()
     run_id = fill_folder(run, record, list(code))
     frozen = frozen_tensors(job.network.module, job.network.rules(job.recipe.trainable.rules), 0)
     store_frozen(run.frozen, weights, frozen, copy=record["copy_frozen"], link=not run.url)
@@ -210,7 +210,12 @@ def resume(
     record = run.read_recipe()
     recipe, numerics = split_config(record["config"])
     run_settings = settings_of(run, record, settings)
-    with hold_lock(run.path), listen_for_signals(f"finetune resume {run}") as stop, guard_memory(stop):
+    with (
+        alone_in_process(),
+        hold_lock(run.path),
+        listen_for_signals(f"finetune resume {run}") as stop,
+        guard_memory(stop),
+    ):
         found = find_checkpoint(run, record, from_file, terminal)
         if found is not None:
             path, state = found
@@ -288,6 +293,24 @@ def go_on(
 
 
 # ---- Both --------------------------------------------------------------------------------------------------------
+
+
+_training = threading.Lock()
+
+
+@contextmanager
+def alone_in_process() -> Iterator[None]:
+    """Torch's random generators and its number of threads are one for all threads of a process.
+
+    Raises:
+        RunError: another thread trains.
+    """
+    if not _training.acquire(blocking=False):
+        raise RunError("another thread of this process trains; wait for it, or start a process of its own")
+    try:
+        yield
+    finally:
+        _training.release()
 
 
 @contextmanager

@@ -8,6 +8,11 @@ import tyro
 
 from finetune.head_recipes import ImageTable, TextTable
 
+# Options that may be left out; without a name of its own, help would show "{None}|INT (default: None)".
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+
 
 @dataclass(frozen=True)
 class MachineOptions:
@@ -15,7 +20,7 @@ class MachineOptions:
 
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch."""
-    workers: int | None = None
+    workers: OptionalInt = None
     """Processes that read and augment images ahead; 0 = none; default: for image files one a core, 8 at most."""
     worker_start: Literal["auto", "fork", "forkserver", "spawn"] = "auto"
     """How worker processes start; auto = the platform's way."""
@@ -33,15 +38,15 @@ class MachineOptions:
 class SettingOptions:
     """What is saved with a run and holds at a resume, unless it is given anew."""
 
-    save_every_steps: int | None = None
+    save_every_steps: OptionalInt = None
     """Save also every so many steps; 0 = at the end of each epoch only."""
-    save_every_minutes: float | None = None
+    save_every_minutes: OptionalFloat = None
     """Save also when so many minutes have passed; 0 = never for that."""
-    keep: int | None = None
+    keep: OptionalInt = None
     """Numbered checkpoints to keep, besides latest.pt and best.pt (2)."""
-    track: str | None = None
+    track: OptionalStr = None
     """Who else is told: tensorboard, wandb, both with a comma between, or none (tensorboard)."""
-    notify_every_epochs: int | None = None
+    notify_every_epochs: OptionalInt = None
     """Send a message also every so many epochs; 0 = only of start, best, stop, failure, end."""
 
     def given(self) -> dict[str, Any]:
@@ -160,7 +165,7 @@ class EvaluateOptions:
     """Print one JSON object instead of tables."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch."""
-    workers: int | None = None
+    workers: OptionalInt = None
     """Processes that read images ahead; 0 = none; default: for image files one a core, 8 at most."""
 
 

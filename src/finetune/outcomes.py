@@ -48,7 +48,8 @@ class Outcomes:
             return
 
         def hear(_layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self._heard = inputs[0]
+            first = inputs[0] if inputs else None  # a model of one's own may give it by name
+            self._heard = first if isinstance(first, Tensor) else None
 
         handle = layer.register_forward_pre_hook(hear)
         try:

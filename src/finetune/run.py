@@ -104,6 +104,14 @@ class RunFolder:
         """The samples of the batch whose loss was no number."""
         return self.path / "bad_batch.json"
 
+    def clear(self) -> None:
+        """Take away what a run that died before its first checkpoint left, to begin anew in its folder."""
+        for folder in (self.frozen, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.validation_file, self.report_file, self.bad_batch_file):
+            with suppress(OSError):
+                file.unlink()
+
     def exists(self) -> bool:
         """Whether a run was begun here: its recipe is written last when a folder is made."""
         return self.recipe_file.is_file()

@@ -203,7 +203,10 @@ def _disk(facts: list[dict[str, Any]]) -> Rows:
 
 def _short(path: str) -> str:
     """A path as one would type it."""
-    home = str(Path.home())
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # nobody has one here
+        return path
     return f"~{path.removeprefix(home)}" if path.startswith(f"{home}{os.sep}") else path
 
 

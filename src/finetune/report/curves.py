@@ -1,7 +1,6 @@
 """metrics.jsonl as curves over the steps of a run, thinned to what a screen can show."""
 
 import json
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +10,8 @@ import numpy as np
 # More points than that no screen shows.
 MOST_POINTS = 2000
 # Larger is no count of steps: whatever wrote it.
-LARGEST_STEP = 1 << 53
+# Of figures that a plot can still draw.
+LARGEST_STEP, LARGEST_VALUE = 1 << 40, 1e300
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _take_line(line: bytes, points: dict[str, tuple[list[int], list[float]]]) ->
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return  # a line that a kill has torn
     for name, value in numbers.items():
-        if name == "step" or not math.isfinite(value):
+        if name == "step" or not abs(value) < LARGEST_VALUE:
             continue
         steps, values = points.setdefault(name, ([], []))
         while steps and steps[-1] >= step:

@@ -22,6 +22,8 @@ STATES = ("running", "resumable", "new", "damaged", "stopped early", "finished")
 LARGEST_RECIPE_BYTES, LARGEST_OWNER_LETTERS = 1 << 24, 1 << 12
 # A line of metrics.jsonl is far shorter.
 LONGEST_LINE_BYTES = 1 << 16
+# A log that was tampered with may say anything.
+LONGEST_SECONDS = 1e10
 SECONDS = re.compile(rb'"time/seconds":\s*(\d+(?:\.\d+)?)')
 NUMBERED = re.compile(r"step-(\d+)\.pt")
 
@@ -273,7 +275,7 @@ def training_seconds(path: Path) -> float | None:
         for line in iter(lambda: stream.readline(LONGEST_LINE_BYTES), b""):
             found = SECONDS.search(line)
             if found:
-                seconds = float(found[1])
+                seconds = min(float(found[1]), LONGEST_SECONDS)
                 if last is not None and seconds < last:
                     total += last
                 last = seconds

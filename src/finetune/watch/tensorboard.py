@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import shutil
 import time
 import warnings
@@ -25,7 +26,11 @@ from finetune.watch.sheets import confusion_sheet, example_sheet
 from finetune.watch.tracker import Begun, Ended, Example, Features, Pictures, Validated
 
 SHOWN_EXAMPLES = 16
-GRAPH_SUFFIX = ".graph"
+EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d{19})\.\d+")
+# Tells a resume that the graph is there.
+GRAPH_MARKER = "graph-is-written"
+# torch's bins end there.
+LARGEST_IN_HISTOGRAM = 1e20
 # Of a weight's numbers a histogram shows no more than so many, evenly spread.
 HISTOGRAM_NUMBERS = 100_000
 # What the projector is given: so many principal components; a cloud of points has three.
@@ -44,14 +49,16 @@ class EventFile:
 
     Args:
         folder: is made.
-        suffix: of the file's name.
     """
 
-    def __init__(self, folder: Path, suffix: str = ""):
+    def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        # The names' order is the order of reading.
-        self._folder, self._path = folder, folder / f"events.out.tfevents.{time.time_ns():019d}.{os.getpid()}{suffix}"
-        self._stream = open(self._path, "xb", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._folder = folder
+        # The names' order is the order of reading, whatever the clock says meanwhile.
+        stamps = [int(found[1]) for path in folder.iterdir() if (found := EVENT_FILE.fullmatch(path.name))]
+        stamp = max([time.time_ns(), *(stamp + 1 for stamp in stamps)])
+        path = folder / f"events.out.tfevents.{stamp:019d}.{os.getpid()}"
+        self._stream = open(path, "xb", buffering=0)  # noqa: SIM115 - open as long as the run
         self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def get_logdir(self) -> str:
@@ -84,14 +91,14 @@ class Writer(SummaryWriter):
         purge_step: what earlier files hold of this step and later ones does not count any more.
     """
 
-    def __init__(self, folder: Path, purge_step: int | None = None, suffix: str = ""):
-        self._folder, self._suffix = folder, suffix
+    def __init__(self, folder: Path, purge_step: int | None = None):
+        self._folder = folder
         super().__init__(str(folder), purge_step=purge_step)
 
     def _get_file_writer(self) -> FileWriter:
         if self.file_writer is None:
             self.file_writer = FileWriter.__new__(FileWriter)  # its own constructor would start a thread
-            self.file_writer.event_writer = EventFile(self._folder, self._suffix)
+            self.file_writer.event_writer = EventFile(self._folder)
             self.all_writers = {self._folder: self.file_writer}
             if self.purge_step is not None:
                 restart = SessionLog(status=SessionLog.START)
@@ -143,7 +150,7 @@ class TensorBoard:
         for kind, tensors in (("weights", weights), ("gradients", gradients)):
             for name, tensor in tensors.items():
                 numbers = tensor.flatten()[:: max(1, tensor.numel() // HISTOGRAM_NUMBERS)].float().cpu()
-                if bool(numbers.isfinite().all()):
+                if bool((numbers.abs() < LARGEST_IN_HISTOGRAM).all()):  # which also leaves out what is no number
                     self.writer.add_histogram(f"head {kind}/{name}", numbers.numpy(), step)
 
     def flush(self) -> None:
@@ -164,14 +171,15 @@ class TensorBoard:
             self._add_features(pictures, pictures.features)
 
     def _add_graph(self, pictures: Pictures) -> None:
-        # In a file of its own, whose name tells a resume that it is there.
-        if any(self._folder.glob(f"*{GRAPH_SUFFIX}")):
+        # TensorBoard reads one file at a time and never goes back to an earlier one, so the graph is among all else.
+        marker = self._folder / GRAPH_MARKER
+        if marker.exists():
             return
         # Tracing warns of what depends on the input's size, on standard error and in the log.
         with in_eval(pictures.model), torch.no_grad(), warnings.catch_warnings(), _silent_log():
             warnings.simplefilter("ignore")
-            with Writer(self._folder, suffix=GRAPH_SUFFIX) as writer:
-                writer.add_graph(pictures.model, pictures.example, use_strict_trace=False)
+            self.writer.add_graph(pictures.model, pictures.example, use_strict_trace=False)
+        marker.touch()
 
     def _add_features(self, pictures: Pictures, features: Features) -> None:
         """The validation's samples as points: in the projector, and as a cloud."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -47,7 +48,7 @@ class WandbService:
         self._state_file = state_folder / STATE_FILE
         self._run_pid, self._problem = run_pid, problem
         self._run: Any = None
-        self._folder = Path()
+        self._folder, self._run_id = Path(), ""
         self._step, self._row = -1, dict[str, float]()
         self._sent_step = -1
 
@@ -73,7 +74,7 @@ class WandbService:
     # ---- Begin -----------------------------------------------------------------------------------------------------
 
     def _begin(self, begun: Begun) -> None:
-        self._folder = begun.folder
+        self._folder, self._run_id = begun.folder, begun.run_id
         self._read_state()
         import wandb
 
@@ -150,12 +151,14 @@ class WandbService:
     def _read_state(self) -> None:
         with suppress(OSError, ValueError, KeyError, TypeError):  # the worst is that wandb is told something again
             state = json.loads(self._state_file.read_text(encoding="utf-8"))
-            self._sent_step, self._step, self._row = int(state["sent_step"]), int(state["step"]), dict(state["row"])
+            if state["run_id"] == self._run_id:  # else of a run that was begun anew here
+                self._sent_step, self._step = int(state["sent_step"]), int(state["step"])
+                self._row = dict(state["row"])
 
     def _write_state(self) -> None:
         """Not synced to the disk, unlike what a run cannot do without."""
         temporary = self._state_file.with_name(f".{STATE_FILE}.tmp")
-        state = {"sent_step": self._sent_step, "step": self._step, "row": self._row}
+        state = {"run_id": self._run_id, "sent_step": self._sent_step, "step": self._step, "row": self._row}
         with suppress(OSError):
             temporary.write_text(json.dumps(state), encoding="utf-8")
             os.replace(temporary, self._state_file)
@@ -169,16 +172,19 @@ class WandbService:
         if ended.status in ("finished", "stopped early"):
             self._send_row()
         self._write_state()
-        if ended.worst:
-            self._run.summary["worst"] = _table(wandb, ended.worst)
-        copy = self._log_best(wandb, ended.best)
-        if ended.status == "stopped":
-            self._run.mark_preempting()
-        self._run.finish(exit_code=EXIT_CODES[ended.status])
-        if copy is not None and not self._run.offline:
-            with suppress(OSError):
-                copy.unlink()
-        wandb.teardown()
+        copy: Path | None = None
+        try:
+            if ended.worst:
+                self._run.summary["worst"] = _table(wandb, ended.worst)
+            copy = self._log_best(wandb, ended.best)
+            if ended.status == "stopped":
+                self._run.mark_preempting()
+        finally:  # whatever fails before: wandb must not show a run that failed as finished
+            self._run.finish(exit_code=EXIT_CODES[ended.status])
+            if copy is not None and not self._run.offline:
+                with suppress(OSError):
+                    copy.unlink()
+            wandb.teardown()
 
     def _log_best(self, wandb: Any, best_validation: dict[str, Any]) -> Path | None:
         """Hand over the best checkpoint, if there is one; the file that wandb reads.
@@ -193,7 +199,12 @@ class WandbService:
             link_or_copy(best, copy)
         except FileNotFoundError:
             return None
-        artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=best_validation)
+        # Its metadata is JSON, which has no infinity.
+        metadata = {
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in best_validation.items()
+        }
+        artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=metadata)
         artifact.add_file(str(copy), name="best.pt", policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=["best"])
         return copy

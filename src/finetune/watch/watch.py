@@ -164,8 +164,13 @@ class Watch:
         shown at the next."""
         if self._gradients or not self._trackers or self.subject is None or self.subject.head is None:
             return
-        parameters = self.subject.head.named_parameters()
-        self._gradients = {name: value.grad.detach().clone() for name, value in parameters if value.grad is not None}
+        head = self.subject.head
+
+        def take() -> None:
+            parameters = head.named_parameters()
+            self._gradients = {name: value.grad.clone() for name, value in parameters if value.grad is not None}
+
+        self._guarded("gradients", take)
 
     def validated(self, validated: Validated, outcomes: Outcomes) -> None:
         self.terminal.validated(validated)
@@ -181,7 +186,7 @@ class Watch:
             self._tell(lambda tracker: tracker.histograms(validated.step, weights, gradients))
         elapsed = time.monotonic() - self._started
         if self._pictures_seconds + self._last_pictures_seconds <= PICTURES_SHARE * elapsed:
-            self._draw(validated.step, at_end=False)
+            self._guarded("pictures", lambda: self._draw(validated.step, at_end=False))
 
     def _write_validation(self, validated: Validated, outcomes: Outcomes) -> None:
         subject = self.subject
