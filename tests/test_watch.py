@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import sys
 from contextlib import suppress
@@ -23,6 +24,7 @@ from finetune.outcomes import KEPT_FEATURES, Outcomes
 from finetune.run import RunFolder
 from finetune.step import gradient_norm
 from finetune.tasks import ClassificationTask, MultiLabelTask, RegressionTask
+from finetune.text import number_text
 from finetune.train import Settings
 from finetune.watch import start
 from finetune.watch.examples import examples_of
@@ -278,6 +280,17 @@ terminal.end()
         "accuracy",
         "0.5000",
         "best",
+    ]
+
+
+def test_numbers_of_any_size_are_short():
+    numbers = {0.0: "0.0000", 0.98614: "0.9861", 3.14e-5: "3.14e-05", 12345.67: "12,345.7", -2e39: "-2e+39"}
+    assert {number: number_text(number) for number in numbers} == numbers
+    assert [number_text(value, 3) for value in (0.98765, 1.5e12, math.inf, math.nan)] == [
+        "0.988",
+        "1.5e+12",
+        "inf",
+        "nan",
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from finetune.errors import RunError, UsageError
 from finetune.options import ResumeOptions, RunOptions
 from finetune.recipe import Recipe
+from finetune.text import best_text
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,7 @@ class FinishedRun:
 
     def _repr_html_(self) -> str:
         """As a notebook shows it."""
-        best = self.best
-        words = f"best validation {best['metric']} {best['value']:.4f} in epoch {best['epoch']}" if best else ""
-        rows = {"run": str(self.folder), self.status: words, "report": str(self.report)}
+        rows = {"run": str(self.folder), self.status: best_text(self.best), "report": str(self.report)}
         cells = "".join(
             f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
             f"<td style='text-align:left'>{html.escape(text)}</td></tr>"

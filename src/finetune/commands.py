@@ -17,7 +17,7 @@ from finetune.recipe_files import local_modules
 from finetune.remote import open_run
 from finetune.run import RunFolder, newest_unfinished
 from finetune.state import Progress
-from finetune.text import json_line, printable
+from finetune.text import best_text, json_line, printable
 from finetune.train import Settings
 from finetune.watch.outside import check_notify_urls, check_services, notify_urls
 from finetune.watch.progress import Terminal, make_console
@@ -126,7 +126,7 @@ def resume(options: Any, conclude: Conclude[Result]) -> Result:
 
 def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> None:
     """Say how it ended and what to type next. The last line is the run folder, for scripts."""
-    terminal.say(f"\n{progress.status}: {progress.best_text()}")
+    terminal.say(f"\n{progress.status}: {best_text(progress.best)}")
     terminal.say("\nnext:")
     longer = 2 * max(progress.epoch, 1)
     hints = {}

@@ -29,7 +29,7 @@ from finetune.phase import trained_forward
 from finetune.recipe import Data, Distillation, Recipe
 from finetune.run import RunFolder
 from finetune.tasks import Classifying, ConfusionTally, MultiLabelTally, make_task, standardised
-from finetune.text import printable
+from finetune.text import number_text, printable
 
 BATCH_SAMPLES = 64
 MATRIX_CLASSES = 15  # a larger confusion matrix is shown as its worst mistakes
@@ -174,7 +174,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in ("loss", "accuracy", "f1", "calibration_error", "mae", "r2"):
         if name in figures:
-            table.add_row(LABELS.get(name, name), f"{figures[name]:.4f}")
+            table.add_row(LABELS.get(name, name), f"{number_text(figures[name])}")
     console.print(table)
     for reason in figures["broken"][:SHOWN_MISTAKES]:
         console.print(Text(printable(f"left out: {reason}")))

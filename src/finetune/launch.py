@@ -37,6 +37,7 @@ from finetune.run import RunFolder, fill_folder, next_folder
 from finetune.state import Progress, progress_from_plain, progress_to_plain, seed_generators
 from finetune.tasks import make_task
 from finetune.tasks import to_device as task_to_device
+from finetune.text import best_text
 from finetune.train import Settings, count_steps, train
 from finetune.watch.progress import Terminal
 from finetune.watch.start import watching
@@ -378,7 +379,7 @@ def run_job(
         watch,
         stop,
     )
-    watch.end(progress.status, f"{progress.status}: {progress.best_text()}")
+    watch.end(progress.status, f"{progress.status}: {best_text(progress.best)}")
     return progress
 
 

@@ -18,6 +18,8 @@ from finetune.errors import RunError
 LOCK_FILE, OWNER_FILE = "lock", "lock.owner"
 # Worker processes of a killed run hold its lock until they notice that their parent is gone, at most this long.
 STALE_LOCK_WAIT_SECONDS = 15.0
+# Who only asks whether a run is in use has its lock for a moment.
+BRIEF_LOCK_WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def hold_lock(folder: Path) -> Iterator[None]:
     """
     lock = FileLock(folder / LOCK_FILE)
     owner_file = folder / OWNER_FILE
-    deadline = time.monotonic() + STALE_LOCK_WAIT_SECONDS
+    started = time.monotonic()
     while True:
         try:
             lock.acquire(timeout=0)
@@ -107,7 +109,8 @@ def hold_lock(folder: Path) -> Iterator[None]:
                 owner = owner_from_text(owner_file.read_text(errors="replace"))
             except OSError:
                 owner = None
-            if (owner is not None and not owner.is_dead()) or time.monotonic() > deadline:
+            is_alive = owner is not None and not owner.is_dead()
+            if time.monotonic() - started > (BRIEF_LOCK_WAIT_SECONDS if is_alive else STALE_LOCK_WAIT_SECONDS):
                 raise RunError(
                     f"run {folder} is in use by {owner or 'another process'}; wait for it, or stop it first"
                 ) from None

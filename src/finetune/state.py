@@ -50,13 +50,6 @@ class Progress:
     validated_step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def best_text(self) -> str:
-        """The best validation, for a person."""
-        best = self.best
-        if not best:
-            return "nothing was validated yet"
-        return f"best validation {best['metric']} {best['value']:.4f} in epoch {best['epoch']}"
-
     def epoch_loss(self) -> float:
         """Mean training loss of the epoch so far. Waits for the device."""
         return self.loss_sum.item() / max(self.loss_samples, 1)

@@ -1,4 +1,4 @@
-"""Names that others gave to files and classes, as a terminal shows them."""
+"""Names that others gave to files and classes, and numbers, as a person reads them in a terminal."""
 
 import json
 import sys
@@ -15,6 +15,24 @@ def printable(text: str) -> str:
 def is_printable(one: str) -> bool:
     """Of a character; spaces of every width are."""
     return one.isprintable() or unicodedata.category(one) == "Zs"
+
+
+def number_text(value: float, decimals: int = 4) -> str:
+    """A loss or a metric: 0.9861, 12.3400; of very small and large ones about as many digits: 3.1e-05, 12,345.7."""
+    if 1000 <= abs(value) < 1e9:
+        return f"{value:,.1f}"
+    return f"{value:.{decimals}f}" if value == 0 or 0.001 <= abs(value) < 1000 else f"{value:.{decimals}g}"
+
+
+def best_text(best: dict[str, Any]) -> str:
+    """The best validation of a run.
+
+    Args:
+        best: {"metric", "value", "step", "epoch"}, or {}.
+    """
+    if not best:
+        return "nothing was validated yet"
+    return f"best validation {best['metric']} {number_text(best['value'])} in epoch {best['epoch']}"
 
 
 def json_line(value: Any) -> str:

@@ -7,7 +7,7 @@ from finetune.report import plots
 from finetune.report.curves import Curve
 from finetune.report.data import RunData, Validation, lower_is_better
 from finetune.report.plots import Line
-from finetune.text import printable
+from finetune.text import number_text, printable
 
 METRICS = {
     "accuracy": "accuracy",
@@ -43,13 +43,6 @@ class Chart:
     caption: str
     key: tuple[tuple[str, str], ...] = ()
     width: int = 0
-
-
-def number_text(value: float) -> str:
-    """Four decimals, as in the terminal; of very small and large numbers about as many digits."""
-    if 1000 <= abs(value) < 1e9:
-        return f"{value:,.1f}"
-    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1000 else f"{value:.4g}"
 
 
 def metric_text(name: str) -> str:

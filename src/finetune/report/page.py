@@ -26,12 +26,11 @@ from finetune.report.charts import (
     confusion_chart,
     curve_charts,
     metric_text,
-    number_text,
 )
 from finetune.report.commands import commands_of, loading_of
 from finetune.report.data import NOT_AS_WRITTEN, ClassRow, RunData, Validation, gather
 from finetune.run import RunFolder
-from finetune.text import printable
+from finetune.text import number_text, printable
 from finetune.watch.examples import examples_of
 from finetune.watch.tracker import Example
 

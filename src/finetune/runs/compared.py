@@ -16,15 +16,14 @@ from finetune.runs.found import FoundRun, differing, is_plain_file
 from finetune.runs.table import (
     STATE_STYLES,
     ago_text,
-    best_text,
+    best_cell,
     duration_text,
     epochs_text,
     finite,
-    number_text,
     to_plain,
     value_text,
 )
-from finetune.text import printable
+from finetune.text import number_text, printable
 
 # Behind the better of two figures.
 BETTER = "*"
@@ -136,7 +135,7 @@ class Comparison:
         winner = None
         if one and other and one["metric"] == other["metric"]:
             winner = better(one["metric"], one["value"], other["value"])
-        return [_marked(best_text(run), number == winner) for number, run in enumerate(self.runs)]
+        return [_marked(best_cell(run), number == winner) for number, run in enumerate(self.runs)]
 
     def _show_validations(self, console: Console, metrics: list[str]) -> None:
         """In one table, or where that is too wide in several."""

@@ -18,7 +18,7 @@ from finetune.cache import size_text
 from finetune.errors import UsageError
 from finetune.recipe import LOWER_IS_BETTER
 from finetune.runs.found import STATES, FoundRun, differing, find_runs, is_run
-from finetune.text import json_line, printable
+from finetune.text import json_line, number_text, printable
 from finetune.watch.progress import make_console, seconds_text
 
 STATE_STYLES = {"running": "bold green", "resumable": "yellow", "new": "yellow", "damaged": "bold red"}
@@ -130,12 +130,7 @@ def _local_time(seconds: float) -> str | None:
 # ---- For people -----------------------------------------------------------------------------------------------------
 
 
-def number_text(value: float) -> str:
-    """Four digits that count: 0.9861, 12.34, 3.1e-05."""
-    return f"{value:.4f}" if 0.001 <= abs(value) < 100 or value == 0 else f"{value:.4g}"
-
-
-def best_text(run: FoundRun, with_metric: bool = True) -> str:
+def best_cell(run: FoundRun, with_metric: bool = True) -> str:
     best = run.best
     if not best:
         return "-"
@@ -210,7 +205,7 @@ def _columns(runs: list[FoundRun], longest_name: int) -> list[list[Column]]:
 
     def best(run: FoundRun) -> Text:
         is_top = bool(run.best) and rivals[run.best["metric"]] > 1 and run.best["value"] == tops[run.best["metric"]]
-        return Text(best_text(run, with_metric=len(tops) > 1), "bold" if is_top else "")
+        return Text(best_cell(run, with_metric=len(tops) > 1), "bold" if is_top else "")
 
     def column(label: str, text: Callable[[FoundRun], str], on_right: bool = True) -> Column:
         return Column(label, [Text(text(run)) for run in runs], on_right)

@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from finetune.errors import one_line
-from finetune.text import printable
+from finetune.text import number_text, printable
 from finetune.watch.pipe import Ended, Told, scheme_of
 from finetune.watch.tracker import Begun, Validated
 
@@ -149,12 +149,12 @@ class NotifyService:
         """Where the run is, what the newest validation found, and the best one."""
         lines = []
         if self._values:
-            values = ", ".join(f"{name} {value:.4f}" for name, value in self._values.items())
+            values = ", ".join(f"{name} {number_text(value)}" for name, value in self._values.items())
             lines.append(f"epoch {self._epoch}/{self._epochs}, step {self._validated_step}: {values}")
         if self._best:
             best = self._best
             new = "new best" if self._has_new_best else "best"
-            lines.append(f"{new}: {best['metric']} {best['value']:.4f} in epoch {best['epoch']}")
+            lines.append(f"{new}: {best['metric']} {number_text(best['value'])} in epoch {best['epoch']}")
         return lines
 
     # ---- Sending ---------------------------------------------------------------------------------------------------

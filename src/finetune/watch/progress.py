@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from finetune.text import printable
+from finetune.text import number_text, printable
 from finetune.watch.tracker import Validated
 
 # Often enough for a bar that moves, seldom enough for a thread that trains.
@@ -234,7 +234,7 @@ class Terminal:
         parts = [f"epoch {number}" if is_wide else number]
         for key, value in validated.values.items():
             label = {"train/epoch_loss": "loss", "val/loss": "val loss" if is_wide else "val"}.get(key)
-            parts.append(f"{label or key.rpartition('/')[2]} {value:{'.4f' if is_wide else '.3f'}}")
+            parts.append(f"{label or key.rpartition('/')[2]} {number_text(value, 4 if is_wide else 3)}")
         parts += ["best"] if validated.is_best else []
         line = "  ".join(parts)
         self.console.print(Text(line if len(line) <= self.console.width else " ".join(parts)))
@@ -270,9 +270,9 @@ class Terminal:
     def _figures(self) -> list[str]:
         now, values = time.monotonic(), self._values
         rate = self._samples / max(now - self._started, 1e-9)
-        parts = [f"loss {values['train/loss']:.4f}"] if "train/loss" in values else []
+        parts = [f"loss {number_text(values['train/loss'])}"] if "train/loss" in values else []
         if self._metric is not None:
-            parts.append(f"val {self._metric[0]} {self._metric[1]:.4f}")
+            parts.append(f"val {self._metric[0]} {number_text(self._metric[1])}")
         parts.append(f"{rate:,.0f} samples/s")
         if "memory/process_mb" in values:
             parts.append(f"memory {megabytes_text(values['memory/process_mb'])}")
