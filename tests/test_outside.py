@@ -66,17 +66,17 @@ def test_a_process_that_takes_nothing_any_more_holds_nothing_up(tmp_path):
         box.wait_for(1)
         os.kill(one.process.pid, signal.SIGSTOP)
         started = time.monotonic()
-        for step in range(20_000):
+        for step in range(40_000):
             one.logged(step, {"train/loss": 0.1})
         one.validated(validated(23, 0.5))
         assert time.monotonic() - started < 1
         one.end(Ended("stopped", "stopped"))
         assert time.monotonic() - started < 2.5
-        # Ten thousand wait, and what is on its way into the pipe.
+        # Ten thousand wait, and at most as many are on their way into the pipe.
         (sentence,) = said
         dropped = int(sentence.split()[1])
         assert sentence == f"notify: {dropped} logged steps were left out, it did not keep up"
-        assert 5000 < dropped <= 10_002
+        assert 18_000 < dropped <= 30_002
         os.kill(one.process.pid, signal.SIGCONT)
         wait_until(lambda: f"{tmp_path.name}: stopped" in box.titles)
 
