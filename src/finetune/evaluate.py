@@ -174,7 +174,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in ("loss", "accuracy", "f1", "calibration_error", "mae", "r2"):
         if name in figures:
-            table.add_row(LABELS.get(name, name), f"{number_text(figures[name])}")
+            table.add_row(LABELS.get(name, name), number_text(figures[name]))
     console.print(table)
     for reason in figures["broken"][:SHOWN_MISTAKES]:
         console.print(Text(printable(f"left out: {reason}")))
