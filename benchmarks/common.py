@@ -289,7 +289,9 @@ def report(
         options: of the benchmark.
         targets: name to verdict, of those that are no column.
     """
-    facts = {"options": options} | ({"targets": targets} if targets else {})
+    # Where it is written is of the machine, not of the measurement.
+    facts = {"options": {key: value for key, value in options.items() if key != "output"}}
+    facts |= {"targets": targets} if targets else {}
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in rows[0]:
         table.add_column(column, justify="left" if column == next(iter(rows[0])) else "right")
