@@ -15,7 +15,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 import finetune as kit
 from finetune.api import _given
-from finetune.launch import alone_in_process
+from finetune.lock import alone_in_process
 from finetune.options import ResumeOptions, RunOptions
 from finetune.run import RunFolder
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from finetune.errors import RunError, StoppedEarly, UsageError
 from finetune.facts import facts_of
 from finetune.guard import StopRequest, listen_for_signals
 from finetune.job import Job, Machine, make_loaders
-from finetune.lock import hold_lock
+from finetune.lock import alone_in_process, hold_lock
 from finetune.look import check_unbroken, leave_out_broken, look
 from finetune.memory import guard_memory
 from finetune.models.freeze import frozen_tensors
@@ -294,24 +293,6 @@ def go_on(
 
 
 # ---- Both --------------------------------------------------------------------------------------------------------
-
-
-_training = threading.Lock()
-
-
-@contextmanager
-def alone_in_process() -> Iterator[None]:
-    """Torch's random generators and its number of threads are one for all threads of a process.
-
-    Raises:
-        RunError: another thread trains.
-    """
-    if not _training.acquire(blocking=False):
-        raise RunError("another thread of this process trains; wait for it, or start a process of its own")
-    try:
-        yield
-    finally:
-        _training.release()
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""One run, one writer: a lock in the run's folder, and who holds it."""
+"""One run, one writer: a lock in the run's folder, and who holds it. One process, one training."""
 
 import datetime
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -124,3 +125,21 @@ def hold_lock(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             owner_file.unlink()
         lock.release()
+
+
+_training = threading.Lock()
+
+
+@contextmanager
+def alone_in_process() -> Iterator[None]:
+    """Torch's random generators and its number of threads are one for all threads of a process.
+
+    Raises:
+        RunError: another thread trains.
+    """
+    if not _training.acquire(blocking=False):
+        raise RunError("another thread of this process trains; wait for it, or start a process of its own")
+    try:
+        yield
+    finally:
+        _training.release()
