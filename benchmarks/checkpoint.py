@@ -16,13 +16,14 @@ import tyro
 from common import median, report, verdict, workplace
 from torch import nn
 
-from finetune import Images, Model, Recipe, launch
-from finetune.build import Numerics
-from finetune.files import sync_folder
-from finetune.job import Machine
+from finetune import Images, Model, Recipe
+from finetune.base.files import sync_folder
+from finetune.base.terminal import Terminal, make_console
 from finetune.models.backbones import find_backbone
-from finetune.train import Settings
-from finetune.watch.progress import Terminal, make_console
+from finetune.runs import start as launch
+from finetune.store.restore import Numerics
+from finetune.training.loop import Settings
+from finetune.training.setup import Machine
 
 TARGETS = {"bytes": 1 / 500, "time": 1 / 20}
 

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from finetune.models.freeze import Rule
-    from finetune.phase import Feed
     from finetune.recipe import Recipe
-    from finetune.state import Progress
-    from finetune.train import Settings
+    from finetune.store.state import Progress
+    from finetune.training.loop import Settings
+    from finetune.training.phase import Feed
     from finetune.watch.watch import Watch
 
 PACKAGES = ("torch", "torchvision", "lightning", "transformers", "accelerate", "fastai", "scikit-learn")
@@ -119,10 +119,10 @@ def prepare_work(folder: Path, name: str, image_size: int) -> Path:
     import torchvision
 
     from finetune.data.images import Request
-    from finetune.dataset import open_data
     from finetune.models.backbones import find_backbone
     from finetune.models.weights import choose_weights
     from finetune.recipe import Images, Model, Recipe
+    from finetune.training.dataset import open_data
 
     work = folder / f"{name}-{image_size}"
     work.mkdir()
@@ -245,17 +245,17 @@ def train_alone(
     """
     import torch
 
+    from finetune.base.signals import StopRequest
     from finetune.data.images import Split
-    from finetune.dataset import Data
-    from finetune.guard import StopRequest
     from finetune.models.freeze import apply_freeze, frozen_tensors, hash_tensors
-    from finetune.optim import build_optimizer
-    from finetune.phase import Phase
     from finetune.recipe import Classification
-    from finetune.run import RunFolder
-    from finetune.state import Progress
-    from finetune.tasks import make_task
-    from finetune.train import train
+    from finetune.store.run_folder import RunFolder
+    from finetune.store.state import Progress
+    from finetune.tasks.losses import make_task
+    from finetune.training.dataset import Data
+    from finetune.training.loop import train
+    from finetune.training.optimizer import build_optimizer
+    from finetune.training.phase import Phase
 
     trainable = apply_freeze(model, rules, 0)
     parameters = {name: value for name, value in model.named_parameters() if name in trainable}

@@ -46,16 +46,16 @@ def train_on(count: int, folder: Path) -> dict[str, Any]:
     """Two epochs on so many random rows that carry their class; four fifths train."""
     import torch
 
+    from finetune.base.signals import StopRequest
+    from finetune.base.terminal import Terminal, make_console
     from finetune.data.contents import Contents
     from finetune.data.source import ArraySource
-    from finetune.features import Features, Pass
-    from finetune.guard import StopRequest
+    from finetune.features.kept import Features, Pass
     from finetune.models.freeze import Rule
     from finetune.models.heads import StandardisedLinear
-    from finetune.phase import Feed
     from finetune.recipe import Images, Model, Optimizer, Recipe
-    from finetune.train import Settings
-    from finetune.watch.progress import Terminal, make_console
+    from finetune.training.loop import Settings
+    from finetune.training.phase import Feed
     from finetune.watch.watch import Watch
 
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports the rest of torch

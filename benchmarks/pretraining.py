@@ -23,7 +23,7 @@ from finetune.models.bundled import BUNDLED
 from finetune.models.heads import StandardisedLinear, standardise
 from finetune.models.network import build_network
 from finetune.models.weights import choose_weights, read_weights
-from finetune.optim import build_optimizer, schedule_factor, set_learning_rate
+from finetune.training.optimizer import build_optimizer, schedule_factor, set_learning_rate
 
 EPOCHS_BY_LABELS = {50: 60, 100: 60, 0: 15}
 BATCH, LEARNING_RATE = 64, 3e-3

@@ -19,10 +19,10 @@ from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from finetune.cache import Entry
 from finetune.data.digits import load_digits
 from finetune.data.images import split_source
-from finetune.rows import RowFile, RowReader, read_layout
+from finetune.features.cache import Entry
+from finetune.features.feature_file import RowFile, RowReader, read_layout
 
 ALLOWED_POINTS = 0.5
 RECIPES = {"vgg_head": "bundled/vgg", "resnet_head": "bundled/resnet"}

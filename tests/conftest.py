@@ -17,15 +17,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from finetune import Classification, Images, Model, Optimizer, Recipe, Schedule, Stop, checkpoint, launch
-from finetune.build import Numerics, find_pretrained, new_network
+from finetune import Classification, Images, Model, Optimizer, Recipe, Schedule, Stop
+from finetune.base.files import sha256_of_file
+from finetune.base.terminal import Terminal, make_console
 from finetune.cli import COMMANDS
-from finetune.files import sha256_of_file
-from finetune.job import Machine
 from finetune.models.network import Network
-from finetune.run import RunFolder
-from finetune.train import Settings
-from finetune.watch.progress import Terminal, make_console
+from finetune.runs import start as launch
+from finetune.store import checkpoint
+from finetune.store.restore import Numerics, find_pretrained, new_network
+from finetune.store.run_folder import RunFolder
+from finetune.training.loop import Settings
+from finetune.training.setup import Machine
 
 
 @pytest.fixture(scope="session", autouse=True)

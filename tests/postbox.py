@@ -16,9 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from finetune.watch.outside import Outside
+from finetune.base.events import Begun, Validated
 from finetune.watch.pipe import to_line
-from finetune.watch.tracker import Begun, Validated
+from finetune.watch.remote_trackers import Outside
 
 
 @dataclass

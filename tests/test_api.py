@@ -15,9 +15,9 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 import finetune as kit
 from finetune.api import _given
-from finetune.lock import alone_in_process
+from finetune.base.lock import alone_in_process
 from finetune.options import ResumeOptions, RunOptions
-from finetune.run import RunFolder
+from finetune.store.run_folder import RunFolder
 
 from conftest import Killed, assert_equal_runs, last_step  # isort: skip
 
@@ -98,7 +98,7 @@ def test_a_folder_on_a_drive_without_hard_links_goes_on_as_well(tmp_path, monkey
             raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("finetune.watch.progress.Terminal.step", dies)
+        patched.setattr("finetune.base.terminal.Terminal.step", dies)
         kit.fit(recipe, tmp_path / "drive", save_every_steps=3, **options)
     assert kit.fit(recipe, tmp_path / "drive", save_every_steps=0, **options).status == "finished"
     assert_equal_runs(RunFolder(tmp_path / "drive"), RunFolder(whole.folder))

@@ -15,15 +15,16 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from finetune import ImageTraining, Training, launch
-from finetune.build import Numerics, find_pretrained
+from finetune import ImageTraining, Training
+from finetune.base.files import sha256_of_file
 from finetune.data.texts import open_texts
-from finetune.dataset import open_data
-from finetune.files import sha256_of_file
-from finetune.launch import Machine
 from finetune.models.backbones import find_text_backbone
-from finetune.recipe_files import load_recipe_function, shipped_recipes
-from finetune.train import Settings
+from finetune.recipe.scripts import load_recipe_function, shipped_recipes
+from finetune.runs import start as launch
+from finetune.runs.start import Machine
+from finetune.store.restore import Numerics, find_pretrained
+from finetune.training.dataset import open_data
+from finetune.training.loop import Settings
 
 BUNDLED = Path(str(resources.files("finetune"))) / "bundled"
 FILES = sorted(path for path in BUNDLED.iterdir() if path.suffix in (".safetensors", ".npz", ".csv"))

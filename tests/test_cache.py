@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from finetune.cache import Entry, disk_limit, entries, entry, parse_size, size_text
 from finetune.cli import main
 from finetune.errors import UsageError
+from finetune.features.cache import Entry, disk_limit, entries, entry, parse_size, size_text
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def make(name: str) -> Entry:
 
 HOLD = """
 import sys, time
-from finetune.cache import entry
+from finetune.features.cache import entry
 kind, name = sys.argv[1:]
 one = entry(name)
 with one.in_use() if kind == "use" else one.filling(lambda: None):

@@ -5,14 +5,16 @@ import pytest
 import torch
 from conftest import DyingTerminal, Killed, assert_equal_runs, read, resume_run, small_recipe, train_run
 
-from finetune import Model, RunError, checkpoint, launch
-from finetune.build import Numerics
-from finetune.files import write_atomically
-from finetune.launch import Machine
+from finetune import Model, RunError
+from finetune.base.files import write_atomically
 from finetune.models import network as network_module
 from finetune.models.bundled import bundled_weights
-from finetune.run import RunFolder
-from finetune.train import Settings
+from finetune.runs import start as launch
+from finetune.runs.start import Machine
+from finetune.store import checkpoint
+from finetune.store.restore import Numerics
+from finetune.store.run_folder import RunFolder
+from finetune.training.loop import Settings
 
 PLAIN = (str, int, float, bool, type(None), torch.Tensor)
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import finetune, read
 
 from finetune.cli import main
-from finetune.run import RunFolder
+from finetune.store.run_folder import RunFolder
 
 
 def test_help_imports_no_torch_and_names_every_command_and_recipe():

@@ -10,8 +10,8 @@ from finetune.data.digits import load_digits
 from finetune.data.glyphs import CANVAS_PIXELS, CHARACTERS, distort, render_glyphs
 from finetune.data.images import Request, split_source
 from finetune.data.loader import Loader, one_thread
-from finetune.dataset import open_data
 from finetune.models.backbones import find_backbone
+from finetune.training.dataset import open_data
 
 
 def test_the_digits_are_the_1797_of_the_test_part():

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 from conftest import DyingTerminal, assert_equal_runs, read, resume_run, small_recipe, train_run
 
-from finetune import RunError, UsageError, checkpoint, files, launch
-from finetune.build import Numerics
+from finetune import RunError, UsageError
+from finetune.base import files
 from finetune.cli import main
-from finetune.job import Machine
-from finetune.run import RunFolder
-from finetune.train import Settings
+from finetune.runs import start as launch
+from finetune.store import checkpoint
+from finetune.store.restore import Numerics
+from finetune.store.run_folder import RunFolder
+from finetune.training.loop import Settings
+from finetune.training.setup import Machine
 
 MB = 1_000_000
 
@@ -217,8 +220,8 @@ def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path,
         def __getattr__(self, name):
             return getattr(self.stream, name)
 
-    from finetune import train
-    from finetune.metrics_file import MetricsFile
+    from finetune.store.metrics_log import MetricsFile
+    from finetune.training import loop as train
 
     logs = []
 
@@ -237,7 +240,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path,
 
 
 def test_a_log_catches_up_when_there_is_room_again(tmp_path):
-    from finetune.metrics_file import MetricsFile
+    from finetune.store.metrics_log import MetricsFile
 
     said: list[str] = []
     log = MetricsFile(tmp_path / "metrics.jsonl", said.append)

@@ -11,15 +11,15 @@ from encoders import make_encoder, sentences, text_recipe, write_csv
 from safetensors.torch import load_file, save_file
 
 from finetune import RunError, UsageError
-from finetune.build import find_pretrained
-from finetune.cache import cache_folder
 from finetune.cli import main
 from finetune.data.tokens import TOKENIZER_FILE
-from finetune.dataset import open_data
-from finetune.distil import pretrained
-from finetune.export_folder import export_folder
+from finetune.export.hf_folder import export_folder
+from finetune.features.cache import cache_folder
+from finetune.models.student import pretrained
 from finetune.models.weights import read_weights
-from finetune.recipe_files import load_recipe_function, shipped_recipes
+from finetune.recipe.scripts import load_recipe_function, shipped_recipes
+from finetune.store.restore import find_pretrained
+from finetune.training.dataset import open_data
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from finetune.base.terminal import PatientConsole
 from finetune.doctor import probe as doctor_probe
 from finetune.doctor import report as doctor
-from finetune.doctor.disk import file_system, folder_size, judge, look_at_disk, places, trial
-from finetune.doctor.looks import (
+from finetune.doctor.checks import (
     AMD,
     NVIDIA,
     Findings,
@@ -32,9 +32,9 @@ from finetune.doctor.looks import (
     pci_gpus,
     redacted,
 )
+from finetune.doctor.disk import file_system, folder_size, judge, look_at_disk, places, trial
 from finetune.doctor.probe import NoAnswer, ask
 from finetune.watch.devices import device_figures
-from finetune.watch.progress import PatientConsole
 
 
 def told(findings: Findings, level: str) -> str:

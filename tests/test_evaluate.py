@@ -8,10 +8,10 @@ from PIL import Image
 from test_images import make_folder
 
 from finetune import Images, Recipe
+from finetune.base.terminal import make_console
 from finetune.cli import main
-from finetune.evaluate import show
-from finetune.run import RunFolder
-from finetune.watch.progress import make_console
+from finetune.runs.evaluate import show
+from finetune.store.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

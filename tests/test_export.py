@@ -8,13 +8,13 @@ from conftest import small_recipe, train_run
 
 import finetune
 from finetune import Images, RunError
-from finetune.build import trained_network
 from finetune.cli import main
 from finetune.data.images import Request
-from finetune.dataset import open_data
-from finetune.export import ONNX_TOLERANCE, export
+from finetune.export.verify import FOLDED_TOLERANCE
+from finetune.export.weights import ONNX_TOLERANCE, export
 from finetune.models.backbones import find_backbone
-from finetune.trained import FOLDED_TOLERANCE
+from finetune.store.restore import trained_network
+from finetune.training.dataset import open_data
 
 
 def run_stock_lines(lines: str, images, tmp_path):
@@ -94,7 +94,7 @@ def test_a_file_that_is_not_what_its_json_says_is_refused(trained, tmp_path):
 
 
 def test_a_comparison_that_fails_leaves_no_file(trained, tmp_path, monkeypatch):
-    from finetune import trained as trained_module
+    from finetune.export import verify as trained_module
 
     def wrong(module):
         return {name: value + 1e-3 if name.endswith("bias") else value for name, value in folded(module).items()}
@@ -121,7 +121,7 @@ def test_an_export_is_valid_weights_for_the_next_run(trained, tmp_path):
 def test_an_unfinished_run_without_a_checkpoint_cannot_be_exported(tmp_path):
     from conftest import Killed
 
-    from finetune.run import RunFolder
+    from finetune.store.run_folder import RunFolder
 
     with pytest.raises(Killed):
         train_run(tmp_path / "run", small_recipe(), die_after_steps=1)

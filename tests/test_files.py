@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from finetune.files import (
+from finetune.base.files import (
     TRAILER_BYTES,
     BadFile,
     link_or_copy,

@@ -4,7 +4,6 @@ from conftest import make_network, read, small_recipe, train_run, train_with_dea
 from torch import nn
 
 from finetune import Trainable, UsageError
-from finetune.build import trained_network
 from finetune.models.freeze import (
     Rule,
     apply_freeze,
@@ -15,6 +14,7 @@ from finetune.models.freeze import (
     phase_of,
     set_modes,
 )
+from finetune.store.restore import trained_network
 
 HEAD_ONLY = (("head", "trainable", 0), ("*", "frozen", 0))
 THAW = (("head", "trainable", 0), ("layer3", "trainable", 1), ("*", "frozen", 0))

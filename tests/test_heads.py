@@ -5,7 +5,6 @@ from torch import nn
 
 from finetune import UsageError
 from finetune.data.images import Request
-from finetune.dataset import open_data
 from finetune.models.backbones import find_backbone
 from finetune.models.bundled import BUNDLED, bundled_weights
 from finetune.models.heads import (
@@ -17,6 +16,7 @@ from finetune.models.heads import (
     plain_head,
     standardise,
 )
+from finetune.training.dataset import open_data
 
 
 @pytest.mark.parametrize(("backbone", "path"), [("bundled/vgg", "classifier.1"), ("bundled/resnet", "fc")])

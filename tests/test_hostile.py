@@ -22,12 +22,12 @@ from conftest import read, resume_run, small_recipe, train_run
 from PIL import Image
 
 from finetune import Images, RunError
+from finetune.base.files import BadFile, sha256_of_file, write_atomically, write_json
+from finetune.base.safe_load import load_plain
 from finetune.cli import main
 from finetune.data.decode import BrokenImage, read_image
-from finetune.files import BadFile, sha256_of_file, write_atomically, write_json
 from finetune.models.weights import read_weights
-from finetune.run import RunFolder
-from finetune.torch_files import load_plain
+from finetune.store.run_folder import RunFolder
 
 
 class Gadget:

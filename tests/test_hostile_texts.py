@@ -12,7 +12,7 @@ from test_hostile import NAMES, gadgets, hostile_bytes
 import finetune
 from finetune import RunError
 from finetune.cli import main
-from finetune.export import export
+from finetune.export.weights import export
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ from PIL import Image
 
 import finetune
 from finetune import Images, Model, UsageError
-from finetune.build import trained_network
 from finetune.cli import main
-from finetune.export import export
+from finetune.export.weights import export
 from finetune.models.backbones import find_backbone
 from finetune.models.weights import choose_weights, read_weights
-from finetune.run import RunFolder
+from finetune.store.restore import trained_network
+from finetune.store.run_folder import RunFolder
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 32}
 

@@ -18,8 +18,8 @@ from conftest import (
 )
 from PIL import Image
 
-from finetune import Images, ImageTable, ImageTraining, MultiLabel, UsageError, image_head, launch, look
-from finetune.build import Numerics, find_pretrained
+from finetune import Images, ImageTable, ImageTraining, MultiLabel, UsageError, image_head
+from finetune.base.signals import StopRequest
 from finetune.cli import main
 from finetune.data.augment import augment, mix
 from finetune.data.contents import Contents
@@ -28,12 +28,14 @@ from finetune.data.images import Request, open_images, split_source
 from finetune.data.loader import Loader
 from finetune.data.order import keyed_generator, stratified_split
 from finetune.data.table import Columns
-from finetune.dataset import open_data
 from finetune.errors import RunError
-from finetune.guard import StopRequest
-from finetune.job import Machine
 from finetune.models.backbones import find_backbone, members, torchvision_backbone
-from finetune.phase import Feed
+from finetune.runs import start as launch
+from finetune.store.restore import Numerics, find_pretrained
+from finetune.training import data_check as look
+from finetune.training.dataset import open_data
+from finetune.training.phase import Feed
+from finetune.training.setup import Machine
 
 CPU = torch.device("cpu")
 FORMATS = ("jpg", "png", "webp", "bmp", "gif")

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
+from finetune.base.lock import OWNER_FILE, Owner, hold_lock, owner_from_text, owner_to_text, this_process
 from finetune.errors import RunError
-from finetune.lock import OWNER_FILE, Owner, hold_lock, owner_from_text, owner_to_text, this_process
 
 
 def test_a_second_writer_is_told_who_holds_the_lock(tmp_path):
     code = (
-        "import sys, pathlib\nfrom finetune.lock import hold_lock\n"
+        "import sys, pathlib\nfrom finetune.base.lock import hold_lock\n"
         "with hold_lock(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from finetune import Classification, MultiLabel
-from finetune.metrics import Calibration, ClassCounts, accuracy, confusion_matrix
-from finetune.tasks import ClassificationTask, MultiLabelTask, make_task, training_loss
+from finetune.tasks.losses import ClassificationTask, MultiLabelTask, make_task, training_loss
+from finetune.tasks.metrics import Calibration, ClassCounts, accuracy, confusion_matrix
 
 TARGETS = torch.tensor([0, 0, 0, 1, 1, 2])
 PREDICTED = torch.tensor([0, 0, 1, 1, 2, 2])

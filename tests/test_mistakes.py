@@ -18,9 +18,9 @@ from terminal import run_in_terminal
 from torchvision.models import get_model
 
 from finetune import Images
+from finetune.base.files import write_atomically
 from finetune.cli import main
-from finetune.files import write_atomically
-from finetune.run import RunFolder
+from finetune.store.run_folder import RunFolder
 
 IMAGES = ["vgg_head", "--images"]
 QUICK = ["--epochs", "1", "--train-samples", "100", "--device", "cpu", "--quiet"]

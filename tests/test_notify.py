@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from postbox import bad_server, begun, closed_port, mailbox, outside, validated, wait_until
 
+from finetune.base.events import Ended
 from finetune.errors import UsageError
 from finetune.watch.notify_service import without_paths
-from finetune.watch.outside import Outside, check_notify_urls, check_services, notify_urls
 from finetune.watch.pipe import scheme_of
-from finetune.watch.tracker import Ended
+from finetune.watch.remote_trackers import Outside, check_notify_urls, check_services, notify_urls
 
 HOST = socket.gethostname()
 SECRETS = ("alice99", "hunter22", "s3cr3tt0k3n", "tippt0p")
@@ -132,7 +132,7 @@ def test_only_the_last_part_of_a_path_from_the_root_is_told():
 DYING = """
 import os, sys, time
 from pathlib import Path
-from finetune.watch.outside import Outside
+from finetune.watch.remote_trackers import Outside
 from finetune.watch.pipe import Logged
 sys.path.insert(0, {tests!r})
 from postbox import begun, validated
@@ -281,7 +281,7 @@ def test_a_library_that_is_not_installed_is_named_with_the_command_to_install_it
     check_services(["wandb", "notify", "tensorboard"])
     package = Path(check_services.__code__.co_filename).parents[1]
     shutil.copytree(package, tmp_path / "finetune", ignore=shutil.ignore_patterns("bundled", "__pycache__"))
-    script = "import sys; sys.path.insert(0, sys.argv[1]); from finetune.watch.outside import check_services; check_services(sys.argv[2:])"
+    script = "import sys; sys.path.insert(0, sys.argv[1]); from finetune.watch.remote_trackers import check_services; check_services(sys.argv[2:])"
     for name, words in [("wandb", "--track wandb: wandb"), ("notify", "--notify: apprise")]:
         # Without site-packages.
         command = [sys.executable, "-I", "-S", "-c", script, str(tmp_path), name]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from postbox import bad_server, begun, mailbox, outside, service, validated, wait_until
 
-from finetune.watch.outside import Outside
+from finetune.base.events import Begun, Ended, Example
 from finetune.watch.pipe import Closed, Logged, Queue, decode, encode, scrub, secrets_of
-from finetune.watch.tracker import Begun, Ended, Example
+from finetune.watch.remote_trackers import Outside
 
 linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into /proc")
 
@@ -102,7 +102,7 @@ def test_a_run_that_comes_to_nothing_is_not_told(tmp_path):
 
 
 def test_a_process_that_cannot_be_started_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.watch.outside.SERVICE_COMMAND", [str(tmp_path / "nothing")])
+    monkeypatch.setattr("finetune.watch.remote_trackers.SERVICE_COMMAND", [str(tmp_path / "nothing")])
     said: list[str] = []
     one = Outside(["notify"], ["json://x"], 0, tmp_path, said.append)
     one.begin(begun(tmp_path))

@@ -8,7 +8,7 @@ from PIL import Image
 from finetune import UsageError
 from finetune.cli import main
 from finetune.data.digits import load_digits
-from finetune.export import export
+from finetune.export.weights import export
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def test_predictions_are_those_of_the_validation_pipeline(model, trained, tmp_pa
     import finetune
     from finetune import Images
     from finetune.data.images import Request
-    from finetune.dataset import open_data
     from finetune.models.backbones import find_backbone
+    from finetune.training.dataset import open_data
 
     save_digits(tmp_path / "digits", 5)
     main(["predict", str(model), str(tmp_path / "digits"), "--top-k", "10"])
@@ -82,7 +82,7 @@ def test_missing_inputs_are_one_line_and_exit_2(model, tmp_path, capsys):
     assert main(["predict", str(model), str(tmp_path / "empty")]) == 2
     assert "holds no images" in capsys.readouterr().err
     with pytest.raises(UsageError, match="must be 1 or more"):
-        from finetune.predict import predict
+        from finetune.export.predict import predict
 
         predict(
             model, ["x"], top_k=0, batch_size=1, device_name="cpu", image_column="", text_column="", allow_outside=False,

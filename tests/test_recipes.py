@@ -11,9 +11,9 @@ from encoders import make_encoder, sentences
 
 from finetune import Recipe
 from finetune.cli import main
-from finetune.plain import from_plain, to_plain
-from finetune.recipe_files import load_recipe_function, shipped_recipes
-from finetune.run import RunFolder
+from finetune.recipe.scripts import load_recipe_function, shipped_recipes
+from finetune.recipe.serialize import from_plain, to_plain
+from finetune.store.run_folder import RunFolder
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.py"))
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import assert_equal_runs, finetune, finish, small_recipe, train_run
 
-from finetune import RunError, StoppedEarly, UsageError, checkpoint
+from finetune import RunError, StoppedEarly, UsageError
+from finetune.base.lock import owner_to_text, this_process
 from finetune.cli import main
-from finetune.lock import owner_to_text, this_process
-from finetune.remote import Uploader, is_remote, mirror_folder, open_run
-from finetune.remote_folder import HEARTBEAT_SECONDS, SILENCE_SECONDS, Lease, RemoteFolder
-from finetune.run import RunFolder
+from finetune.store import checkpoint
+from finetune.store.remote import Uploader, is_remote, mirror_folder, open_run
+from finetune.store.remote_fs import HEARTBEAT_SECONDS, SILENCE_SECONDS, Lease, RemoteFolder
+from finetune.store.run_folder import RunFolder
 
 WORDS = [
     "vgg_head", "--augment", "light", "--epochs", "3", "--train-samples", "640", "--batch-size", "32", "--device", "cpu",
@@ -455,11 +456,11 @@ def test_the_runs_own_error_is_told_first_and_kept_when_uploads_wait(memory, tmp
     monkeypatch.setattr(remote, "upload", gone)
     uploader.start()
     with monkeypatch.context() as patched:
-        patched.setattr("finetune.remote.time.sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("finetune.store.remote.time.sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         uploader.finish(RunError("the loss is nan"))
     assert said[-3:-1] == ["the loss is nan", said[-2]] and "wait to be uploaded" in said[-2]
     assert "are not uploaded to memory://place/run; they lie in" in said[-1]
     with monkeypatch.context() as patched, pytest.raises(StoppedEarly, match="are not uploaded") as stopped:
-        patched.setattr("finetune.remote.time.sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("finetune.store.remote.time.sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         uploader.finish(None)
     assert stopped.value.exit_code == 75

@@ -17,18 +17,18 @@ from encoders import make_encoder, sentences, text_recipe, write_csv
 from PIL import Image
 
 from finetune import Images, MultiLabel, Trainable
+from finetune.base.files import read_json, write_atomically, write_json
 from finetune.cli import main
 from finetune.data.source import ArraySource
-from finetune.export import export
-from finetune.files import read_json, write_atomically, write_json
-from finetune.head_recipes import TextTable
-from finetune.outcomes import Outcomes
-from finetune.recipe_files import load_recipe_function, shipped_recipes
+from finetune.export.weights import export
+from finetune.recipe.heads import TextTable
+from finetune.recipe.scripts import load_recipe_function, shipped_recipes
 from finetune.report.curves import MOST_POINTS, Curve, read_curves
 from finetune.report.data import gather
 from finetune.report.page import STYLE, write_report
-from finetune.run import RunFolder
-from finetune.tasks import ClassificationTask
+from finetune.store.run_folder import RunFolder
+from finetune.tasks.evaluation import Outcomes
+from finetune.tasks.losses import ClassificationTask
 
 # What others called their classes and files.
 SCRIPT, MARKUP, FORMULA = "<script>alert(1)</script>", "日本\x1b[31m\u202e & \"q\" onload='x'", "$\\frac{a}{b}$"

@@ -20,11 +20,11 @@ from conftest import (
     read,
 )
 
-from finetune import checkpoint
 from finetune.data.digits import load_digits
 from finetune.data.images import split_source
 from finetune.data.order import epoch_order
-from finetune.run import RunFolder
+from finetune.store import checkpoint
+from finetune.store.run_folder import RunFolder
 
 KILLS_PER_EPOCH = 3
 EPOCHS = 2

@@ -19,14 +19,15 @@ from conftest import (
 )
 from PIL import Image
 
-from finetune import Images, Optimizer, RunError, Schedule, Stop, StoppedEarly, Trainable, UsageError, launch
-from finetune.build import Numerics
+from finetune import Images, Optimizer, RunError, Schedule, Stop, StoppedEarly, Trainable, UsageError
+from finetune.base.signals import StopRequest
 from finetune.errors import FinetuneError
-from finetune.guard import StopRequest
-from finetune.launch import Machine
-from finetune.run import RunFolder
-from finetune.tasks import ClassificationTask
-from finetune.train import Settings
+from finetune.runs import start as launch
+from finetune.runs.start import Machine
+from finetune.store.restore import Numerics
+from finetune.store.run_folder import RunFolder
+from finetune.tasks.losses import ClassificationTask
+from finetune.training.loop import Settings
 
 # Four deaths in the first epoch of seven steps and two in the second.
 DEATHS = [2, 3, 5, 6, 9, 13]
@@ -285,7 +286,7 @@ def test_a_stop_does_not_wait_for_a_validation_and_the_resume_makes_up_for_it(tm
 
     with monkeypatch.context() as patched:
         stop = StopRequest("finetune resume RUN")
-        patched.setattr("finetune.launch.listen_for_signals", lambda go_on: nullcontext(stop))
+        patched.setattr("finetune.runs.start.listen_for_signals", lambda go_on: nullcontext(stop))
         terminal = DyingTerminal()
         if when == "in the validation":
 

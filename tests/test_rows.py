@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.files import BadFile
-from finetune.rows import Layout, RowFile, RowReader, rows_per_block
+from finetune.base.files import BadFile
+from finetune.features.feature_file import Layout, RowFile, RowReader, rows_per_block
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,12 @@ from conftest import Killed, metrics_lines, resume_run, small_recipe, train_run
 from terminal import ESCAPES, run_in_terminal
 
 from finetune import Optimizer, Stop
+from finetune.base.files import link_or_copy, read_json, write_json
+from finetune.base.terminal import PatientConsole
 from finetune.cli import main
-from finetune.files import link_or_copy, read_json, write_json
-from finetune.run import RunFolder, newest_unfinished
-from finetune.runs.compared import Comparison
-from finetune.runs.found import describe, training_seconds
-from finetune.watch.progress import PatientConsole
+from finetune.listing.compared import Comparison
+from finetune.listing.found import describe, training_seconds
+from finetune.store.run_folder import RunFolder, newest_unfinished
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_each_run_is_shown_in_its_state_with_its_epochs_and_its_best(runs, train
 def test_a_run_is_running_as_long_as_the_process_that_holds_its_lock_lives(runs, tmp_path, capsys):
     copy = shutil.copytree(runs / "killed-1", tmp_path / "run")
     holds = (
-        "import sys, time; from pathlib import Path; from finetune.lock import hold_lock\n"
+        "import sys, time; from pathlib import Path; from finetune.base.lock import hold_lock\n"
         "with hold_lock(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", holds, str(copy)], stdout=subprocess.PIPE, text=True)

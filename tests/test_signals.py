@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import assert_equal_runs, finetune, finish, last_step, read
 
-from finetune.run import RunFolder
+from finetune.store.run_folder import RunFolder
 
 POLITE = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1, signal.SIGHUP] if os.name == "posix" else [])]
 

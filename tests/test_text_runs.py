@@ -23,15 +23,16 @@ from conftest import finetune as run_finetune
 from encoders import ANIMALS, TOOLS, make_encoder, sentences, text_recipe, write_csv
 
 import finetune
-from finetune import TextTable, Trainable, launch
-from finetune.build import Numerics, backbone_of_run, trained_network
-from finetune.cache import cache_folder
+from finetune import TextTable, Trainable
 from finetune.cli import main
 from finetune.data.tokens import PADDING
-from finetune.export import export
-from finetune.job import Machine
-from finetune.run import RunFolder
-from finetune.train import Settings
+from finetune.export.weights import export
+from finetune.features.cache import cache_folder
+from finetune.runs import start as launch
+from finetune.store.restore import Numerics, backbone_of_run, trained_network
+from finetune.store.run_folder import RunFolder
+from finetune.training.loop import Settings
+from finetune.training.setup import Machine
 
 THAW = Trainable(
     rules=(("head", "trainable", 0), ("bert.encoder.layer.1", "trainable", 1), ("*", "frozen", 0)),

@@ -15,10 +15,10 @@ from conftest import assert_equal_runs, finetune, finish, kill_after_progress, m
 from postbox import bad_server, begun, closed_port, mailbox, outside, service, validated, wait_until
 from wandb.proto import wandb_internal_pb2
 
-from finetune.files import copy_file
-from finetune.run import RunFolder
+from finetune.base.events import Ended, Example
+from finetune.base.files import copy_file
+from finetune.store.run_folder import RunFolder
 from finetune.watch.pipe import encode
-from finetune.watch.tracker import Ended, Example
 
 PICTURE = (
     b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x00\x00\x00\x00:~\x9bU\x00\x00\x00\nIDATx"
@@ -42,7 +42,7 @@ def nobodys_account(tmp_path, monkeypatch) -> None:
 DYING = """
 import sys, time
 from pathlib import Path
-from finetune.watch.outside import Outside
+from finetune.watch.remote_trackers import Outside
 sys.path.insert(0, {tests!r})
 from postbox import begun, validated
 folder = Path(sys.argv[1])

@@ -13,23 +13,23 @@ import torch
 from rich.console import Console
 from terminal import ESCAPES, run_in_terminal
 
-from finetune import launch
-from finetune.build import Numerics
+from finetune.base.events import Validated
+from finetune.base.formatting import number_text
+from finetune.base.terminal import Terminal, make_console, seconds_text
 from finetune.data.digits import load_digits
 from finetune.errors import RunError, StoppedEarly
-from finetune.evaluate import evaluate
-from finetune.job import Machine
 from finetune.options import AnyTable
-from finetune.outcomes import KEPT_FEATURES, Outcomes
-from finetune.run import RunFolder
-from finetune.step import gradient_norm
-from finetune.tasks import ClassificationTask, MultiLabelTask, RegressionTask
-from finetune.text import number_text
-from finetune.train import Settings
-from finetune.watch import start
-from finetune.watch.examples import examples_of
-from finetune.watch.progress import Terminal, make_console, seconds_text
-from finetune.watch.tracker import Validated
+from finetune.report.examples import examples_of
+from finetune.runs import start as launch
+from finetune.runs.evaluate import evaluate
+from finetune.store.restore import Numerics
+from finetune.store.run_folder import RunFolder
+from finetune.tasks.evaluation import KEPT_FEATURES, Outcomes
+from finetune.tasks.losses import ClassificationTask, MultiLabelTask, RegressionTask
+from finetune.training.loop import Settings
+from finetune.training.setup import Machine
+from finetune.training.step import gradient_norm
+from finetune.watch import trackers as start
 from finetune.watch.watch import Watch
 
 from conftest import (  # isort: skip
@@ -260,8 +260,8 @@ def test_a_terminal_of_60_columns_shows_the_table_and_a_bar_with_every_figure(tm
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"CI": "true"}])
 def test_no_color_and_ci_get_plain_lines_even_in_a_terminal(environment):
     script = """
-from finetune.watch.progress import *
-from finetune.watch.tracker import Validated
+from finetune.base.terminal import *
+from finetune.base.events import Validated
 terminal = Terminal(make_console())
 terminal.begin({"backbone": "bundled/vgg"}, 0, 10)
 terminal.step(1, 1, 2, 64)

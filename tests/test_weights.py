@@ -25,15 +25,15 @@ from torchvision.models import get_model
 
 import finetune as kit
 from finetune import Images, Model, RunError, UsageError
-from finetune.build import find_pretrained, trained_network
+from finetune.base.files import BadFile
 from finetune.cli import main
-from finetune.export import export
-from finetune.files import BadFile
+from finetune.export.weights import export
 from finetune.models.backbones import find_backbone
 from finetune.models.heads import find_head
 from finetune.models.network import build_network
 from finetune.models.weights import choose_weights, load_backbone_weights, read_weights
-from finetune.run import RunFolder
+from finetune.store.restore import find_pretrained, trained_network
+from finetune.store.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

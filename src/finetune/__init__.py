@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError, RunError, StoppedEarly, UsageError
-from finetune.head_recipes import ImageTable, ImageTraining, TextTable, Training, image_head, text_head
-from finetune.recipe import (
+from finetune.recipe.heads import ImageTable, ImageTraining, TextTable, Training, image_head, text_head
+from finetune.recipe.spec import (
     Classification,
     Distillation,
     Images,
@@ -55,8 +55,8 @@ __all__ = [
 
 
 def load(path):
-    """The model of an export, rebuilt and in eval mode; see `finetune.exported.load`."""
-    from finetune.exported import load as load_export
+    """The model of an export, rebuilt and in eval mode; see `finetune.export.load.load`."""
+    from finetune.export.load import load as load_export
 
     return load_export(path)
 

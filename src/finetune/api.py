@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.base.formatting import best_text
 from finetune.errors import RunError, UsageError
 from finetune.options import ResumeOptions, RunOptions
-from finetune.recipe import Recipe
-from finetune.text import best_text
+from finetune.recipe.spec import Recipe
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class FinishedRun:
         Raises:
             FinetuneError: see `finetune export`.
         """
-        from finetune.export import FORMATS, export
-        from finetune.run import RunFolder
+        from finetune.export.weights import FORMATS, export
+        from finetune.store.run_folder import RunFolder
 
         path = Path(output) if output else self.folder / "model.pt"
         if path.suffix not in FORMATS:

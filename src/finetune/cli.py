@@ -20,6 +20,8 @@ from typing import Annotated, Any, NoReturn
 import docstring_parser
 import tyro
 
+from finetune.base.formatting import printable
+from finetune.base.signals import exit_on_signals
 from finetune.errors import (
     FinetuneError,
     StoppedEarly,
@@ -29,8 +31,6 @@ from finetune.errors import (
     one_line,
     reader_is_gone,
 )
-from finetune.guard import exit_on_signals
-from finetune.head_recipes import image_head, text_head
 from finetune.options import (
     CacheOptions,
     DoctorOptions,
@@ -42,9 +42,9 @@ from finetune.options import (
     RunOptions,
     RunsOptions,
 )
-from finetune.recipe import Recipe
-from finetune.recipe_files import call_recipe, find_recipe_file, load_recipe_function, shipped_recipes
-from finetune.text import printable
+from finetune.recipe.heads import image_head, text_head
+from finetune.recipe.scripts import call_recipe, find_recipe_file, load_recipe_function, shipped_recipes
+from finetune.recipe.spec import Recipe
 
 # What tyro says of an option that may be left out.
 INSTANTIATED = re.compile(
@@ -224,14 +224,14 @@ def command_summary(arguments: Sequence[str]) -> int:
 
 def command_cache(arguments: Sequence[str]) -> int:
     options = parse(CacheOptions, "cache", "Kept features of frozen backbones.", arguments)
-    from finetune.cache_command import list_or_clear
+    from finetune.features.cache_command import list_or_clear
 
     return list_or_clear(options.action, options.entries)
 
 
 def command_runs(arguments: Sequence[str]) -> int:
     options = parse(RunsOptions, "runs", "The runs in a folder, or two runs side by side.", arguments)
-    from finetune.runs.table import list_or_compare
+    from finetune.listing.table import list_or_compare
 
     return list_or_compare(options.folders, options.sort, options.json)
 

@@ -6,21 +6,21 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finetune import launch
-from finetune.build import Numerics, determining_config
-from finetune.cache import parse_size
+from finetune.base.formatting import best_text, json_line, printable
+from finetune.base.terminal import Terminal, make_console
 from finetune.errors import UsageError, reader_is_gone
-from finetune.job import Machine
-from finetune.plain import differences
-from finetune.recipe import Recipe
-from finetune.recipe_files import local_modules
-from finetune.remote import open_run
-from finetune.run import RunFolder, newest_unfinished
-from finetune.state import Progress
-from finetune.text import best_text, json_line, printable
-from finetune.train import Settings
-from finetune.watch.outside import check_notify_urls, check_services, notify_urls
-from finetune.watch.progress import Terminal, make_console
+from finetune.features.cache import parse_size
+from finetune.recipe.scripts import local_modules
+from finetune.recipe.serialize import differences
+from finetune.recipe.spec import Recipe
+from finetune.runs import start as launch
+from finetune.store.remote import open_run
+from finetune.store.restore import Numerics, determining_config
+from finetune.store.run_folder import RunFolder, newest_unfinished
+from finetune.store.state import Progress
+from finetune.training.loop import Settings
+from finetune.training.setup import Machine
+from finetune.watch.remote_trackers import check_notify_urls, check_services, notify_urls
 
 Result = TypeVar("Result")
 Conclude = Callable[[RunFolder, Progress, Terminal], Result]
@@ -161,8 +161,8 @@ def _say_aside(text: str) -> None:
 
 def export_run(options: Any) -> int:
     """`finetune export`."""
-    from finetune.export import FORMATS, copy_checkpoint, export
-    from finetune.export_folder import export_folder
+    from finetune.export.hf_folder import export_folder
+    from finetune.export.weights import FORMATS, copy_checkpoint, export
 
     with open_run(options.run, _say_aside) as run:
         if not options.weights_only:
@@ -188,7 +188,7 @@ def export_run(options: Any) -> int:
 
 def predict_files(options: Any) -> int:
     """`finetune predict`."""
-    from finetune.predict import predict
+    from finetune.export.predict import predict
 
     if not options.inputs:
         raise UsageError("finetune predict: nothing to predict; give images, texts, folders or a csv")
@@ -207,7 +207,7 @@ def predict_files(options: Any) -> int:
 
 def evaluate_run(options: Any) -> int:
     """`finetune evaluate`."""
-    from finetune.evaluate import evaluate, show
+    from finetune.runs.evaluate import evaluate, show
 
     workers = check_workers(options.workers)
     with open_run(options.run, _say_aside, writes=False) as run:
@@ -235,7 +235,7 @@ def write_report_of_run(options: Any) -> int:
 
 def summarise(recipe: Recipe) -> int:
     """`finetune summary`."""
-    from finetune.summary import summary_text
+    from finetune.runs.summary import summary_text
 
     print(summary_text(recipe))
     return 0

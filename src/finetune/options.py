@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from finetune.head_recipes import ImageTable, TextTable
+from finetune.recipe.heads import ImageTable, TextTable
 
 # Options that may be left out; without a name of its own, help would show "{None}|INT (default: None)".
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from conftest import last_step
 
-from finetune.rows import read_layout
-from finetune.run import RunFolder
+from finetune.features.feature_file import read_layout
+from finetune.store.run_folder import RunFolder
 
 # Loaded by Python at the child's start: writes down, in one shared byte, what the child is doing. Nothing else differs.
 WATCHER = """

@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import Killed, assert_equal_values, comparable, metrics_lines, small_recipe, train_run
 
-from finetune import checkpoint
+from finetune.base.files import BadFile
 from finetune.cli import main
 from finetune.errors import FinetuneError
-from finetune.files import BadFile
-from finetune.predict import load_described
-from finetune.run import RunFolder
+from finetune.export.predict import load_described
+from finetune.store import checkpoint
+from finetune.store.run_folder import RunFolder
 
 RECIPE = small_recipe(augment="none", dropout=0.0)
 

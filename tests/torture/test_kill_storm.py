@@ -9,7 +9,7 @@ from rich.table import Table
 from storm import PLACES, Storm, storm
 
 from finetune.cli import main
-from finetune.run import RunFolder
+from finetune.store.run_folder import RunFolder
 
 CACHED = ["--save-every-steps", "5", "--log-every-steps", "1", "--device", "cpu", "--batch-size", "32"]
 AUGMENTED = [

@@ -9,8 +9,10 @@ import pytest
 from conftest import assert_equal_runs, resume_run, small_recipe, train_run
 from power_loss import SCENARIOS, Disk, Operation, Recorder, lay_out
 
-from finetune import RunError, checkpoint, train
-from finetune.run import RunFolder
+from finetune import RunError
+from finetune.store import checkpoint
+from finetune.store.run_folder import RunFolder
+from finetune.training import loop as train
 
 
 def recorded_run(folder: Path, monkeypatch) -> tuple[RunFolder, list[Operation]]:
@@ -118,7 +120,7 @@ def test_a_resume_after_a_power_cut_ends_bit_for_bit_like_the_unbroken_run(tmp_p
 @pytest.mark.torture
 def test_without_the_sync_of_a_checkpoint_the_replay_finds_it_lost(tmp_path, monkeypatch):
     """The test of the test: a write that forgets `fsync` is found out."""
-    from finetune import files
+    from finetune.base import files
 
     monkeypatch.setattr(files.os, "fsync", lambda descriptor: None)
     run, operations = recorded_run(tmp_path, monkeypatch)

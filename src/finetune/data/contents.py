@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.base.files import TRAILER_BYTES, BadFile, verify_trailer, write_atomically
 from finetune.data.source import Source
 from finetune.errors import RunError, one_line
-from finetune.files import TRAILER_BYTES, BadFile, verify_trailer, write_atomically
 
 
 class Contents:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.base.files import BadFile, make_folders, write_atomically
 from finetune.errors import RunError, UsageError, one_line
-from finetune.files import BadFile, make_folders, write_atomically
 
 PADDING = -1
 TOKENIZER_FILE, SETTINGS_FILE = KEPT_FILES = ("tokenizer.json", "tokenizer_config.json")

@@ -12,10 +12,10 @@ import platformdirs
 import psutil
 from filelock import FileLock, Timeout
 
-from finetune.cache import FOLDER_VARIABLE, cache_folder, size_text
-from finetune.doctor.looks import Findings
+from finetune.doctor.checks import Findings
 from finetune.errors import one_line
-from finetune.run import RUNS_FOLDER
+from finetune.features.cache import FOLDER_VARIABLE, cache_folder, size_text
+from finetune.store.run_folder import RUNS_FOLDER
 
 LITTLE_BYTES, TOO_LITTLE_BYTES = 5_000_000_000, 200_000_000
 # Sizes of folders are added up for so long.

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.cache import size_text
-from finetune.doctor.disk import look_at_disk
-from finetune.doctor.looks import (
+from finetune.base.formatting import json_line, printable
+from finetune.base.terminal import make_console
+from finetune.doctor.checks import (
     Findings,
     installed_version,
     look_at_cpu,
@@ -27,10 +27,10 @@ from finetune.doctor.looks import (
     redacted,
     requirements,
 )
+from finetune.doctor.disk import look_at_disk
 from finetune.doctor.probe import NoAnswer, ask
 from finetune.errors import one_line
-from finetune.text import json_line, printable
-from finetune.watch.progress import make_console
+from finetune.features.cache import size_text
 
 BUILDS = {"CUDA": "cuda_build", "cuDNN": "cudnn", "ROCm": "rocm_build", "Apple's MPS": "mps_build"}
 STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.base.files import sha256_of_file
 from finetune.errors import RunError, UsageError, one_line
-from finetune.files import sha256_of_file
 
 PREFIX = "hf:"
 CONFIG_FILE = "config.json"

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from finetune.base.files import BadFile, copy_file, link_or_copy, read_json, sha256_of_file, write_json
 from finetune.data.order import keyed_generator
 from finetune.data.tokens import PADDING
 from finetune.errors import RunError, UsageError, one_line
-from finetune.files import BadFile, copy_file, link_or_copy, read_json, sha256_of_file, write_json
 from finetune.models import hub, huggingface, text_encoders
 from finetune.models.backbones import Backbone
 from finetune.models.freeze import Rule, in_eval

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.base.files import read_safetensors_header
+from finetune.base.safe_load import load_plain
 from finetune.data.tokens import (
     KEPT_FILES,
     LONGEST_TEXT_TOKENS,
@@ -25,11 +27,9 @@ from finetune.data.tokens import (
     hash_of_files,
 )
 from finetune.errors import UsageError
-from finetune.files import read_safetensors_header
 from finetune.models import hub
 from finetune.models.heads import find_head
 from finetune.models.shapes import build_shapes
-from finetune.torch_files import load_plain
 
 POOLINGS = ("stock", "mean", "cls")
 POOLING_FILE = "1_Pooling/config.json"

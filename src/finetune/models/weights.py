@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
+from finetune.base.files import BadFile, sha256_of_file
+from finetune.base.safe_load import load_plain
 from finetune.errors import FinetuneError, RunError, UsageError, one_line
-from finetune.files import BadFile, sha256_of_file
 from finetune.models import hub, huggingface, text_encoders
 from finetune.models.backbones import (
     Backbone,
@@ -31,7 +32,6 @@ from finetune.models.backbones import (
     torchvision_names,
 )
 from finetune.models.bundled import BUNDLED, BUNDLED_TEXT, bundled_folder, bundled_weights
-from finetune.torch_files import load_plain
 
 # What a damaged file makes of torch's and safetensors' readers.
 UNREADABLE = (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)

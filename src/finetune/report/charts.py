@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finetune.base.formatting import number_text, printable
 from finetune.report import plots
 from finetune.report.curves import Curve
 from finetune.report.data import RunData, Validation, lower_is_better
 from finetune.report.plots import Line
-from finetune.text import number_text, printable
 
 METRICS = {
     "accuracy": "accuracy",

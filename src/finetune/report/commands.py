@@ -6,13 +6,13 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from finetune.build import split_config
 from finetune.errors import FinetuneError
-from finetune.export import is_stock, loading_lines
-from finetune.export_folder import folder_lines
+from finetune.export.hf_folder import folder_lines
+from finetune.export.weights import is_stock, loading_lines
 from finetune.models.backbones import backbone_from_plain
 from finetune.models.heads import NO_HEAD
 from finetune.report.data import NOT_AS_WRITTEN, Checkpoint, RunData
+from finetune.store.restore import split_config
 
 WITH_KIT = "with this kit, after finetune export"
 

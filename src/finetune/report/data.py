@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from finetune.checkpoint import LATEST, newest_good
+from finetune.base.files import BadFile, read_json
+from finetune.base.safe_load import load_plain
 from finetune.errors import RunError
-from finetune.files import BadFile, read_json
-from finetune.metrics import ClassCounts
-from finetune.recipe import LOWER_IS_BETTER
+from finetune.recipe.spec import LOWER_IS_BETTER
 from finetune.report.curves import Curve, read_curves
-from finetune.run import RunFolder
-from finetune.torch_files import load_plain
+from finetune.store.checkpoint import LATEST, newest_good
+from finetune.store.run_folder import RunFolder
+from finetune.tasks.metrics import ClassCounts
 
 EVENTS = ("resume", "extend", "thaw")
 NOT_AS_WRITTEN = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError)
@@ -156,7 +156,7 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class Validation:
-    """What the best validation made of its samples; see `finetune.outcomes.Outcomes.to_plain`.
+    """What the best validation made of its samples; see `finetune.tasks.evaluation.Outcomes.to_plain`.
 
     Attributes:
         facts: label to text.

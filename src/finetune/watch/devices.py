@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from finetune.memory import MB
+from finetune.base.memory import MB
 
 
 @functools.cache

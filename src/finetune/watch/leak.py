@@ -3,7 +3,7 @@
 from itertools import pairwise
 from statistics import median
 
-from finetune.memory import MB, limits
+from finetune.base.memory import MB, limits
 
 # Nothing is said of fewer points, or steps: a run warms up.
 LEAST_POINTS, LEAST_STEPS = 80, 500

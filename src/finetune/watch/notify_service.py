@@ -11,10 +11,10 @@ from contextvars import ContextVar
 from pathlib import PurePath
 from typing import Any
 
+from finetune.base.events import Begun, Validated
+from finetune.base.formatting import number_text, printable
 from finetune.errors import one_line
-from finetune.text import number_text, printable
 from finetune.watch.pipe import Ended, Told, scheme_of
-from finetune.watch.tracker import Begun, Validated
 
 # Before each try.
 PAUSES_SECONDS = (0, 1, 4)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import unquote
 
-from finetune.watch.tracker import Begun, Ended, Example, Validated
+from finetune.base.events import Begun, Ended, Example, Validated
 
 QUEUE_ROOM = 10_000
 # Shorter parts of an URL ("json", "8080", "true") are no secrets, and would be found everywhere.

@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from finetune.base.signals import POLITE_SIGNALS
 from finetune.errors import one_line
-from finetune.guard import POLITE_SIGNALS
 from finetune.watch.notify_service import NotifyService, can_be_used
 from finetune.watch.pipe import Closed, Ended, Logged, Queue, Told, decode, scrub, secrets_of, to_line
 from finetune.watch.wandb_service import WandbService

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from finetune.base.events import Begun, Ended, Example, Features, Pictures, Validated
 from finetune.models.freeze import in_eval
-from finetune.plain import flatten
-from finetune.watch.sheets import confusion_sheet, example_sheet
-from finetune.watch.tracker import Begun, Ended, Example, Features, Pictures, Validated
+from finetune.recipe.serialize import flatten
+from finetune.report.image_grids import confusion_sheet, example_sheet
 
 SHOWN_EXAMPLES = 16
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d{19})\.\d+")

@@ -10,11 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from finetune.base.events import Begun, Example, Validated
+from finetune.base.files import link_or_copy
+from finetune.base.formatting import printable
 from finetune.errors import one_line
-from finetune.files import link_or_copy
-from finetune.text import printable
 from finetune.watch.pipe import Ended, Logged, Told
-from finetune.watch.tracker import Begun, Example, Validated
 
 STATE_FILE = "wandb-step.json"
 DEFAULT_PROJECT = "finetune"

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.base.events import Begun, Ended, Example, Pictures, Tracker, Validated
+from finetune.base.files import write_json
+from finetune.base.terminal import Terminal
 from finetune.data.source import Source
 from finetune.errors import in_words
-from finetune.files import write_json
-from finetune.outcomes import Outcomes
-from finetune.run import RunFolder
-from finetune.state import capture_generators, restore_generators
+from finetune.store.run_folder import RunFolder
+from finetune.store.state import capture_generators, restore_generators
+from finetune.tasks.evaluation import Outcomes
 from finetune.watch.devices import device_figures
 from finetune.watch.leak import LeakWatch
-from finetune.watch.progress import Terminal
-from finetune.watch.tracker import Begun, Ended, Example, Pictures, Tracker, Validated
 
 # Nobody sees more points than that, and each costs the thread that trains.
 SECONDS_BETWEEN_POINTS = 0.1
@@ -263,7 +263,7 @@ class Watch:
 
 
 def _pictures(subject: Subject, outcomes: Outcomes, step: int, at_end: bool) -> Pictures:
-    from finetune.watch.examples import examples_of
+    from finetune.report.examples import examples_of
 
     plain = outcomes.to_plain(subject.source)
     return Pictures(

@@ -1,0 +1,219 @@
+"""A folder that transformers' `from_pretrained` loads: config, weights, tokenizer; of a run on texts.
+
+A run with a head becomes a classification model for `pipeline("text-classification")`. An encoder without a head, as
+distillation makes, becomes a sentence encoder, with the small files by which sentence-transformers knows its pooling.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.base.files import TEMPORARY_SUFFIX, read_json, sync_folder, write_json
+from finetune.data.tokens import KEPT_FILES, PADDING, SETTINGS_FILE, Tokenization
+from finetune.errors import RunError, UsageError
+from finetune.export.verify import Trained, hold_against, trained_tensors
+from finetune.export.weights import describe, is_stock
+from finetune.models import hub, text_encoders
+from finetune.models.heads import NO_HEAD
+from finetune.store.run_folder import RunFolder
+
+# Marks a folder as an export of ours, which a later one may replace.
+RECORD_FILE = "finetune.json"
+# All that such an export consists of.
+WRITTEN = {
+    RECORD_FILE, hub.CONFIG_FILE, "model.safetensors", *KEPT_FILES, "modules.json", text_encoders.LENGTH_FILE,
+    text_encoders.POOLING_FILE.partition("/")[0],
+}  # fmt: skip
+PROBLEMS = {
+    "classification": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
+# Rounding to 16 bits moves a logit by about this share of the largest.
+HALF_TOLERANCE = 5e-3
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What was written and how it compares with the run."""
+
+    folder: Path
+    largest_difference: float
+    has_head: bool
+
+    def text(self) -> str:
+        size_bytes = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        what = "logits" if self.has_head else "embeddings"
+        equal = "bit for bit" if self.largest_difference == 0 else f"within {self.largest_difference:.1g}"
+        return (
+            f"{self.folder}: {size_bytes:,} bytes: config, weights, tokenizer\n"
+            f"checked: loaded by transformers' from_pretrained, its {what} equal the run's {equal}\n\n"
+            f"{folder_lines(self.folder, self.has_head)}"
+        )
+
+
+def export_folder(run: RunFolder, which: str, output: Path, half: bool) -> FolderReport:
+    """Write a checkpoint as a folder for transformers, load it again and compare.
+
+    Args:
+        which: "best" or "latest".
+        output: the folder; must not exist, be empty, or be an earlier export.
+        half: store numbers of 16 bits.
+
+    Raises:
+        UsageError: the run is of images, or no class of transformers computes what it does.
+        RunError: the run cannot be read, or the folder's outputs are not the run's.
+    """
+    trained = trained_tensors(run, which)
+    _check_possible(trained)
+    _check_output(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".exporting-", suffix=TEMPORARY_SUFFIX, dir=output.parent) as place:
+        folder = Path(place) / "model"
+        model = _write(trained, folder, half)
+        pooling = trained.backbone.options["pooling"] if trained.recipe.model.head == NO_HEAD else ""
+
+        def compute(model: nn.Module, tokens: Tensor) -> Tensor:
+            mask = tokens != PADDING
+            tokens = tokens.masked_fill(~mask, model.config.pad_token_id or 0)
+            output = model(input_ids=tokens, attention_mask=mask.long())
+            return text_encoders.pooled(output.last_hidden_state, mask, pooling) if pooling else output.logits
+
+        difference = hold_against(f"export {output}", trained, model, compute, HALF_TOLERANCE if half else 0.0)
+        write_json(folder / RECORD_FILE, describe(run, which, trained))
+        if output.exists():
+            output.replace(Path(place) / "earlier")
+        folder.replace(output)
+        sync_folder(output.parent)
+    return FolderReport(output, difference, trained.recipe.model.head != NO_HEAD)
+
+
+def _check_output(output: Path) -> None:
+    """Raises: UsageError: the folder holds something that is no earlier export of ours."""
+    if not os.path.lexists(output):
+        return
+    names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
+    is_export = RECORD_FILE in names and names <= WRITTEN
+    if is_export:
+        try:
+            is_export = "source_run" in read_json(output / RECORD_FILE, "record of an export")
+        except RunError:
+            is_export = False
+    if names and not is_export:
+        other = min(names - WRITTEN, default=RECORD_FILE)
+        raise UsageError(f"--output {output}: holds something else ({other}); name a new folder")
+
+
+def _check_possible(trained: Trained) -> None:
+    """Raises: UsageError: why there is no such folder for this run."""
+    if not trained.backbone.reads_texts:
+        raise UsageError("--format hf: is for runs on texts; give pt, safetensors or onnx")
+    head, pooling = trained.recipe.model.head, trained.backbone.options["pooling"]
+    if head == NO_HEAD or is_stock(trained.recipe, trained.backbone):
+        return
+    if pooling != "stock":
+        raise UsageError(
+            f"--format hf: no class of transformers classifies by {pooling!r} pooling, it would give other results; "
+            "train with --pooling stock, or export a .pt and load it with finetune.load"
+        )
+    raise UsageError(
+        f"--format hf: no class of transformers has a head of kind {head!r}; train with --head linear, or export a .pt "
+        "and load it with finetune.load"
+    )
+
+
+def _write(trained: Trained, folder: Path, half: bool) -> nn.Module:
+    """Write the folder; return what transformers loads from it."""
+    from transformers import AutoTokenizer
+
+    tokenization = trained.backbone.preprocessing
+    assert isinstance(tokenization, Tokenization)
+    is_encoder = trained.recipe.model.head == NO_HEAD
+    model = _encoder(trained) if is_encoder else _classifier(trained)
+    with hub.refusing(f"export {folder.name}: transformers cannot write it"):
+        model.to(torch.float16 if half else torch.float32).save_pretrained(folder)
+    files = tokenization.files or {}
+    settings = json.loads(files[SETTINGS_FILE]) | {"model_max_length": tokenization.max_length}
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    for name, content in (files | {SETTINGS_FILE: text}).items():
+        (folder / name).write_text(content, encoding="utf-8")
+    if is_encoder:
+        _write_sentence_files(folder, trained.backbone.options, tokenization)
+    with hub.refusing(f"export {folder.name}: transformers cannot load it"):
+        text_encoders.check_tokenizer(AutoTokenizer.from_pretrained(folder), tokenization, f"export {folder.name}")
+        return type(model).from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+
+
+def _classifier(trained: Trained) -> nn.Module:
+    """The stock classification model, its labels named."""
+    classes, task = trained.state["data"]["classes"], trained.recipe.task.kind
+    names = dict(enumerate(classes)) or {0: "value"}
+    numbers = {name: number for number, name in names.items()}
+    labels = {"id2label": names, "label2id": numbers, "problem_type": PROBLEMS[task]}
+    config = text_encoders.config_of(trained.backbone.options, **labels)
+    with hub.refusing("the config of this backbone cannot be used"):
+        model = text_encoders.stock_class().from_config(config, dtype=torch.float32, trust_remote_code=False)
+    _fill(model, trained.tensors)
+    return model
+
+
+def _encoder(trained: Trained) -> nn.Module:
+    """The stock encoder, without a pooler."""
+    with hub.refusing("the config of this backbone cannot be used"):
+        network = text_encoders.build(trained.backbone.options, 1)
+    prefix = network.base_model_prefix
+    encoder = network.get_submodule(prefix)
+    _fill(encoder, {name.removeprefix(f"{prefix}."): value for name, value in trained.tensors.items()})
+    return encoder
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise RunError(f"the run's weights do not fit transformers' class ({str(error)[:200]}); report it") from None
+    model.eval()
+
+
+def _write_sentence_files(folder: Path, options: dict[str, Any], tokenization: Tokenization) -> None:
+    """How sentence-transformers pools, and how long a text may be."""
+    pooling = {
+        "word_embedding_dimension": text_encoders.width_of(options),
+        "pooling_mode_cls_token": options["pooling"] == "cls",
+        "pooling_mode_mean_tokens": options["pooling"] == "mean",
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+    }
+    kinds = {"": "sentence_transformers.models.Transformer", "1_Pooling": "sentence_transformers.models.Pooling"}
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": kind}
+        for number, (path, kind) in enumerate(kinds.items())
+    ]
+    (folder / text_encoders.POOLING_FILE).parent.mkdir()
+    contents = {
+        text_encoders.POOLING_FILE: pooling,
+        "modules.json": modules,
+        text_encoders.LENGTH_FILE: {"max_seq_length": tokenization.max_length, "do_lower_case": False},
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def folder_lines(folder: Path, has_head: bool) -> str:
+    """Lines of Python that load the folder without this kit."""
+    if not has_head:
+        return (
+            f"from transformers import AutoModel, AutoTokenizer\nmodel = AutoModel.from_pretrained({str(folder)!r})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"
+        )
+    return (
+        "from transformers import pipeline\n"
+        f'classify = pipeline("text-classification", model={str(folder)!r})\n'
+        'classify("a text", truncation=True)'
+    )

@@ -1,0 +1,116 @@
+"""An export, read: its JSON, and the network that the JSON describes. Nothing of either is executed."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from finetune.base.files import BadFile, read_json, sha256_of_file
+from finetune.data.preprocess import Preprocessing
+from finetune.data.tokens import Tokenization
+from finetune.errors import FinetuneError, RunError, UsageError, one_line
+from finetune.models.backbones import backbone_of_export
+from finetune.models.heads import find_head, plain_head, replaced_layers
+from finetune.models.weights import load_state, read_weights
+from finetune.recipe.spec import TASKS
+
+SCHEMA_VERSION = 3
+
+
+def read_description(file: Path) -> dict[str, Any]:
+    """The JSON beside an export.
+
+    Raises:
+        RunError: missing, damaged, or of another schema.
+    """
+    path = file.with_suffix(".json")
+    description = read_json(path, "description of the export")
+    needed = {"task", "classes", "architecture", "preprocessing", "sha256", "files"}
+    if not isinstance(description, dict) or "schema_version" not in description:
+        raise BadFile(f"{path} does not describe an export; keep the .json that was written with it")
+    if description["schema_version"] != SCHEMA_VERSION:
+        raise RunError(
+            f"{path} has schema {description['schema_version']}, this finetune reads {SCHEMA_VERSION}; export it again "
+            "with this version"
+        )
+    classes = description.get("classes")
+    good = needed <= set(description) and isinstance(description["files"], dict) and isinstance(classes, list)
+    good = good and all(isinstance(one, str) for one in (description["sha256"], *description["files"].values()))
+    good = good and description["task"] in list(TASKS)  # a list: the value may not even be hashable
+    if not good or not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+        raise BadFile(f"{path} does not describe an export; keep the .json that was written with it")
+    return description
+
+
+def rebuild(description: dict[str, Any], tensors: dict[str, Tensor], source: str) -> nn.Module:
+    """The network that a description names, with these tensors; in eval mode, on the CPU.
+
+    Raises:
+        RunError: the two do not belong together; calls them `source`.
+    """
+    architecture = description["architecture"]
+    try:
+        backbone = backbone_of_export(description)
+        head_paths = find_head(backbone.build)
+        if architecture["head"] != "keep" and architecture["head_paths"] != head_paths:
+            raise BadFile(f"{source}: {architecture['head_paths']} is not the head of {backbone.name}")
+        if architecture["head"] != "append" and architecture["old_classes"] != architecture["outputs"]:
+            raise BadFile(f"{source}: its .json has {architecture['outputs']} outputs, the network another number")
+        if description["classes"] and len(description["classes"]) != architecture["outputs"]:
+            raise BadFile(f"{source}: its .json has {len(description['classes'])} classes, the network another number")
+        model = backbone.build(architecture["old_classes"])
+        for path in replaced_layers(head_paths, architecture["head"]):
+            plain_head(model, path, architecture["head"], architecture["outputs"], architecture["head_width"])
+        missing, extra = load_state(model, tensors, getattr(tensors, "_metadata", None), source)
+    except UsageError as error:
+        raise BadFile(str(error)) from None
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, OverflowError) as error:
+        if isinstance(error, FinetuneError):
+            raise
+        raise BadFile(f"{source}: its .json describes no network ({one_line(error)}); export it again") from None
+    if missing or extra:
+        names = ", ".join([*missing, *extra][:5])
+        raise BadFile(f"{source} does not fit the architecture in its .json: {names}, ...; export it again")
+    return model.eval()
+
+
+def load_described(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """`load`, and what the JSON says."""
+    file = Path(path)
+    if not file.is_file():
+        raise RunError(f"export {file} does not exist; make it with: finetune export RUN")
+    if file.suffix == ".onnx":
+        raise RunError(f"export {file}: an .onnx is for onnxruntime; give the .pt or .safetensors of the same run")
+    description = read_description(file)
+    found = sha256_of_file(file)
+    if found not in {description["sha256"], *description["files"].values()}:
+        raise BadFile(f"{file} does not match its .json (sha256 {found}); export it again")
+    return rebuild(description, read_weights(file), str(file)), description
+
+
+def load(path: str | Path) -> nn.Module:
+    """Rebuild the model of an export: in eval mode, on the CPU. Runs no code from the file or its JSON.
+
+    Args:
+        path: the .pt or .safetensors; its .json must lie beside it.
+
+    Returns:
+        A module: (batch, 3, height, width) float32, prepared as the JSON says, to (batch, classes) logits; of texts
+        called as `model(**tokenizer(texts, padding=True, return_tensors="pt"))`, with the tokenizer that lies beside
+        it.
+
+    Raises:
+        RunError: the files are missing, damaged, or do not belong together.
+    """
+    return load_described(path)[0]
+
+
+def tokenizer_folder(file: Path) -> Path:
+    """Where the tokenizer of an export lies."""
+    return file.with_name(f"{file.stem}-tokenizer")
+
+
+def prepared(file: Path, description: dict[str, Any]) -> Preprocessing | Tokenization:
+    """What is done to images, or texts, before the network of an export sees them."""
+    preprocessing = backbone_of_export(description).preprocessing
+    return preprocessing.read(tokenizer_folder(file)) if isinstance(preprocessing, Tokenization) else preprocessing

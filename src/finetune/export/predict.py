@@ -1,0 +1,144 @@
+"""Classify images or texts with an export. Needs only the file and what lies beside it; executes nothing of it."""
+
+import csv
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from finetune.base.device import pick_device, to_device
+from finetune.base.formatting import json_line, printable
+from finetune.data.inputs import ImageInputs, TextInputs, image_files, texts_in
+from finetune.data.tokens import Tokenization
+from finetune.errors import UsageError
+from finetune.export.load import load_described, prepared
+from finetune.recipe.spec import TASKS
+from finetune.tasks.losses import Classifying, MultiLabelTask, RegressionTask, Task, make_task
+
+# Of several labels, those with a probability above this apply.
+THRESHOLD = 0.5
+
+
+def predict(
+    file: Path,
+    inputs: Iterable[str],
+    *,
+    top_k: int,
+    batch_size: int,
+    device_name: str,
+    image_column: str,
+    text_column: str,
+    allow_outside: bool,
+    as_csv: bool,
+) -> int:
+    """Print a line a sample, in their order: where it is from and its classes with their probabilities, or the number
+    that is predicted, or what is wrong with it.
+
+    Returns:
+        0, or 1 when a sample could not be read.
+    """
+    if top_k < 1 or batch_size < 1:
+        raise UsageError(f"--top-k {top_k} --batch-size {batch_size}: both must be 1 or more")
+    device = pick_device(device_name)
+    model, description = load_described(file)
+    model = model.to(device, memory_format=torch.channels_last)
+    classes = description["classes"]
+    if description["task"] == "distillation":
+        raise UsageError(f"{file}: is an encoder without a head, which predicts nothing; train one: finetune bert_head")
+    # The scale of numbers is folded into the export.
+    task = make_task(TASKS[description["task"]](), len(classes), (0.0, 1.0))
+    preprocessing = prepared(file, description)
+    samples: ImageInputs | TextInputs
+    if isinstance(preprocessing, Tokenization):
+        samples = TextInputs(texts_in(inputs, text_column, allow_outside), preprocessing)
+    else:
+        samples = ImageInputs(image_files(inputs, image_column, allow_outside), preprocessing)
+    write = csv_writer(samples.fields, min(top_k, len(classes))) if as_csv else write_json_line
+    failed = 0
+    with progress_bar() as bar:
+        shown = bar.add_task("", total=samples.count)
+        for batch in samples.batches(batch_size):
+            outputs = iter(())
+            if batch.inputs is not None:
+                outputs = iter(compute(model, to_device(batch.inputs, device), task))
+            for where, error in zip(batch.where, batch.errors, strict=True):
+                if error:
+                    failed += 1
+                    write(where | {"error": error})
+                else:
+                    write(where | prediction(next(outputs), classes, top_k, task))
+            sys.stdout.flush()
+            bar.advance(shown, len(batch.where))
+    if failed:
+        print(f"finetune: {failed} of {samples.count} {samples.noun}(s) could not be read", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def progress_bar() -> Progress:
+    """How far it is, where only people see it."""
+    return Progress(
+        TextColumn("predicting"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(compact=True),
+        console=Console(stderr=True),
+        transient=True,
+        # Where the lines themselves go to the terminal, they show how far it is.
+        disable=not sys.stderr.isatty() or sys.stdout.isatty(),
+    )
+
+
+@torch.inference_mode()
+def compute(model: nn.Module, inputs: Tensor, task: Task) -> Tensor:
+    """(batch, classes) probabilities, of several labels each on its own; or (batch,) numbers; on the CPU."""
+    outputs = model(inputs)
+    return (task.values(outputs) if isinstance(task, RegressionTask) else task.probabilities(outputs)).cpu()
+
+
+def prediction(output: Tensor, classes: list[str], top_k: int, task: Task) -> dict[str, Any]:
+    """What is predicted of a sample, as a value."""
+    if not isinstance(task, Classifying):
+        return {"value": output.item()}
+    values, numbers = output.topk(min(top_k, len(classes)))
+    top = [
+        {"label": classes[number], "probability": round(value, 6)}
+        for value, number in zip(values.tolist(), numbers.tolist(), strict=True)
+    ]
+    if isinstance(task, MultiLabelTask):
+        labels = [name for name, value in zip(classes, output.tolist(), strict=True) if value > THRESHOLD]
+        return {"labels": labels, "top": top}
+    return {**top[0], "top": top}
+
+
+def write_json_line(row: dict[str, Any]) -> None:
+    print(json_line(row))
+
+
+def csv_writer(fields: list[str], top_k: int):
+    """A function that writes a row as csv; the header comes first.
+
+    Args:
+        fields: that say where a sample is from.
+        top_k: classes to list; 0 = a number is predicted.
+    """
+    numbers = ["", *(f"_{place}" for place in range(2, top_k + 1))] if top_k else []
+    columns = [name + number for number in numbers for name in ("label", "probability")]
+    columns += ["labels"] if top_k else ["value"]
+    writer = csv.DictWriter(sys.stdout, [*fields, *columns, "error"], lineterminator="\n")
+    writer.writeheader()
+
+    def write(row: dict[str, Any]) -> None:
+        flat = {name: row.get(name, "") for name in [*fields, "error"]}
+        flat |= {"labels": ";".join(row.get("labels", []))} if top_k else {"value": row.get("value", "")}
+        for number, entry in zip(numbers, row.get("top", []), strict=False):
+            flat |= {f"label{number}": entry["label"], f"probability{number}": entry["probability"]}
+        if sys.stdout.isatty():
+            flat = {name: printable(value) if isinstance(value, str) else value for name, value in flat.items()}
+        writer.writerow(flat)
+
+    return write

@@ -1,0 +1,209 @@
+"""From a run to a file that stock libraries load.
+
+A `.pt` (or `.safetensors`) holds a plain state dict; the JSON beside it says how to build the network for it, what to
+do to an image or text first and what the classes are called; of a text encoder the tokenizer lies there too. None is
+ever executed. An `.onnx` holds the network as well; what "hf" writes is a folder for transformers.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune.base.files import TEMPORARY_SUFFIX, write_atomically, write_json
+from finetune.data.tokens import Tokenization
+from finetune.errors import RunError, UsageError
+from finetune.export.load import SCHEMA_VERSION, read_description, rebuild, tokenizer_folder
+from finetune.export.onnx import write_onnx
+from finetune.export.verify import Trained, hold_against, refuse_above, trained_tensors
+from finetune.models import text_encoders
+from finetune.models.backbones import Backbone, backbone_of_export
+from finetune.models.weights import read_weights
+from finetune.recipe.spec import Recipe
+from finetune.store.checkpoint import read_checkpoint
+from finetune.store.run_folder import RunFolder
+
+FORMATS = (".pt", ".safetensors", ".onnx")
+# Another runtime has other kernels.
+ONNX_TOLERANCE = 1e-4
+# How tokens become what the head reads, for people.
+POOLING_TEXTS = {
+    "stock": "pooled as transformers' own class does",
+    "mean": "the last hidden states of all tokens are averaged, and `classifier` is applied to that",
+    "cls": "`classifier` is applied to the first token's last hidden state",
+}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it compares with the run."""
+
+    file: Path
+    description: dict[str, Any]
+    largest_difference: float
+
+    @property
+    def stock_lines(self) -> str:
+        """Lines of Python that load the file without this kit."""
+        return loading_lines(self.file, self.description)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return self.description["architecture"]["options"]
+
+    def text(self) -> str:
+        same = "bit for bit" if self.largest_difference == 0 else f"within {self.largest_difference:.1g}"
+        where = "run in onnxruntime" if self.file.suffix == ".onnx" else "loaded into a fresh model"
+        lines = [
+            f"{self.file}: {self.file.stat().st_size:,} bytes, sha256 {self.description['sha256']}",
+            f"{self.file.with_suffix('.json')}: classes, preprocessing, architecture",
+            *([f"{tokenizer_folder(self.file)}: tokenizer"] if "pooling" in self._options else []),
+            f"checked: {where}, its logits equal the run's {same}",
+            "",
+        ]
+        return "\n".join(lines) + self.stock_lines
+
+
+def export(run: RunFolder, which: str, output: Path) -> ExportReport:
+    """Write the weights of a checkpoint for other programs, load them again and compare.
+
+    Args:
+        which: "best" or "latest".
+        output: ends in .pt, .safetensors or .onnx; a .json of the same name is written beside it.
+
+    Raises:
+        RunError: the run cannot be read, or the file's outputs are not the run's.
+        UsageError: a package that ONNX needs is missing.
+    """
+    trained = trained_tensors(run, which)
+    if output.suffix == ".onnx" and trained.backbone.reads_texts:
+        raise UsageError(f"--output {output}: .onnx files are for images only; give .pt, .safetensors or --format hf")
+    if output.is_dir():
+        raise UsageError(f"--output {output}: is a folder; name a file")
+    description = describe(run, which, trained)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".exporting-", suffix=TEMPORARY_SUFFIX, dir=output.parent) as place:
+        temporary = Path(place) / output.name
+        if output.suffix == ".onnx":
+            model = rebuild(description, trained.tensors, str(run.path))
+            difference = write_onnx(model, trained.samples, trained.outputs, temporary)
+            refuse_above(f"export {output}", difference, ONNX_TOLERANCE)
+        else:
+            write_tensors(temporary, trained.tensors)
+            model = rebuild(description, read_weights(temporary), str(temporary))
+            difference = hold_against(f"export {output}", trained, model, lambda model, samples: model(samples))
+        sha256 = write_atomically(output, lambda stream: _copy_into(stream, temporary))
+    if isinstance(trained.backbone.preprocessing, Tokenization):
+        trained.backbone.preprocessing.write(tokenizer_folder(output))
+    description |= {"sha256": sha256, "files": {output.name: sha256} | other_formats(output, description)}
+    write_json(output.with_suffix(".json"), description)
+    return ExportReport(output, description, difference)
+
+
+def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
+    """What the JSON says of a checkpoint, but for the hashes of files."""
+    recipe, backbone, network, state = trained.recipe, trained.backbone, trained.network, trained.state
+    preprocessing = backbone.preprocessing
+    how = f"RGB; antialiased resize: {preprocessing.text}; / 255; (value - mean) / std by channel"
+    if backbone.reads_texts:
+        pooling = POOLING_TEXTS[backbone.options["pooling"]]
+        how = f"the tokenizer beside this file; {preprocessing.text}, longer texts are cut off; {pooling}"
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "task": recipe.task.kind,
+        "classes": state["data"]["classes"],
+        "architecture": {
+            "backbone": backbone.name,
+            "options": backbone.options,
+            "head": recipe.model.head,
+            "head_paths": network.head_paths,
+            "head_width": recipe.model.head_width,
+            "outputs": state["data"]["outputs"],
+            "old_classes": network.old_class_count,
+            "stock": is_stock(recipe, backbone),
+        },
+        "preprocessing": preprocessing.to_plain(),
+        "preprocessing_text": how,
+        "metrics": state["metrics"]["last_validation"],
+        "checkpoint": {"which": which, "step": state["step"]},
+        "source_run": run.path.resolve().name,
+        "precision_trained": trained.numerics.precision,
+    }
+
+
+def is_stock(recipe: Recipe, backbone: Backbone) -> bool:
+    """Whether a stock class takes the weights."""
+    return recipe.model.head in ("linear", "keep") and backbone.options.get("pooling", "stock") == "stock"
+
+
+def other_formats(output: Path, description: dict[str, Any]) -> dict[str, str]:
+    """Files of the same weights in other formats that the JSON already describes: they stay good."""
+    try:
+        found = read_description(output)
+    except RunError:
+        return {}
+    files = {name: value for name, value in found["files"].items() if name != output.name}
+    same = {name: value for name, value in found.items() if name not in ("sha256", "files")}
+    return files if same == description else {}
+
+
+def _copy_into(stream: Any, path: Path) -> None:
+    with open(path, "rb") as source:
+        shutil.copyfileobj(source, stream, 1 << 20)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a state dict."""
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+
+
+def copy_checkpoint(run: RunFolder, which: str, output: Path | None) -> Path:
+    """Copy a whole checkpoint (optimizer, generators and all) out of a run, after checking it."""
+    source = run.checkpoints / f"{which}.pt"
+    read_checkpoint(source, run.read_recipe()["id"])
+    target = output or run.path / f"checkpoint-{which}.pt"
+    if target.is_dir():
+        raise UsageError(f"--output {target}: is a folder; name a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return target
+
+
+def loading_lines(file: Path, description: dict[str, Any]) -> str:
+    """Lines of Python that load the file without this kit, where that is possible."""
+    architecture = description["architecture"]
+    if file.suffix == ".onnx":
+        return (
+            f"import onnxruntime\nsession = onnxruntime.InferenceSession({str(file)!r})\n"
+            '(logits,) = session.run(None, {"images": images})  # float32 (batch, 3, height, width)'
+        )
+    options, text_lines = architecture["options"], ""
+    if "pooling" in options:
+        # finetune.load gives a model that returns the logits themselves.
+        names = {"tokenizer": str(tokenizer_folder(file)), "max_length": description["preprocessing"]["max_length"]}
+        names["logits"] = ".logits" if architecture["stock"] else ""
+        text_lines = "\n" + text_encoders.TOKENIZER_LINES.format(**names)
+    if not architecture["stock"]:
+        pooling = options.get("pooling", "stock")
+        what = f"Pooling {pooling!r}" if pooling != "stock" else f"A head of kind {architecture['head']!r}"
+        also = "from transformers import AutoTokenizer\n" if text_lines else ""
+        return (
+            f"{what} has no stock counterpart; load it with:\n\n"
+            f"import finetune\n{also}model = finetune.load({str(file)!r}){text_lines}"
+        )
+    build = backbone_of_export(description).stock_lines.format(
+        classes=architecture["outputs"], json=str(file.with_suffix(".json"))
+    )
+    if file.suffix == ".safetensors":
+        read = f"from safetensors.torch import load_file\nmodel.load_state_dict(load_file({str(file)!r}), strict=True)"
+    else:
+        read = f"import torch\nmodel.load_state_dict(torch.load({str(file)!r}, weights_only=True), strict=True)"
+    return f"{build}\n{read}\nmodel.eval()" + text_lines

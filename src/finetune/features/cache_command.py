@@ -1,0 +1,64 @@
+"""`finetune cache`: what is kept, and how to be rid of it. Imports no torch."""
+
+import time
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from finetune.base.formatting import printable
+from finetune.base.terminal import make_console
+from finetune.errors import UsageError
+from finetune.features.cache import Entry, cache_folder, entries, size_text
+
+SHOWN_KEY_LETTERS = 12
+
+
+def list_or_clear(action: str, names: Sequence[str]) -> int:
+    """Show or delete entries.
+
+    Args:
+        names: beginnings of their names; none = all.
+
+    Raises:
+        UsageError: a name that no entry begins with.
+    """
+    found = entries()
+    for name in names:
+        if not any(entry.key.startswith(name) for entry in found):
+            raise UsageError(f"finetune cache: no entry begins with {name!r} in {cache_folder()}; see: finetune cache")
+    chosen = [entry for entry in found if not names or entry.key.startswith(tuple(names))]
+    if action == "clear":
+        return _clear(chosen)
+    console = make_console()
+    if chosen:
+        console.print(_table(chosen))
+    total = size_text(sum(entry.stored_bytes() for entry in chosen))
+    console.print(Text(f"{len(chosen)} entries, {total} in {cache_folder()}"))
+    return 0
+
+
+def _table(chosen: list[Entry]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("entry", "features of", "rows", "on disk", "last used"):
+        table.add_column(name, justify="right" if name in ("rows", "on disk") else "left", overflow="fold")
+    for entry in chosen:
+        about, rows = entry.describe()
+        used = "in use" if entry.users() else time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_seconds()))
+        table.add_row(
+            entry.key[:SHOWN_KEY_LETTERS], Text(printable(about)), rows, size_text(entry.stored_bytes()), used
+        )
+    return table
+
+
+def _clear(chosen: list[Entry]) -> int:
+    freed_bytes = 0
+    for entry in chosen:
+        size_bytes = entry.stored_bytes()
+        if entry.clear():
+            freed_bytes += size_bytes
+        else:
+            print(f"{entry.key[:SHOWN_KEY_LETTERS]} is in use by a run: kept")
+    print(f"{size_text(freed_bytes)} freed")
+    return 0

@@ -1,0 +1,284 @@
+"""`finetune runs`: the runs of a folder as a table, or two side by side. Imports torch only for their checkpoints."""
+
+import datetime
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from finetune.base.formatting import json_line, number_text, printable
+from finetune.base.terminal import make_console, seconds_text
+from finetune.errors import UsageError
+from finetune.features.cache import size_text
+from finetune.listing.found import STATES, FoundRun, differing, find_runs, is_run
+from finetune.recipe.spec import LOWER_IS_BETTER
+
+STATE_STYLES = {"running": "bold green", "resumable": "yellow", "new": "yellow", "damaged": "bold red"}
+GAP = "  "
+INDENT = 4
+# A longer value of an option ends in dots; --json has all of it.
+LONGEST_VALUE = 40
+# A longer name is shortened, the more the narrower the terminal is.
+LEAST_NAME, LONGEST_NAME = 20, 1_000
+
+
+def list_or_compare(folders: Sequence[str], sort: str, as_json: bool) -> int:
+    """`finetune runs`.
+
+    Raises:
+        UsageError: an unknown key to sort by, or a folder without a run.
+    """
+    if sort not in SORT_KEYS:
+        raise UsageError(f"--sort {sort}: no such key; give {', '.join(SORT_KEYS)}")
+    runs = list(find_runs(folders))
+    if len(folders) == 2 and all(is_run(Path(folder)) for folder in folders):
+        from finetune.listing.compared import Comparison
+
+        comparison = Comparison.of(*runs)
+        if as_json:
+            print(json_line(comparison.to_plain()))
+        else:
+            comparison.show(make_console())
+        return 0
+    runs.sort(key=SORT_KEYS[sort])
+    if as_json:
+        print(json_line([to_plain(run) for run in runs]))
+    else:
+        show(runs, folders, make_console())
+    return 0
+
+
+# ---- Order ----------------------------------------------------------------------------------------------------------
+
+
+def _natural(text: str) -> list[tuple[int, int, str]]:
+    """run-2 comes before run-10."""
+    parts = re.split(r"(\d{1,18})", text)
+    return [(0, int(part), "") if number % 2 else (1, 0, part) for number, part in enumerate(parts)]
+
+
+def _best_first(run: FoundRun) -> tuple:
+    """Runs without a best come last; of several metrics, each has its own stretch."""
+    if not run.best:
+        return (1,)
+    value = run.best["value"]
+    if math.isnan(value):
+        value = math.inf
+    elif run.best["metric"] not in LOWER_IS_BETTER:
+        value = -value
+    return 0, run.best["metric"], value, _natural(run.name)
+
+
+SORT_KEYS: dict[str, Callable[[FoundRun], Any]] = {
+    "name": lambda run: _natural(run.name),
+    "state": lambda run: (STATES.index(run.state), -run.changed),
+    "best": _best_first,
+    "time": lambda run: -(run.seconds or 0),
+    "size": lambda run: -run.size_bytes,
+    "changed": lambda run: -run.changed,
+    "epochs": lambda run: -(run.epochs_done or 0),
+}
+
+
+# ---- Plain values ---------------------------------------------------------------------------------------------------
+
+
+def to_plain(run: FoundRun) -> dict[str, Any]:
+    """A run for `--json`."""
+    owner = run.owner
+    return {
+        "run": str(run.path),
+        "name": run.name,
+        "state": run.state,
+        "note": run.note,
+        "process": {"pid": owner.pid, "host": owner.host, "since": owner.since} if owner else None,
+        "step": run.step,
+        "epochs_done": run.epochs_done,
+        "epochs": run.epochs,
+        "best": finite(run.best) if run.best else None,
+        "options": finite(run.options),
+        "seconds": run.seconds,
+        "size_bytes": run.size_bytes,
+        "changed": _local_time(run.changed),
+    }
+
+
+def finite(value: Any) -> Any:
+    """A value without the numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _local_time(seconds: float) -> str | None:
+    try:
+        return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds") if seconds else None
+    except (ValueError, OverflowError, OSError):  # no such year
+        return None
+
+
+# ---- For people -----------------------------------------------------------------------------------------------------
+
+
+def best_cell(run: FoundRun, with_metric: bool = True) -> str:
+    best = run.best
+    if not best:
+        return "-"
+    metric = f"{printable(best['metric'])} " if with_metric else ""
+    return f"{metric}{number_text(best['value'])}, epoch {best['epoch']}"
+
+
+def epochs_text(run: FoundRun) -> str:
+    if run.epochs_done is None:
+        return "-"
+    return f"{run.epochs_done}/{run.epochs}" if run.epochs else f"{run.epochs_done}"
+
+
+def duration_text(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.1f} s" if seconds < 10 else seconds_text(seconds)
+
+
+def ago_text(changed: float) -> str:
+    """When something was changed; after a week, the day."""
+    if not changed:
+        return "-"
+    seconds = time.time() - changed
+    if not -60 < seconds < 7 * 86400:
+        return (_local_time(changed) or "-").partition("T")[0]
+    for unit_seconds, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit_seconds:
+            return f"{int(seconds // unit_seconds)} {unit} ago"
+    return "just now"
+
+
+def value_text(value: Any) -> str:
+    """An option's value, as it would be typed."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = printable(str(value)) or '""'
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Attributes:
+        label: above it; and before its values where they stand below their run instead.
+        on_right: numbers, their last digits below each other.
+    """
+
+    label: str
+    cells: list[Text]
+    on_right: bool = False
+
+    @property
+    def width(self) -> int:
+        return max(cell_len(self.label), *(cell.cell_len for cell in self.cells))
+
+    def padded(self, cell: Text) -> Text:
+        padding = Text(" " * (self.width - cell.cell_len))
+        return padding + cell if self.on_right else cell + padding
+
+
+def _columns(runs: list[FoundRun], longest_name: int) -> list[list[Column]]:
+    """Groups of columns, the most important first. A group is shown as a whole, or below each run."""
+    options = [name for name in differing(runs) if name != "epochs"]  # those have a column already
+    tops = {run.best["metric"]: run.best["value"] for run in reversed(sorted(runs, key=_best_first)) if run.best}
+    rivals = {metric: sum(run.best.get("metric") == metric for run in runs) for metric in tops}
+
+    def best(run: FoundRun) -> Text:
+        is_top = bool(run.best) and rivals[run.best["metric"]] > 1 and run.best["value"] == tops[run.best["metric"]]
+        return Text(best_cell(run, with_metric=len(tops) > 1), "bold" if is_top else "")
+
+    def column(label: str, text: Callable[[FoundRun], str], on_right: bool = True) -> Column:
+        return Column(label, [Text(text(run)) for run in runs], on_right)
+
+    return [
+        [
+            column("run", lambda run: shortened(printable(run.name), longest_name), on_right=False),
+            Column("state", [Text(run.state, STATE_STYLES.get(run.state, "")) for run in runs]),
+        ],
+        [column("epochs", epochs_text)],
+        [Column(f"best {printable(next(iter(tops)))}" if len(tops) == 1 else "best", [best(run) for run in runs])],
+        [column("time", lambda run: duration_text(run.seconds))],
+        [column("size", lambda run: size_text(run.size_bytes))],
+        [column("changed", lambda run: ago_text(run.changed))],
+        [column(printable(name), lambda run, name=name: value_text(run.options.get(name))) for name in options],
+    ]
+
+
+def shortened(name: str, longest: int) -> str:
+    """Names of a series differ at their ends, so what is left out is in the middle."""
+    if cell_len(name) <= longest:
+        return name
+    half = (longest - 2) // 2
+    return f"{set_cell_size(name, half)}..{set_cell_size(name[::-1], half)[::-1]}"
+
+
+def _width(groups: list[list[Column]]) -> int:
+    columns = [column for group in groups for column in group]
+    return sum(column.width for column in columns) + len(GAP) * (len(columns) - 1)
+
+
+def show(runs: list[FoundRun], folders: Sequence[str], console: Console) -> None:
+    """A line a run, and what does not fit into it below; where no terminal reads it, everything in that line."""
+    wide = console.soft_wrap
+    groups = _columns(runs, LONGEST_NAME if wide else max(LEAST_NAME, console.width // 4))
+    shown = len(groups)
+    while not wide and shown > 1 and _width(groups[:shown]) > console.width:
+        shown -= 1
+    columns = [column for group in groups[:shown] for column in group]
+    below = [column for group in groups[shown:] for column in group]
+    console.print(_line([column.padded(Text(column.label, "dim")) for column in columns]))
+    for number, run in enumerate(runs):
+        cells = [column.padded(column.cells[number]) for column in columns]
+        if wide:
+            console.print(_line([*cells, Text(printable(run.note))]))
+            continue
+        console.print(_line(cells))
+        if run.note:
+            style = STATE_STYLES.get(run.state, "").removeprefix("bold ")
+            console.print(Padding(Text(printable(run.note), style), (0, 0, 0, INDENT)))
+        more = [f"{column.label} {column.cells[number].plain}" for column in below if column.cells[number].plain != "-"]
+        for line in _filled(more, console.width - INDENT):
+            console.print(Padding(Text(line, "dim"), (0, 0, 0, INDENT)))
+    # A file that is linked into several runs takes its room once.
+    total_bytes = sum({key: size for run in runs for key, size in run.files.items()}.values())
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    where = ", ".join(printable(folder) for folder in folders)
+    console.print(Text(f"\n{count} in {where}, {size_text(total_bytes)} on the disk"))
+
+
+def _line(cells: list[Text]) -> Text:
+    line = Text(GAP).join(cells)
+    line.rstrip()
+    return line
+
+
+def _filled(items: list[str], width: int) -> list[str]:
+    """Items with commas between, none of them broken where it would fit into a line."""
+    lines: list[str] = []
+    for number, item in enumerate(items):
+        text = item if number == len(items) - 1 else f"{item},"
+        if lines and cell_len(lines[-1]) + 1 + cell_len(text) <= width:
+            lines[-1] += f" {text}"
+        else:
+            lines.append(text)
+    return lines

@@ -1,0 +1,262 @@
+"""What recipes for a new head share: their options, and the recipe that comes of them. No import of torch."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.errors import UsageError
+from finetune.recipe.spec import (
+    Classification,
+    Data,
+    Images,
+    Model,
+    MultiLabel,
+    Optimizer,
+    Recipe,
+    Regression,
+    Schedule,
+    Stop,
+    Task,
+    Texts,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The options of samples that a file lists.
+
+    Attributes:
+        label_column: holds the label, or the number to predict; default: label, class, category, ...
+        split_column: says train, val or test of each row; default: the split is drawn.
+        separator: between the several labels of a row: then each class is a yes or no of its own.
+        allow_outside: read files outside the folder too: behind links, paths with .. or from the root. Only where you
+            trust whoever made the data.
+    """
+
+    label_column: str = ""
+    split_column: str = ""
+    separator: str = ""
+    allow_outside: bool = False
+
+
+@dataclass(frozen=True)
+class ImageTable(Table):
+    """The options of images that a csv, tsv, jsonl or parquet file lists.
+
+    Attributes:
+        image_column: holds the image's path; default: image, path, file, ...
+    """
+
+    image_column: str = ""
+
+
+@dataclass(frozen=True)
+class TextTable(Table):
+    """The options of texts that a csv, tsv, jsonl or parquet file lists.
+
+    Attributes:
+        text_column: holds the text; default: text, sentence, message, ...
+    """
+
+    text_column: str = ""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The options that every recipe for a new head shares.
+
+    Attributes:
+        optimizer: adamw, sgd, or any class of torch.optim.
+        weight_decay: for weight matrices; biases and normalisation layers get none.
+        schedule: of the learning rate, after a short warm-up.
+        label_smoothing: share of the target that is spread over all classes.
+        class_weights: "balanced" = each class weighs the same, however many samples it has.
+        clip_norm: the gradient's largest norm; 0 = no clipping.
+        accumulate: compute each batch in so many parts, to save memory; the step is the same.
+        patience: stop after so many validations without a new best; 0 = never.
+        stop_metric: of the validation set; decides which checkpoint is best: accuracy (auto), f1 or loss; of numbers
+            loss (auto), mae or r2.
+        validate_every_steps: validate also every so many steps; 0 = each epoch only.
+        train_samples: train on so many samples only, each class in its share; 0 = all.
+        validation_fraction: share of each class that validates, where the data comes without a validation part.
+    """
+
+    optimizer: str = "adamw"
+    weight_decay: float = 1e-2
+    schedule: Literal["cosine", "step", "plateau", "constant"] = "cosine"
+    label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    clip_norm: float = 0.0
+    accumulate: int = 1
+    patience: int = 0
+    stop_metric: Literal["auto", "accuracy", "f1", "loss", "mae", "r2"] = "auto"
+    validate_every_steps: int = 0
+    train_samples: int = 0
+    validation_fraction: float = 0.2
+
+
+@dataclass(frozen=True)
+class ImageTraining(Training):
+    """Those that every recipe for images shares.
+
+    Attributes:
+        mixup: blend each image with another, by a share drawn from Beta(alpha, alpha); 0 = off.
+        cutmix: paste a piece of another image into each; 0 = off; with mixup, each batch gets one of the two.
+        views: with augment: keep so many augmented views of each image, so that a frozen backbone runs once over each;
+            0 = a new view in every epoch, and the backbone runs in every epoch.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    views: int = 0
+
+
+def image_head(
+    *,
+    images: str,
+    backbone: str,
+    weights: str = "default",
+    image_size: int = 0,
+    augment: str = "none",
+    head: str = "linear",
+    dropout: float = 0.0,
+    epochs: int = 15,
+    batch_size: int = 64,
+    lr: float = 3e-3,
+    seed: int = 0,
+    table: ImageTable = ImageTable(),
+    training: ImageTraining = ImageTraining(),
+) -> Recipe:
+    """A new head on a frozen, pretrained image backbone.
+
+    Args:
+        images: "digits"; a folder with one sub-folder of images a class, or with train/, val/ and test/, each so; or a
+            csv, tsv or jsonl file with a path and a label in each row.
+        backbone: the pretrained network: bundled/vgg, bundled/resnet; any classification model of torchvision
+            (mobilenet_v2, resnet50, vit_b_16, ...); hf:ID or a folder: an image encoder of transformers.
+        weights: "default" (the backbone's own), "none" (random), a name of torchvision's (IMAGENET1K_V1), or a
+            .safetensors, .pt or .pth file.
+        image_size: edge in pixels of what the backbone sees; 0 = what it was trained at.
+        augment: random changes of each training image: "light" = affine, crop, colour; "standard", for photos = crop,
+            flip, RandAugment.
+        head: one linear layer; a small mlp; or a linear layer behind the old head.
+        dropout: probability that a feature is zeroed while training.
+        epochs: passes over the training data.
+        batch_size: samples an optimizer step.
+        lr: learning rate at its peak.
+        seed: of the split, the order, the head's first weights, dropout and augmentation.
+        table: the options of images that a file lists.
+        training: the options that every recipe for a new head shares.
+    """
+    task = MultiLabel if table.separator else Classification
+    return _head_recipe(
+        Model(backbone=backbone, weights=weights, head=head, dropout=dropout),
+        Images(
+            images=images,
+            **dataclasses.asdict(table),
+            image_size=image_size,
+            augment=augment,
+            mixup=training.mixup,
+            cutmix=training.cutmix,
+            views=training.views,
+            validation_fraction=training.validation_fraction,
+            train_samples=training.train_samples,
+        ),
+        task(label_smoothing=training.label_smoothing, class_weights=training.class_weights),
+        training,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+    )
+
+
+def text_head(
+    *,
+    texts: str,
+    backbone: str,
+    revision: str = "",
+    weights: str = "default",
+    pooling: str = "auto",
+    max_length: int = 0,
+    task: str = "classification",
+    head: str = "linear",
+    dropout: float = 0.2,
+    epochs: int = 30,
+    batch_size: int = 64,
+    lr: float = 3e-3,
+    seed: int = 0,
+    table: TextTable = TextTable(),
+    training: Training = Training(),
+) -> Recipe:
+    """A new head on a frozen, pretrained text encoder.
+
+    Args:
+        texts: "messages"; a csv, tsv, jsonl or parquet file with a text and a label in each row; or a folder with one
+            sub-folder of .txt files a class, or with train/, val/ and test/, each so.
+        backbone: the pretrained network: bundled/bert; a folder or a name on the hub (google-bert/bert-base-uncased,
+            sentence-transformers/all-MiniLM-L6-v2, ...) of any encoder that transformers classifies texts with.
+        revision: of a model on the hub: branch, tag or commit; default: the newest.
+        weights: "default" (the backbone's own) or "none" (random).
+        pooling: how the tokens of a text become one feature vector: mean = their mean; cls = the first one; stock = as
+            transformers' own class does, which then loads the export; auto = as the backbone's folder says, else mean
+            where the stock class would have to train a pooler from nothing, else stock.
+        max_length: tokens of a text; what is longer is cut off, and counted; 0 = what the backbone takes, 512 at most.
+        task: classification (of several labels with --separator), or regression: the label column holds numbers.
+        head: one linear layer; a small mlp; or a linear layer behind the old head.
+        dropout: probability that a feature is zeroed while training.
+        epochs: passes over the training data.
+        batch_size: samples an optimizer step.
+        lr: learning rate at its peak.
+        seed: of the split, the order, the head's first weights and dropout.
+        table: the options of texts that a file lists.
+        training: the options that every recipe for a new head shares.
+    """
+    model = Model(backbone, weights, head, dropout, revision=revision, pooling=pooling)
+    data = Texts(
+        texts,
+        **dataclasses.asdict(table),
+        max_length=max_length,
+        validation_fraction=training.validation_fraction,
+        train_samples=training.train_samples,
+    )
+    goal = _text_task(task, table, training)
+    return _head_recipe(model, data, goal, training, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+
+
+def _text_task(task: str, table: TextTable, training: Training) -> Task:
+    """What the labels are, as a task.
+
+    Raises:
+        UsageError: options of classes where there are none.
+    """
+    if task == "regression":
+        if training.label_smoothing or training.class_weights != "none":
+            raise UsageError("--task regression: has no classes; leave --label-smoothing and --class-weights out")
+        return Regression()
+    kind = MultiLabel if table.separator else Classification
+    return kind(label_smoothing=training.label_smoothing, class_weights=training.class_weights)
+
+
+def _head_recipe(
+    model: Model, data: Data, task: Task, training: Training, *, epochs: int, batch_size: int, lr: float, seed: int
+) -> Recipe:
+    """What recipes for images and for texts share."""
+    return Recipe(
+        model=model,
+        data=data,
+        task=task,
+        optimizer=Optimizer(
+            name=training.optimizer,
+            lr=lr,
+            weight_decay=training.weight_decay,
+            clip_norm=training.clip_norm,
+            accumulate=training.accumulate,
+        ),
+        schedule=Schedule(name=training.schedule),
+        stop=Stop(metric=training.stop_metric, patience=training.patience),
+        epochs=epochs,
+        batch_size=batch_size,
+        validate_every_steps=training.validate_every_steps,
+        seed=seed,
+    )

@@ -1,0 +1,224 @@
+"""`finetune evaluate`: how good a checkpoint is, on data that it did not train on."""
+
+import dataclasses
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from finetune.base.device import autocast, pick_device, set_numerics, to_device
+from finetune.base.formatting import number_text, printable
+from finetune.data.contents import Contents
+from finetune.data.images import Request, names_to_indices, without
+from finetune.data.loader import Loader
+from finetune.data.order import batches_from
+from finetune.data.source import PARTS, Source
+from finetune.data.table import TABLE_SUFFIXES
+from finetune.errors import RunError, UsageError
+from finetune.options import AnyTable
+from finetune.recipe.spec import Data, Distillation, Recipe
+from finetune.store.restore import backbone_of_run, split_config, trained_network
+from finetune.store.run_folder import RunFolder
+from finetune.tasks.losses import Classifying, ConfusionTally, MultiLabelTally, make_task, standardised
+from finetune.tasks.metrics import Calibration
+from finetune.training.dataset import make_pipeline, open_source, split_data
+from finetune.training.phase import trained_forward
+from finetune.training.setup import count_workers
+
+BATCH_SAMPLES = 64
+MATRIX_CLASSES = 15  # a larger confusion matrix is shown as its worst mistakes
+SHOWN_MISTAKES = 10
+LABELS = {
+    "f1": "macro F1",
+    "calibration_error": "calibration error",
+    "mae": "mean absolute error",
+    "r2": "R2, variance explained",
+}
+
+
+def evaluate(
+    run: RunFolder, which: str, place: str, table: AnyTable, device_name: str, workers: int | None
+) -> dict[str, Any]:
+    """Figures of a checkpoint, as plain values.
+
+    Args:
+        which: "best" or "latest".
+        place: other data with the same classes; "" = the run's own test part, or where it has none its validation
+            part.
+        table: of that data, if it is one; what is not given is as in the run.
+
+    Raises:
+        FinetuneError: the run or the data cannot be used.
+    """
+    network, state = trained_network(run, which)
+    recipe, numerics = split_config(state["config"])
+    set_numerics(numerics.deterministic)
+    device = pick_device(device_name)
+    if isinstance(recipe.task, Distillation):
+        raise UsageError(f"{run} is a distillation; how near it came to its teacher is in {run.metrics_file}")
+    backbone = backbone_of_run(run, state)
+    judged = _data_to_judge_on(run, recipe, state["data"], place, table)
+    source = judged.source
+    if scale := state["data"]["scale"]:
+        source = dataclasses.replace(source, targets=standardised(source.targets, scale))
+    pipeline = make_pipeline(source, recipe.data, backbone, recipe.seed)
+    workers = count_workers(judged.source) if workers is None else workers
+    loader = Loader(pipeline, workers, "auto", device.type == "cuda", judged.contents)
+    network.module.to(device, memory_format=torch.channels_last)
+    forward = trained_forward(network, recipe, numerics, state["frozen"]["epoch"], backbone, device)
+    task = make_task(recipe.task, state["data"]["outputs"], state["data"]["scale"])
+    tally, calibration, broken = task.tally(device), Calibration(device), list[str]()
+    batches = batches_from(judged.indices, BATCH_SAMPLES)
+    with closing(loader), torch.inference_mode(), autocast(device, numerics.precision):
+        for batch in loader.batches(Request(indices.tolist(), tolerant=True) for indices in batches):
+            broken += [reason for _, reason in batch.broken]
+            if len(batch.indices):
+                logits, targets = forward(to_device(batch.inputs, device)), batch.targets.to(device)
+                tally.add(logits, targets)
+                if isinstance(task, Classifying):
+                    calibration.add(*task.decisions(logits, targets))
+    if not tally.samples():
+        noun = judged.source.noun
+        raise RunError(f"--{noun}s {place}: none of {len(judged.indices)} {noun}(s) could be read; {broken[0]}")
+    figures = {
+        "run": str(run),
+        "checkpoint": {"which": which, "step": state["step"]},
+        f"{judged.source.noun}s": place or recipe.data.place,
+        "part": judged.part,
+        "samples": tally.samples(),
+        **tally.figures(),
+    }
+    if isinstance(tally, ConfusionTally | MultiLabelTally):
+        figures |= {"calibration_error": calibration.error(), "calibration": calibration.table()}
+        figures |= _by_class(tally, state["data"]["classes"])
+    return figures | {"broken": broken}
+
+
+def _by_class(tally: ConfusionTally | MultiLabelTally, classes: list[str]) -> dict[str, Any]:
+    """Figures by class, and the confusion matrix where each sample has one class."""
+    counts = tally.counts()
+    columns = counts.precision(), counts.recall(), counts.f1(), counts.actual
+    rows = zip(classes, *(column.tolist() for column in columns), strict=True)
+    return {
+        "classes": [
+            {"name": name, "precision": precision, "recall": recall, "f1": f1, "samples": samples}
+            for name, precision, recall, f1, samples in rows
+        ],
+        "confusion_matrix": tally.confusion.tolist() if isinstance(tally, ConfusionTally) else None,
+    }
+
+
+class _Judged(NamedTuple):
+    """The samples that are evaluated, what that part of the data is called, and what their files should hold."""
+
+    source: Source
+    indices: Tensor
+    part: str
+    contents: Contents
+
+
+def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: dict[str, Any], place: str, table: AnyTable) -> _Judged:
+    """Of the run's own data (also where it was moved) what it did not train on: its test part, else its validation
+    part. Of other data the test part, else the validation part, else all."""
+    spec = _located(recipe.data, place, table) if place else recipe.data
+    source = open_source(spec, recipe.task.kind, (facts["classes"] or None) if place else None)
+    if source.fingerprint == facts["fingerprint"]:
+        split = split_data(source, recipe)
+        indices, part = (split.test, "test") if len(split.test) else (split.validation, "validation")
+        indices = without(indices, names_to_indices(source, facts["skipped"]))
+        return _Judged(source, indices, part, Contents(source, run.contents_file))
+    if not place:
+        raise RunError(
+            f"{recipe.data.place} is not what the run was trained on any more; say what to evaluate on with "
+            f"{recipe.data.option}"
+        )
+    if list(source.classes) != facts["classes"]:
+        raise UsageError(f"{recipe.data.option} {place}: its classes are not those of the run")
+    for part in (2, 1) if source.parts is not None else ():
+        indices = (source.parts == part).nonzero().squeeze(1)
+        if len(indices):
+            return _Judged(source, indices, PARTS[part], Contents(source))
+    return _Judged(source, torch.arange(len(source.targets)), "all", Contents(source))
+
+
+def _located(spec: Data, place: str, table: AnyTable) -> Data:
+    """The run's data description for other data: a table has the columns that are given, or, where none is given,
+    those of the run; a folder has none."""
+    given = {field.name: getattr(table, field.name) for field in dataclasses.fields(spec) if hasattr(table, field.name)}
+    columns = {name: value for name, value in given.items() if name.endswith("_column")}
+    if Path(place).suffix.lower() in TABLE_SUFFIXES:
+        given["separator"] = table.separator or spec.separator
+        if not any(columns.values()):
+            given = {name: value for name, value in given.items() if name not in columns}
+    return dataclasses.replace(spec, **{spec.kind: place}, **given)
+
+
+# ---- For people ----------------------------------------------------------------------------------------------------
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    """Print what `evaluate` found as tables."""
+    noun = "images" if "images" in figures else "texts"
+    console.print(
+        Text(
+            f"{figures['run']}, {figures['checkpoint']['which']} checkpoint (step {figures['checkpoint']['step']}), on "
+            f"{figures[noun]}, {figures['part']} part: {figures['samples']:,} {noun}"
+        )
+    )
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name in ("loss", "accuracy", "f1", "calibration_error", "mae", "r2"):
+        if name in figures:
+            table.add_row(LABELS.get(name, name), number_text(figures[name]))
+    console.print(table)
+    for reason in figures["broken"][:SHOWN_MISTAKES]:
+        console.print(Text(printable(f"left out: {reason}")))
+    if len(figures["broken"]) > SHOWN_MISTAKES:
+        console.print(Text(f"left out: {len(figures['broken']) - SHOWN_MISTAKES} more"))
+    if "classes" not in figures:
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("class", "precision", "recall", "F1", noun):
+        table.add_column(name, justify="left" if name == "class" else "right", overflow="fold")
+    for row in figures["classes"]:
+        values = [f"{row[name]:.3f}" for name in ("precision", "recall", "f1")]
+        table.add_row(Text(printable(row["name"])), *values, f"{row['samples']:,}")
+    console.print(table)
+    if figures["confusion_matrix"]:
+        console.print(_mistakes(figures, noun))
+
+
+def _mistakes(figures: dict[str, Any], noun: str) -> Table:
+    """The confusion matrix; of many classes the most frequent mistakes."""
+    names, matrix = [row["name"] for row in figures["classes"]], figures["confusion_matrix"]
+    if len(names) <= MATRIX_CLASSES:
+        table = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, title="rows: true class; columns: predicted", title_justify="left"
+        )
+        table.add_column("", overflow="fold")
+        for name in names:
+            table.add_column(Text(printable(name)), justify="right", overflow="fold")
+        for number, (name, row) in enumerate(zip(names, matrix, strict=True)):
+            cells = [
+                Text(str(count) if count else ".", "bold" if number == column else "")
+                for column, count in enumerate(row)
+            ]
+            table.add_row(Text(printable(name)), *cells)
+        return table
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="most frequent mistakes", title_justify="left")
+    for column in ("true class", "taken for", noun):
+        table.add_column(column, justify="right" if column == noun else "left", overflow="fold")
+    mistakes = [
+        (count, names[row], names[column])
+        for row, counts in enumerate(matrix)
+        for column, count in enumerate(counts)
+        if count and row != column
+    ]
+    for count, true, taken in sorted(mistakes, key=lambda mistake: -mistake[0])[:SHOWN_MISTAKES]:
+        table.add_row(Text(printable(true)), Text(printable(taken)), f"{count:,}")
+    return table

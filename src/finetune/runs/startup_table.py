@@ -1,0 +1,85 @@
+"""What a person is told of a run before it begins: the facts, label by label."""
+
+import torch
+
+from finetune.data.source import ArraySource, FileSource
+from finetune.data.texts import TextPipeline, repeated
+from finetune.models.freeze import frozen_tensors
+from finetune.store.run_folder import RunFolder
+from finetune.training.phase import Phase
+from finetune.training.setup import CHECKED_FILES, Job
+
+# A longer list of modules says how many more there are.
+SHOWN_MODULES = 6
+
+
+def facts_of(run: RunFolder, job: Job, phase: Phase) -> dict[str, str]:
+    """The facts of a run by label, in order."""
+    recipe, why_not = job.recipe, phase.feed.why_not
+    return {
+        "backbone": recipe.model.full_name,
+        "weights": job.weights_text,
+        **_frozen_and_trained(job, phase),
+        "features": f"not kept, because {why_not}" if why_not else "kept, the frozen part runs once",
+        "data": _data(job),
+        f"{job.data.source.noun}s": _prepared(job),
+        "training": (
+            f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
+        ),
+        "device": f"{job.device}, {job.numerics.precision}, {torch.get_num_threads()} threads",
+        "run folder": str(run),
+    }
+
+
+def _data(job: Job) -> str:
+    recipe, data = job.recipe, job.data
+    train, validation, test = map(len, data.split)
+    parts = [f"{train:,} to train on", f"{validation:,} to validate", *([f"{test:,} to test"] if test else [])]
+    unread = isinstance(data.source, FileSource) and not data.skipped and train + validation + test > CHECKED_FILES
+    if not isinstance(data.source, ArraySource) and data.source.ignored:
+        parts.append(f"{data.source.ignored:,} other files ignored")
+    if data.skipped:
+        parts.append(f"{len(data.skipped):,} left out as broken")
+    if data.class_count:
+        several = f", several a {data.source.noun}" if recipe.data.separator else ""
+        parts.append(f"{data.class_count} classes{several}")
+    later = f"; {CHECKED_FILES:,} files were looked at, the others are in the first epoch" if unread else ""
+    return f"{recipe.data.place}: {', '.join(parts)}{later}"
+
+
+def _prepared(job: Job) -> str:
+    """How samples become the network's input, in words."""
+    how = f"{job.backbone.preprocessing.text} (as of {job.preprocessing_of})"
+    spec, data = job.recipe.data, job.data
+    if isinstance(data.pipeline, TextPipeline):
+        used = torch.cat(data.split)
+        truncated = int(data.pipeline.table.truncated[used.numpy()].sum())
+        share = f"{truncated:,} of {len(used):,} are longer and cut off" if truncated else "none is longer"
+        twice = repeated(data.source, data.split.train, data.split.validation)
+        also = f"; {twice:,} of those that validate are also trained on" if twice else ""
+        return f"{how}, {share}; pooling {job.backbone.options['pooling']}{also}"
+    mixed = [f"{name} {alpha:g}" for name, alpha in (("mixup", spec.mixup), ("cutmix", spec.cutmix)) if alpha]
+    return ", ".join([how, f"augment {spec.augment}", *mixed])
+
+
+def _frozen_and_trained(job: Job, phase: Phase) -> dict[str, str]:
+    """Which modules are frozen, by the uppermost, and which train; parameters, and modules in eval mode."""
+    module = job.network.module
+    frozen = frozen_tensors(module, job.network.rules(job.recipe.trainable.rules), phase.epoch)
+    counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    for name, parameter in module.named_parameters():
+        path = name.partition(".")[0] if name in frozen else name.rpartition(".")[0]
+        counts[name in frozen][path] = counts[name in frozen].get(path, 0) + parameter.numel()
+
+    def words(modules: dict[str, int]) -> str:
+        more = f" and {len(modules) - SHOWN_MODULES} more" if len(modules) > SHOWN_MODULES else ""
+        return f"{', '.join(list(modules)[:SHOWN_MODULES])}{more}: {sum(modules.values()):,} parameters"
+
+    if not counts[True]:
+        return {"frozen": "nothing", "trains": f"everything: {sum(counts[False].values()):,} parameters"}
+    modules = sum(1 for path, _ in module.named_modules() if path)
+    held = f"{len(phase.held_in_eval)} of {modules} modules in eval mode"
+    return {
+        "frozen": f"{words(counts[True])}, sha256 {phase.frozen_sha256[:12]}; {held}",
+        "trains": words(counts[False]),
+    }

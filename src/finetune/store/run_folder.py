@@ -1,0 +1,261 @@
+"""One training, one folder."""
+
+import os
+import shutil
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.base.files import (
+    TEMPORARY_SUFFIX,
+    BadFile,
+    copy_file,
+    make_folders,
+    read_json,
+    sync_folder,
+    write_json,
+)
+from finetune.base.lock import LOCK_FILE, OWNER_FILE
+from finetune.errors import RunError, UsageError
+
+RUNS_FOLDER = Path("runs")
+RECIPE_FILE = "recipe.json"
+SCHEMA_VERSION = 4
+# What recipe.json holds besides.
+RECORD_KINDS = {
+    "id": str,
+    "name": str,
+    "config": dict,
+    "settings": dict,
+    "init_from": str,
+    "copy_frozen": bool,
+    "skip_broken": bool,
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of a run lies.
+
+    Attributes:
+        path: the folder.
+        url: of the remote folder whose mirror it is, if it is one.
+    """
+
+    path: Path
+    url: str = ""
+
+    def __str__(self) -> str:
+        """As a person names the run, and types it."""
+        return self.url or str(self.path)
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / RECIPE_FILE
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def latest(self) -> Path:
+        """The checkpoint to go on from."""
+        return self.checkpoints / "latest.pt"
+
+    @property
+    def frozen(self) -> Path:
+        return self.path / "frozen"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of a run on texts."""
+        return self.frozen / "tokenizer"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def validation_file(self) -> Path:
+        """What the best validation made of its samples; see `finetune.tasks.evaluation`."""
+        return self.path / "validation.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def contents_file(self) -> Path:
+        """Digests of the image files, as they were when they were first read."""
+        return self.path / "contents.bin"
+
+    @property
+    def bad_batch_file(self) -> Path:
+        """The samples of the batch whose loss was no number."""
+        return self.path / "bad_batch.json"
+
+    def clear(self) -> None:
+        """Take away what a run that died before its first checkpoint left, to begin anew in its folder."""
+        for folder in (self.frozen, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.validation_file, self.report_file, self.bad_batch_file):
+            with suppress(OSError):
+                file.unlink()
+
+    def exists(self) -> bool:
+        """Whether a run was begun here: its recipe is written last when a folder is made."""
+        return self.recipe_file.is_file()
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to go on from."""
+        return any(self.checkpoints.glob("*.pt"))
+
+    def make(self) -> None:
+        """Make the folder itself.
+
+        Raises:
+            UsageError: it cannot be made or written.
+        """
+        try:
+            make_folders(self.path)
+        except OSError as error:
+            raise UsageError(f"--run {self}: cannot be made ({error.strerror}); give another folder") from None
+
+    @property
+    def begun_file(self) -> Path:
+        """Lies here while a new folder is filled, and in one whose filling was interrupted: all in it is ours."""
+        return self.path / f".begun{TEMPORARY_SUFFIX}"
+
+    def foreign_files(self) -> list[str]:
+        """What lies in the folder and is not of a run."""
+        if self.exists() or self.begun_file.exists() or not self.path.is_dir():
+            return []
+        names = [path.name for path in self.path.iterdir() if path.name not in (LOCK_FILE, OWNER_FILE)]
+        return sorted(name for name in names if not (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)))
+
+    def remove(self) -> None:
+        """Delete everything that a run puts here, and then the folder. Its lock must be held."""
+        for folder in (self.checkpoints, self.code, self.frozen, self.tensorboard, self.path / "wandb"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in [path for path in self.path.iterdir() if path.is_file()]:
+            with suppress(OSError):
+                path.unlink()
+        for folder in (self.path, *([RUNS_FOLDER] if self.path.parent == RUNS_FOLDER else [])):
+            with suppress(OSError):
+                folder.rmdir()
+
+    def read_recipe(self) -> dict[str, Any]:
+        """recipe.json: {"schema_version", "id", "name", "config", "settings", ...}.
+
+        Raises:
+            RunError: there is none, or it is damaged, or of another version.
+        """
+        if not self.path.is_dir():
+            raise RunError(f"run folder {self} does not exist; check the path")
+        record = read_json(self.recipe_file, "recipe of the run")
+        if record.get("schema_version") != SCHEMA_VERSION:
+            raise RunError(
+                f"{self.recipe_file} has schema {record.get('schema_version')}, this finetune reads {SCHEMA_VERSION}; "
+                "use the version that wrote it"
+            )
+        wrong = [name for name, kind in RECORD_KINDS.items() if not isinstance(record.get(name), kind)]
+        if wrong:
+            raise BadFile(f"{self.recipe_file}: {wrong[0]!r} is missing or of a wrong kind; restore it from a copy")
+        return record
+
+
+def next_folder(name: str) -> Path:
+    """runs/NAME-1, or the next free number. The folder is made, so that two runs never share one."""
+    number = 1
+    while True:
+        path = RUNS_FOLDER / f"{name}-{number}"
+        try:
+            make_folders(RUNS_FOLDER)
+            path.mkdir()
+            sync_folder(RUNS_FOLDER)
+            return path
+        except FileExistsError:
+            number += 1
+        except FileNotFoundError:  # another run has just failed, and taken the empty folder with it
+            continue
+
+
+def fill_folder(run: RunFolder, record: dict[str, Any], code: list[Path]) -> str:
+    """Lay out a new run; recipe.json comes last, so that half a folder is never taken for a run.
+
+    Args:
+        code: the recipe file and the modules it imported from its own folder, copied with their relative places.
+
+    Returns:
+        The run's id: a checkpoint of another run is not taken for one of this.
+    """
+    run_id = uuid.uuid4().hex
+    run.begun_file.touch()
+    sync_folder(run.path)
+    for folder in (run.checkpoints, run.code):
+        make_folders(folder)
+    if code:
+        base = Path(os.path.commonpath([file.parent for file in code]))
+        for file in code:
+            target = run.code / file.relative_to(base)
+            make_folders(target.parent)
+            copy_file(file, target)
+    write_json(run.recipe_file, {"schema_version": SCHEMA_VERSION, "id": run_id} | record)
+    run.begun_file.unlink()
+    return run_id
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """What a checkpoint says. Its tensors stay on the disk and its checksum is not looked at: whoever lists runs must
+    not read gigabytes.
+
+    Raises:
+        BadFile: it cannot be read, or is none.
+    """
+    from finetune.base.safe_load import load_plain  # torch: only where there is something to read
+
+    state = load_plain(path, mapped=True)
+    if not isinstance(state, dict) or not isinstance(state.get("status"), str):
+        raise BadFile(f"{path} is not a checkpoint of this kit")
+    return state
+
+
+def run_status(run: RunFolder) -> str:
+    """ "new" (no checkpoint yet), "damaged", or the status in the newest checkpoint."""
+    if not run.latest.is_file():
+        return "new"
+    try:
+        return peek(run.latest)["status"]
+    except BadFile:
+        return "damaged"
+
+
+def newest_unfinished() -> RunFolder:
+    """The run below runs/ that was active last and is not finished.
+
+    Raises:
+        UsageError: there is none.
+    """
+    runs = [RunFolder(path.parent) for path in RUNS_FOLDER.glob(f"*/{RECIPE_FILE}")]
+    runs.sort(key=lambda run: max(_changed(run.metrics_file), _changed(run.recipe_file)), reverse=True)
+    for run in runs:
+        if run_status(run) not in ("finished", "stopped early"):
+            return run
+    found = f"{len(runs)} run(s) there, all finished" if runs else "no run there"
+    raise UsageError(
+        f"no unfinished run in {RUNS_FOLDER.resolve()} ({found}); give the run's folder: finetune resume RUN"
+    )
+
+
+def _changed(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0

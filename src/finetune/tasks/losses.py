@@ -1,0 +1,340 @@
+"""What a network is trained to do: the loss of a sample, what a target is, and the figures of a validation."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from finetune.data.source import class_counts
+from finetune.recipe import spec as recipes
+from finetune.tasks.metrics import ClassCounts, accuracy, confusion_matrix
+
+# What each auxiliary head adds to the loss: Szegedy et al., "Going deeper with convolutions", CVPR 2015.
+AUXILIARY_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """One class a sample: softmax cross-entropy, natural logarithm.
+
+    Attributes:
+        class_weights: (classes,) float32 or None.
+        label_smoothing: share of the target that is spread over all classes (Szegedy et al., "Rethinking the Inception
+            architecture", CVPR 2016).
+    """
+
+    class_count: int
+    class_weights: Tensor | None = None
+    label_smoothing: float = 0.0
+
+    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The samples' weighted losses, added up. A batch's loss is that over the batch's `weight`.
+
+        Args:
+            logits: (batch, classes).
+            targets: (batch,) int64, or (batch, classes) shares of mixed images.
+        """
+        return functional.cross_entropy(
+            logits.float(), targets, self.class_weights, reduction="sum", label_smoothing=self.label_smoothing
+        )
+
+    def sample_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(batch,) plain: no class weights, no smoothing."""
+        return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+    def weight(self, targets: Tensor) -> Tensor | int:
+        """What a batch's losses are divided by: the weights of its samples' classes, added up."""
+        if self.class_weights is None:
+            return len(targets)
+        return (self.class_weights[targets] if targets.dim() == 1 else targets @ self.class_weights).sum()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(batch, classes), adding up to 1."""
+        return logits.float().softmax(1)
+
+    def decisions(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Confidence of each decision, and whether it was right: (batch,) both."""
+        confidence, predicted = self.probabilities(logits).max(1)
+        return confidence, predicted == targets
+
+    def tally(self, device: torch.device) -> "ConfusionTally":
+        return ConfusionTally(ClassificationTask(self.class_count), device)
+
+
+@dataclass(frozen=True)
+class MultiLabelTask:
+    """Any number of classes a sample: a yes or no for each, binary cross-entropy, averaged over the classes.
+
+    Attributes:
+        class_weights: (classes,) float32 or None: what a sample that has the class weighs in that class's loss.
+        label_smoothing: targets become smoothing / 2 and 1 - smoothing / 2.
+    """
+
+    class_count: int
+    class_weights: Tensor | None = None
+    label_smoothing: float = 0.0
+
+    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The samples' losses, added up. Targets: (batch, classes), 0 to 1."""
+        wanted = targets.float() * (1 - self.label_smoothing) + self.label_smoothing / 2
+        total = functional.binary_cross_entropy_with_logits(
+            logits.float(), wanted, pos_weight=self.class_weights, reduction="sum"
+        )
+        return total / self.class_count
+
+    def sample_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(batch,) plain: no class weights, no smoothing."""
+        return functional.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean(1)
+
+    def weight(self, targets: Tensor) -> int:
+        return len(targets)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(batch, classes), each on its own."""
+        return logits.float().sigmoid()
+
+    def decisions(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Confidence of each yes or no, and whether it was right: (batch * classes,) both."""
+        probabilities = self.probabilities(logits)
+        confidence = torch.where(logits > 0, probabilities, 1 - probabilities)
+        return confidence.flatten(), ((logits > 0) == (targets != 0)).flatten()
+
+    def tally(self, device: torch.device) -> "MultiLabelTally":
+        return MultiLabelTally(MultiLabelTask(self.class_count), device)
+
+
+@dataclass(frozen=True)
+class RegressionTask:
+    """A number a sample. Targets are standardised, as features are, and so is what the network gives: mean squared
+    error then has one scale, whatever the unit.
+
+    Attributes:
+        mean, deviation: of the training targets, in their own unit.
+    """
+
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Squared errors of standardised numbers, added up.
+
+        Args:
+            outputs: (batch, 1).
+            targets: (batch,).
+        """
+        return self.sample_losses(outputs, targets).sum()
+
+    def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(batch,)"""
+        return (outputs.float().squeeze(1) - targets).square()
+
+    def weight(self, targets: Tensor) -> int:
+        return len(targets)
+
+    def values(self, outputs: Tensor) -> Tensor:
+        """(batch,) numbers in the unit of the targets."""
+        return outputs.float().squeeze(1) * self.deviation + self.mean
+
+    def tally(self, device: torch.device) -> "RegressionTally":
+        return RegressionTally(self, device)
+
+
+@dataclass(frozen=True)
+class DistillationTask:
+    """The embedding that a teacher gives: mean squared error over the width, in units of what the teacher's embeddings
+    are long (Reimers and Gurevych, "Making monolingual sentence embeddings multilingual using knowledge distillation",
+    EMNLP 2020)."""
+
+    def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Of each sample the squared distance over the teacher's squared length, added up. Both: (batch, width)."""
+        return self.sample_losses(outputs, targets).sum()
+
+    def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(batch,)"""
+        distance = (outputs.float() - targets).square().sum(1)
+        return distance / targets.square().sum(1).clamp(min=1e-12)
+
+    def weight(self, targets: Tensor) -> int:
+        return len(targets)
+
+    def tally(self, device: torch.device) -> "DistillationTally":
+        return DistillationTally(self, device)
+
+
+Classifying = ClassificationTask | MultiLabelTask
+Task = Classifying | RegressionTask | DistillationTask
+
+
+def make_task(spec: recipes.Task, outputs: int, scale: Sequence[float] = (), targets: Tensor | None = None) -> Task:
+    """The recipe's task.
+
+    Args:
+        outputs: numbers that the network gives for a sample.
+        scale: mean and deviation of the training targets, of a regression.
+        targets: of the training samples, for the weights of classes; None = none are needed.
+    """
+    if isinstance(spec, recipes.Regression):
+        return RegressionTask(*scale)
+    if isinstance(spec, recipes.Distillation):
+        return DistillationTask()
+    weights = None
+    if spec.class_weights == "balanced" and targets is not None:
+        counts, samples = class_counts(targets, outputs), len(targets)
+        if isinstance(spec, recipes.MultiLabel):
+            weights = (samples - counts).clamp(min=1) / counts.clamp(min=1)
+        else:  # each class's samples together weigh the same; the mean over samples is 1
+            weights = samples / (outputs * counts.clamp(min=1)).float()
+    kind = MultiLabelTask if isinstance(spec, recipes.MultiLabel) else ClassificationTask
+    return kind(outputs, weights, spec.label_smoothing)
+
+
+def scale_of(targets: Tensor) -> list[float]:
+    """Mean and deviation of numbers to predict; deviation 1 where they are all the same.
+
+    numpy's sums do not depend on the number of threads, and a resume compares them.
+    """
+    numbers = targets.numpy().astype(np.float64)
+    return [float(numbers.mean()), float(numbers.std()) or 1.0]
+
+
+def standardised(targets: Tensor, scale: Sequence[float]) -> Tensor:
+    """(samples,) float32 of numbers to predict; other targets as they are."""
+    return ((targets.double() - scale[0]) / scale[1]).float() if scale else targets
+
+
+def to_device(task: Task, device: torch.device) -> Task:
+    """The task with its weights on `device`."""
+    if not isinstance(task, Classifying) or task.class_weights is None:
+        return task
+    return dataclasses.replace(task, class_weights=task.class_weights.to(device))
+
+
+def training_loss(task: Task, outputs: Any, targets: Tensor) -> Tensor:
+    """Losses, added up, of what a network returns while it trains: logits, or logits and those of auxiliary heads."""
+    if isinstance(outputs, Tensor):
+        return task.loss_sum(outputs, targets)
+    logits, *auxiliary = outputs
+    loss = task.loss_sum(logits, targets)
+    for extra in auxiliary:
+        if extra is not None:
+            loss = loss + AUXILIARY_SHARE * task.loss_sum(extra, targets)
+    return loss
+
+
+# ---- Figures, added up batch by batch without making a device wait --------------------------------------------------
+
+
+class ConfusionTally:
+    """Figures of single-label classification."""
+
+    def __init__(self, task: ClassificationTask, device: torch.device):
+        self.task = task
+        self.loss_sum = torch.zeros((), device=device)
+        self.confusion = torch.zeros(task.class_count, task.class_count, dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        self.loss_sum += self.task.loss_sum(logits, targets)
+        self.confusion += confusion_matrix(logits.argmax(1), targets, self.task.class_count)
+
+    def counts(self) -> ClassCounts:
+        return ClassCounts.of_confusion(self.confusion.cpu())
+
+    def samples(self) -> int:
+        return int(self.confusion.sum())
+
+    def figures(self) -> dict[str, float]:
+        """loss (plain: no class weights, no smoothing), accuracy, macro F1."""
+        return {
+            "loss": self.loss_sum.item() / self.samples(),
+            "accuracy": accuracy(self.confusion),
+            "f1": self.counts().macro_f1(),
+        }
+
+
+class MultiLabelTally:
+    """Figures of multi-label classification; a class is predicted where its probability is above one half."""
+
+    def __init__(self, task: MultiLabelTask, device: torch.device):
+        self.task = task
+        self.loss_sum = torch.zeros((), device=device)
+        # Rows: hits, predicted, actual.
+        self.sums = torch.zeros(3, task.class_count, dtype=torch.int64, device=device)
+        self.exact = torch.zeros((), dtype=torch.int64, device=device)
+        self.sample_count = 0
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        self.loss_sum += self.task.loss_sum(logits, targets)
+        predicted, actual = logits > 0, targets != 0
+        self.sums += torch.stack([(predicted & actual).sum(0), predicted.sum(0), actual.sum(0)])
+        self.exact += (predicted == actual).all(1).sum()
+        self.sample_count += len(targets)
+
+    def counts(self) -> ClassCounts:
+        return ClassCounts(*self.sums.cpu())
+
+    def samples(self) -> int:
+        return self.sample_count
+
+    def figures(self) -> dict[str, float]:
+        """loss (plain), accuracy (share of samples with every class right), macro F1."""
+        return {
+            "loss": self.loss_sum.item() / self.sample_count,
+            "accuracy": self.exact.item() / self.sample_count,
+            "f1": self.counts().macro_f1(),
+        }
+
+
+class RegressionTally:
+    """Figures of regression."""
+
+    def __init__(self, task: RegressionTask, device: torch.device):
+        self.task = task
+        # Of standardised numbers: squared errors, absolute errors, targets, squared targets.
+        self.sums = torch.zeros(4, device=device)
+        self.sample_count = 0
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        errors = outputs.float().squeeze(1) - targets
+        self.sums += torch.stack([errors.square().sum(), errors.abs().sum(), targets.sum(), targets.square().sum()])
+        self.sample_count += len(targets)
+
+    def samples(self) -> int:
+        return self.sample_count
+
+    def figures(self) -> dict[str, float]:
+        """loss (mean squared error of standardised numbers), mean absolute error in the targets' unit, and r2: the
+        share of their variance that is explained."""
+        squared, absolute, total, squares = (value / self.sample_count for value in self.sums.tolist())
+        variance = squares - total**2
+        return {
+            "loss": squared,
+            "mae": absolute * self.task.deviation,
+            "r2": 1 - squared / variance if variance > 0 else 0.0,
+        }
+
+
+class DistillationTally:
+    """Figures of distillation."""
+
+    def __init__(self, task: DistillationTask, device: torch.device):
+        self.task = task
+        self.sums = torch.zeros(2, device=device)
+        self.sample_count = 0
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        likeness = functional.cosine_similarity(outputs.float(), targets).sum()
+        self.sums += torch.stack([self.task.loss_sum(outputs, targets), likeness])
+        self.sample_count += len(targets)
+
+    def samples(self) -> int:
+        return self.sample_count
+
+    def figures(self) -> dict[str, float]:
+        """loss, and the mean cosine between the network's embeddings and the teacher's."""
+        loss, cosine = (self.sums / self.sample_count).tolist()
+        return {"loss": loss, "cosine": cosine}

@@ -1,0 +1,160 @@
+"""The data set that a recipe names: opened, split, on its way to batches."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.data.images import ImagePipeline, Split, names_to_indices, open_images, split_source, without
+from finetune.data.order import epoch_order, side_by_side
+from finetune.data.source import Source, TextSource, class_counts
+from finetune.data.table import Columns
+from finetune.data.texts import TextPipeline, open_texts
+from finetune.errors import UsageError
+from finetune.models import text_encoders
+from finetune.models.backbones import Backbone
+from finetune.recipe import spec as recipes
+from finetune.recipe.spec import Recipe, Texts
+from finetune.tasks.losses import scale_of, standardised
+
+
+@dataclass(frozen=True)
+class Data:
+    """The opened data set, split, and its pipeline.
+
+    Attributes:
+        whole: the split before broken images were left out.
+        skipped: names of samples that were left out because they are broken.
+        scale: mean and deviation of the training targets, where those are numbers to predict: they are standardised.
+        taught_by: hash of the teacher that the targets are of.
+    """
+
+    source: Source
+    split: Split
+    whole: Split
+    pipeline: ImagePipeline | TextPipeline
+    skipped: tuple[str, ...] = ()
+    scale: tuple[float, ...] = ()
+    taught_by: str = ""
+
+    @property
+    def class_count(self) -> int:
+        return len(self.source.classes)
+
+    @property
+    def output_count(self) -> int:
+        """Numbers that the network gives for a sample: one a class; one to predict; or the width of an embedding."""
+        return self.class_count or (1 if self.source.targets.dim() == 1 else self.source.targets.shape[1])
+
+    def epoch_samples(self, seed: int, epoch: int, batch_size: int, train_samples: Tensor) -> Tensor:
+        """`train_samples` in the order of an epoch; texts of about equal length side by side."""
+        samples = train_samples[epoch_order(seed, epoch, len(train_samples))]
+        if isinstance(self.pipeline, TextPipeline):
+            return side_by_side(samples, self.pipeline.lengths, batch_size)
+        return samples
+
+    def facts(self) -> dict[str, Any]:
+        """What a run was trained on, as plain values; a resume must find the same."""
+        return {
+            "fingerprint": self.source.fingerprint,
+            "classes": list(self.source.classes),
+            "outputs": self.output_count,
+            "scale": list(self.scale),
+            "taught_by": self.taught_by,
+            "train_samples": len(self.split.train),
+            "validation_samples": len(self.split.validation),
+            "skipped": list(self.skipped),
+        }
+
+    def with_targets(self, targets: Tensor) -> "Data":
+        """The same with other targets."""
+        source = dataclasses.replace(self.source, targets=targets)
+        return dataclasses.replace(self, source=source, pipeline=dataclasses.replace(self.pipeline, source=source))
+
+    def leave_out(self, names: Sequence[str]) -> "Data":
+        """The same without some samples.
+
+        Raises:
+            UsageError: nothing is left to train on, or to validate with.
+        """
+        if not names:
+            return self
+        dropped = names_to_indices(self.source, names)
+        split = Split(*(without(part, dropped) for part in self.split))
+        data = dataclasses.replace(self, split=split, skipped=tuple(sorted({*self.skipped, *names})))
+        data.check()
+        return data
+
+    def check(self) -> None:
+        """Every class must have something to train on, and something must validate."""
+        targets = self.source.targets[self.split.train]
+        for name, count in zip(self.source.classes, class_counts(targets, self.class_count).tolist(), strict=True):
+            if not count:
+                raise UsageError(
+                    f"class {name!r} has no {self.source.noun} to train on; add some, remove it, or raise "
+                    "--train-samples"
+                )
+        if not len(self.split.validation):
+            noun = self.source.noun
+            why = (
+                f"no class has two {noun}s" if self.source.classes else f"there are {len(self.source.targets)} {noun}s"
+            )
+            raise UsageError(f"{why}, so nothing is left to validate with; add {noun}s")
+
+
+def open_source(spec: recipes.Data, kind: str, classes: Sequence[str] | None = None) -> Source:
+    """The data that the recipe names, not split yet.
+
+    Args:
+        kind: of the task.
+    """
+    if isinstance(spec, Texts):
+        columns = Columns(spec.text_column, spec.label_column, spec.split_column, spec.separator)
+        return open_texts(spec.texts, kind, columns, classes, spec.allow_outside)
+    columns = Columns(spec.image_column, spec.label_column, spec.split_column, spec.separator)
+    return open_images(spec.images, spec.fonts, columns, classes, spec.allow_outside)
+
+
+def make_pipeline(source: Source, spec: recipes.Data, backbone: Backbone, seed: int) -> ImagePipeline | TextPipeline:
+    if isinstance(source, TextSource):
+        return TextPipeline(source, backbone.preprocessing.tokenize(source.texts))
+    return ImagePipeline(source, backbone.preprocessing, spec.augment, spec.mixup, spec.cutmix, seed)
+
+
+def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -> Data:
+    """Open and split what the recipe names. Image files are listed, not read; texts are read and tokenized.
+
+    Args:
+        skipped: names of samples to leave out.
+
+    Raises:
+        UsageError: no such data, too little of it, or of another kind than the task.
+    """
+    spec, kind = recipe.data, recipe.task.kind
+    source = open_source(spec, kind)
+    if kind == "distillation":  # until the teacher has run, only their width is known
+        width = text_encoders.width_of(backbone.options)
+        source = dataclasses.replace(source, targets=torch.zeros(()).expand(len(source.targets), width))
+    has_several = source.targets.dim() == 2 and not source.targets.is_floating_point()
+    if has_several != (kind == "multi-label"):
+        several = "several labels" if has_several else "one label"
+        raise UsageError(f"{spec.option} {spec.place}: has {several} a sample, which is no {kind} task")
+    if spec.augment == "glyphs" and spec.place != "glyphs":
+        raise UsageError("--augment glyphs: is for --images glyphs only; give none, light or standard")
+    whole = split_data(source, recipe)
+    data = Data(source, whole, whole, make_pipeline(source, spec, backbone, recipe.seed))
+    data = data.leave_out(skipped)
+    data.check()
+    if kind == "regression":
+        scale = tuple(scale_of(source.targets[whole.train]))
+        data = dataclasses.replace(data.with_targets(standardised(source.targets, scale)), scale=scale)
+    return data
+
+
+def split_data(source: Source, recipe: Recipe) -> Split:
+    """The recipe's split of a source."""
+    spec = recipe.data
+    return split_source(source, spec.validation_fraction, recipe.seed, spec.train_samples)

@@ -1,0 +1,263 @@
+"""A stretch of training between two thaws: what trains, its optimizer, what is fed to it: samples or kept features."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from finetune.base.device import autocast, to_device
+from finetune.base.signals import StopRequest
+from finetune.base.terminal import Terminal
+from finetune.data.images import Batch, Request
+from finetune.data.texts import TextPipeline
+from finetune.errors import RunError, UsageError
+from finetune.features.kept import CannotKeep, Features, Pass
+from finetune.models.backbones import Backbone
+from finetune.models.freeze import apply_freeze, frozen_tensors, hash_tensors, phase_of, set_modes
+from finetune.models.network import Network
+from finetune.models.split import CannotSplit, Split, split
+from finetune.recipe.spec import Recipe
+from finetune.store.restore import Numerics
+from finetune.store.state import numeric_environment
+from finetune.training.optimizer import build_optimizer
+from finetune.training.setup import Job
+
+CHECKED_SAMPLES = 2
+
+
+class Batches(Protocol):
+    """Where batches come from: a `Loader` of images or tokens, or kept `Features`."""
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What training is fed.
+
+    Attributes:
+        forward: what a batch holds (images, tokens or rows, on the device) -> what the model returns.
+        train, validation: give the batches.
+        features: the kept ones, or None where the backbone runs in every epoch.
+        why_not: the reason for that.
+    """
+
+    forward: Callable[[Tensor], Any]
+    train: Batches
+    validation: Batches
+    features: Features | None = None
+    why_not: str = ""
+
+    @property
+    def is_kept(self) -> bool:
+        return self.features is not None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training between two thaws.
+
+    Attributes:
+        epoch: its first one (or any other of the same phase).
+        number: thaws before it.
+        trainable: names of the parameters that train.
+        frozen_sha256: over everything else.
+        held_in_eval: paths of the modules in eval mode.
+    """
+
+    epoch: int
+    number: int
+    trainable: list[str]
+    optimizer: torch.optim.Optimizer
+    frozen_sha256: str
+    held_in_eval: list[str]
+    feed: Feed
+
+    def close(self) -> None:
+        """Let go of kept features; may be called twice."""
+        if self.feed.features is not None:
+            self.feed.features.close()
+
+    def to_plain(self, model: nn.Module) -> dict[str, Any]:
+        """The checkpoint key `frozen`."""
+        return {
+            "parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
+            "trainable": self.trainable,
+            "modules_in_eval": self.held_in_eval,
+            "epoch": self.epoch,
+            "phase": self.number,
+            "sha256": self.frozen_sha256,
+            "features_kept": self.feed.is_kept,
+        }
+
+
+def start_phase(
+    job: Job, epoch: int, terminal: Terminal, stop: StopRequest, saved: dict[str, Any] | None = None
+) -> Phase:
+    """requires_grad, modes, a new optimizer over exactly what trains from `epoch` on, and its feed.
+
+    Args:
+        saved: what `Phase.to_plain` gave when the checkpoint was written that the run goes on from.
+
+    Raises:
+        RunError: something else trains than when the checkpoint was written, or something else is frozen.
+        StoppedEarly: asked for while the frozen backbone ran.
+    """
+    model, recipe = job.network.module, job.recipe
+    rules = job.network.rules(recipe.trainable.rules)
+    names = apply_freeze(model, rules, epoch)
+    parameters = dict(model.named_parameters())
+    spec = recipe.optimizer
+    optimizer = build_optimizer(
+        {name: parameters[name] for name in names}, spec.name, spec.lr, spec.weight_decay, spec.momentum
+    )
+    held = set_modes(model, rules, recipe.trainable.batchnorm, epoch)
+    sha256 = hash_tensors(frozen_tensors(model, rules, epoch))
+    if saved is not None:
+        _check_same(names, sha256, saved)
+    kept = None if saved is None else saved.get("features_kept", False)
+    feed = choose_feed(job, sha256, kept, terminal, stop)
+    return Phase(epoch, phase_of(rules, epoch), names, optimizer, sha256, held, feed)
+
+
+def _check_same(trainable: list[str], frozen_sha256: str, saved: dict[str, Any]) -> None:
+    if trainable != saved["trainable"]:
+        other = sorted(set(trainable) ^ set(saved["trainable"]))
+        raise RunError(f"what trains now is not what trained when the checkpoint was written: {', '.join(other)}")
+    if frozen_sha256 != saved["sha256"]:
+        raise RunError(
+            f"the frozen tensors have sha256 {frozen_sha256}, the run trained on {saved['sha256']}; restore frozen/"
+        )
+
+
+# ---- What is fed ----------------------------------------------------------------------------------------------------
+
+
+def choose_feed(job: Job, frozen_sha256: str, kept: bool | None, terminal: Terminal, stop: StopRequest) -> Feed:
+    """Kept features where the backbone need not run again, else samples; says which, and why.
+
+    Args:
+        kept: as it was when the run's checkpoint was written; None = for the first time.
+    """
+    found: Split | None = None
+    reason = _reason_against(job, kept)
+    if not reason or job.numerics.splits:
+        try:
+            found = cut(job.network.module, job.backbone, job.device)
+        except CannotSplit as error:
+            reason = reason or str(error)
+            if job.numerics.splits:
+                raise UsageError(
+                    f"--backbone-precision {job.numerics.backbone_precision}: the backbone cannot be computed apart, "
+                    f"because {error}; leave it out"
+                ) from None
+    if not reason and found is not None:
+        try:
+            return _feed_of_rows(job, found, frozen_sha256, terminal, stop)
+        except CannotKeep as error:
+            reason = str(error)
+    if kept:
+        terminal.say(f"not bit for bit from here on: features were kept, and now cannot be: {reason}")
+    terminal.say(f"features: not kept, the backbone runs in every epoch, because {reason}")
+    forward = forward_of_samples(job.network.module, found, job.numerics, job.device)
+    return Feed(forward, *job.loaders, why_not=reason)
+
+
+def _reason_against(job: Job, kept: bool | None) -> str:
+    """Why features are not to be kept, whatever the model is like; "" = nothing is against it."""
+    data, recipe = job.recipe.data, job.recipe
+    if not job.numerics.cache:
+        return "of --no-cache"
+    if kept is False:
+        return "that is how the run began"
+    if data.mixup or data.cutmix:
+        return f"--{'mixup' if data.mixup else 'cutmix'} makes other images in every epoch"
+    if data.augment != "none" and not data.views:
+        return f"--augment {data.augment} makes other images in every epoch (--views 4 would keep four of each)"
+    if not recipe.epochs and recipe.max_steps * recipe.batch_size < len(job.data.split.train):
+        return f"the run ends before it has seen each {job.data.source.noun} once"
+    return ""
+
+
+def cut(model: nn.Module, backbone: Backbone, device: torch.device) -> Split:
+    """The model cut where training begins, tried on inputs of no meaning.
+
+    Raises:
+        CannotSplit: there is no frozen prefix, or it cannot be told apart.
+    """
+    return split(model, to_device(backbone.preprocessing.example(CHECKED_SAMPLES), device))
+
+
+def forward_of_samples(
+    model: nn.Module, found: Split | None, numerics: Numerics, device: torch.device
+) -> Callable[[Tensor], Any]:
+    """The whole model; in two parts where the backbone has a precision of its own."""
+    if found is None or not numerics.splits:
+        return model
+
+    def forward(samples: Tensor) -> Any:
+        with torch.no_grad(), autocast(device, numerics.of_backbone):
+            rows = found.prefix(samples)
+        return found.suffix(rows.float())
+
+    return forward
+
+
+def trained_forward(
+    network: Network, recipe: Recipe, numerics: Numerics, epoch: int, backbone: Backbone, device: torch.device
+) -> Callable[[Tensor], Any]:
+    """Samples -> logits as the run computed them, everything in eval mode.
+
+    Args:
+        epoch: of the checkpoint: says what was frozen.
+    """
+    model, found = network.module, None
+    if numerics.splits:
+        rules = network.rules(recipe.trainable.rules)
+        apply_freeze(model, rules, epoch)
+        set_modes(model, rules, recipe.trainable.batchnorm, epoch)
+        found = cut(model, backbone, device)
+    model.eval()
+    return forward_of_samples(model, found, numerics, device)
+
+
+def _feed_of_rows(job: Job, found: Split, frozen_sha256: str, terminal: Terminal, stop: StopRequest) -> Feed:
+    """Raises: CannotKeep: there is no room."""
+    views, whole = job.recipe.data.views, job.data.whole
+    parts: dict[int | None, Tensor] = {None: torch.cat([whole.train, whole.validation]).sort().values}
+    if views:
+        parts = {view: whole.train for view in range(views)} | {None: whole.validation}
+    features = Features(_pass_of(job, found, frozen_sha256), parts, len(whole.train))
+    features.check_size(job.machine.cache_limit)
+    features.fill(terminal, stop)
+    return Feed(lambda rows: found.suffix(rows.float()), features, features, features)
+
+
+def _pass_of(job: Job, found: Split, frozen_sha256: str) -> Pass:
+    device, precision = job.device, job.numerics.of_backbone
+
+    def compute(samples: Tensor) -> Tensor:
+        with torch.inference_mode(), autocast(device, precision):
+            return found.prefix(to_device(samples, device)).to("cpu", dtype).contiguous()
+
+    spec, preprocessing = job.recipe.data, job.backbone.preprocessing
+    # What comes out of the backbone's last layer: half as many bytes where that is bfloat16.
+    with torch.inference_mode(), autocast(device, precision):
+        dtype = found.prefix(to_device(preprocessing.example(1), device)).dtype
+    identity = {
+        "backbone": job.backbone.to_plain(),
+        "frozen": frozen_sha256,
+        "places": list(found.places),
+        "shapes": [list(shape) for shape in found.shapes],
+        "numerics": {"precision": precision, "deterministic": job.numerics.deterministic},
+        "environment": numeric_environment(device),
+        "data": job.data.source.fingerprint,
+        "augment": {"augment": spec.augment, "seed": job.recipe.seed} if spec.views else "",
+    }
+    about = f"{job.recipe.model.full_name} over {spec.place}, {preprocessing.text}"
+    pipeline, lengths = job.data.pipeline, None
+    if isinstance(pipeline, TextPipeline):
+        identity["tokens"], lengths = pipeline.table.sha256(), pipeline.lengths
+    return Pass(compute, found.width, dtype, identity, job.data.source, job.loaders.train, about, lengths)

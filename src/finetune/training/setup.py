@@ -1,0 +1,95 @@
+"""A training, ready to go: recipe, data, network and machine put together."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from finetune.data.contents import Contents
+from finetune.data.loader import Loader
+from finetune.data.source import FileSource, Source
+from finetune.models.backbones import Backbone
+from finetune.models.network import Network
+from finetune.recipe.spec import Recipe
+from finetune.store.restore import Numerics, determining_config
+from finetune.training.dataset import Data
+
+# To start a process takes about as long as to decode this many small files.
+WORTH_WORKERS_FILES = 500
+MOST_WORKERS = 8
+# So many files are decoded before the first step; of a larger data set the rest in its first epoch.
+CHECKED_FILES = 20_000
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Choices that may differ at a resume: they do not change the result on the same kind of machine.
+
+    Attributes:
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        workers: processes that fetch batches ahead; None = as many as there are cores to decode image files, up to 8.
+        worker_start: how they start.
+        cache_limit: how much of the disk new features may take, as in "20GB"; "" = a quarter of what is free.
+        notify: URLs that messages are sent to. They hold passwords, so they are never saved nor shown.
+    """
+
+    device: str = "auto"
+    workers: int | None = None
+    worker_start: str = "auto"
+    cache_limit: str = ""
+    notify: tuple[str, ...] = field(default=(), repr=False)
+
+
+class Loaders(NamedTuple):
+    """Two, because worker processes belong to one; both know the files' contents."""
+
+    train: Loader
+    validation: Loader
+
+    def close(self) -> None:
+        """End the worker processes of both."""
+        for loader in self:
+            loader.close()
+
+
+def make_loaders(data: Data, machine: Machine, device: torch.device, contents: Contents) -> Loaders:
+    pin_memory = device.type == "cuda"
+    workers = count_workers(data.source) if machine.workers is None else machine.workers
+    return Loaders(*(Loader(data.pipeline, workers, machine.worker_start, pin_memory, contents) for _ in range(2)))
+
+
+def count_workers(source: Source) -> int:
+    """How many processes are worth their start: none for images in memory, or few of them."""
+    if isinstance(source, FileSource) and len(source.paths) >= WORTH_WORKERS_FILES:
+        return min(os.cpu_count() or 1, MOST_WORKERS)
+    return 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training, ready to go."""
+
+    recipe: Recipe
+    numerics: Numerics
+    machine: Machine
+    backbone: Backbone
+    network: Network
+    data: Data
+    loaders: Loaders
+    device: torch.device
+    weights_text: str
+    preprocessing_of: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint belongs to."""
+        return {
+            "config": determining_config(self.recipe, self.numerics),
+            "data": self.data.facts(),
+            "network": {
+                "old_class_count": self.network.old_class_count,
+                "new_paths": list(self.network.new_paths),
+                "backbone": self.backbone.to_plain(),
+            },
+        }
