@@ -20,10 +20,8 @@ from finetune import Images, Model, Recipe
 from finetune.base.files import sync_folder
 from finetune.base.terminal import Terminal, make_console
 from finetune.models.backbones import find_backbone
+from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.runs import start as launch
-from finetune.store.restore import Numerics
-from finetune.training.loop import Settings
-from finetune.training.setup import Machine
 
 TARGETS = {"bytes": 1 / 500, "time": 1 / 20}
 

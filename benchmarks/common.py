@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from finetune.models.freeze import Rule
     from finetune.recipe import Recipe
+    from finetune.recipe.execution import Settings
     from finetune.store.state import Progress
-    from finetune.training.loop import Settings
     from finetune.training.phase import Feed
     from finetune.watch.watch import Watch
 
@@ -118,7 +118,7 @@ def prepare_work(folder: Path, name: str, image_size: int) -> Path:
     import torch
     import torchvision
 
-    from finetune.data.images import Request
+    from finetune.data.batch import Request
     from finetune.models.backbones import find_backbone
     from finetune.models.weights import choose_weights
     from finetune.recipe import Images, Model, Recipe
@@ -246,7 +246,7 @@ def train_alone(
     import torch
 
     from finetune.base.signals import StopRequest
-    from finetune.data.images import Split
+    from finetune.data.batch import Split
     from finetune.models.freeze import apply_freeze, frozen_tensors, hash_tensors
     from finetune.recipe import Classification
     from finetune.store.run_folder import RunFolder

@@ -40,8 +40,8 @@ def counted(place: str, labels: int, seed: int) -> float:
     from sklearn.pipeline import make_pipeline
 
     from finetune import Training
+    from finetune.data.open import open_source, split_data
     from finetune.recipe.scripts import load_recipe_function, shipped_recipes
-    from finetune.training.dataset import open_source, split_data
 
     function = load_recipe_function(shipped_recipes()["bert_head"])
     recipe = function(texts=place, seed=seed, training=Training(train_samples=labels))

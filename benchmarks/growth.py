@@ -54,7 +54,7 @@ def train_on(count: int, folder: Path) -> dict[str, Any]:
     from finetune.models.freeze import Rule
     from finetune.models.heads import StandardisedLinear
     from finetune.recipe import Images, Model, Optimizer, Recipe
-    from finetune.training.loop import Settings
+    from finetune.recipe.execution import Settings
     from finetune.training.phase import Feed
     from finetune.watch.watch import Watch
 
@@ -70,7 +70,7 @@ def train_on(count: int, folder: Path) -> dict[str, Any]:
         contents = Contents(source)
 
         def batches(self, requests):
-            from finetune.data.images import Batch
+            from finetune.data.batch import Batch
 
             for request in requests:
                 indices = torch.tensor(request.indices)

@@ -111,12 +111,12 @@ def finetune(work: str, count: int, is_tracked: bool = True) -> dict[str, float]
     """Our own loop, `train.train`, fed with the same ready batches."""
     from finetune.base.events import Begun
     from finetune.base.terminal import Terminal, make_console
+    from finetune.data.batch import Batch, Request
     from finetune.data.contents import Contents
-    from finetune.data.images import Batch, Request
     from finetune.data.source import ArraySource
     from finetune.models.freeze import Rule
     from finetune.recipe import Images, Model, Optimizer, Recipe, Schedule, Trainable
-    from finetune.training.loop import Settings
+    from finetune.recipe.execution import Settings
     from finetune.training.phase import Feed
     from finetune.watch.tensorboard import TensorBoard
     from finetune.watch.watch import Watch

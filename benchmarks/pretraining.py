@@ -15,15 +15,17 @@ import numpy as np
 import torch
 import tyro
 
+from finetune.data.batch import Request
 from finetune.data.digits import load_digits
-from finetune.data.images import ImagePipeline, Request, split_source
+from finetune.data.images import ImagePipeline, split_source
 from finetune.data.order import batches_from, epoch_order, key, keyed_generator
 from finetune.data.source import ArraySource
 from finetune.models.bundled import BUNDLED
 from finetune.models.heads import StandardisedLinear, standardise
 from finetune.models.network import build_network
 from finetune.models.weights import choose_weights, read_weights
-from finetune.training.optimizer import build_optimizer, schedule_factor, set_learning_rate
+from finetune.training.optimizer import build_optimizer, set_learning_rate
+from finetune.training.schedule import schedule_factor
 
 EPOCHS_BY_LABELS = {50: 60, 100: 60, 0: 15}
 BATCH, LEARNING_RATE = 64, 3e-3

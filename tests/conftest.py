@@ -22,12 +22,11 @@ from finetune.base.files import sha256_of_file
 from finetune.base.terminal import Terminal, make_console
 from finetune.cli import COMMANDS
 from finetune.models.network import Network
+from finetune.models.pretrained import find_pretrained, new_network
+from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.runs import start as launch
 from finetune.store import checkpoint
-from finetune.store.restore import Numerics, find_pretrained, new_network
 from finetune.store.run_folder import RunFolder
-from finetune.training.loop import Settings
-from finetune.training.setup import Machine
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,8 @@ from finetune.export.weights import export
 from finetune.models.backbones import check_image_size, find_backbone, torchvision_backbone, torchvision_names
 from finetune.models.freeze import apply_freeze, frozen_tensors, set_modes
 from finetune.models.heads import find_head, standardise, standardised_layers
-from finetune.store.restore import find_pretrained, trained_network
+from finetune.models.pretrained import find_pretrained
+from finetune.store.restore import trained_network
 
 # The smallest images that an architecture takes, or those it is built for; others take 64.
 IMAGE_SIZES = {"inception_v3": 299, "maxvit_t": 224} | dict.fromkeys(

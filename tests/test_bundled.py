@@ -19,12 +19,12 @@ from finetune import ImageTraining, Training
 from finetune.base.files import sha256_of_file
 from finetune.data.texts import open_texts
 from finetune.models.backbones import find_text_backbone
+from finetune.models.pretrained import find_pretrained
+from finetune.recipe.execution import Numerics, Settings
 from finetune.recipe.scripts import load_recipe_function, shipped_recipes
 from finetune.runs import start as launch
 from finetune.runs.start import Machine
-from finetune.store.restore import Numerics, find_pretrained
 from finetune.training.dataset import open_data
-from finetune.training.loop import Settings
 
 BUNDLED = Path(str(resources.files("finetune"))) / "bundled"
 FILES = sorted(path for path in BUNDLED.iterdir() if path.suffix in (".safetensors", ".npz", ".csv"))

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
+from finetune.base.formatting import parse_size, size_text
 from finetune.cli import main
 from finetune.errors import UsageError
-from finetune.features.cache import Entry, disk_limit, entries, entry, parse_size, size_text
+from finetune.features.cache import Entry, disk_limit, entries, entry
 
 
 @pytest.fixture(autouse=True)

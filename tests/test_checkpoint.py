@@ -9,12 +9,11 @@ from finetune import Model, RunError
 from finetune.base.files import write_atomically
 from finetune.models import network as network_module
 from finetune.models.bundled import bundled_weights
+from finetune.recipe.execution import Numerics, Settings
 from finetune.runs import start as launch
 from finetune.runs.start import Machine
 from finetune.store import checkpoint
-from finetune.store.restore import Numerics
 from finetune.store.run_folder import RunFolder
-from finetune.training.loop import Settings
 
 PLAIN = (str, int, float, bool, type(None), torch.Tensor)
 

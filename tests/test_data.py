@@ -5,10 +5,11 @@ import torch
 from conftest import small_recipe
 
 from finetune import UsageError
+from finetune.data.batch import Request
 from finetune.data.contents import Contents
 from finetune.data.digits import load_digits
 from finetune.data.glyphs import CANVAS_PIXELS, CHARACTERS, distort, render_glyphs
-from finetune.data.images import Request, split_source
+from finetune.data.images import split_source
 from finetune.data.loader import Loader, one_thread
 from finetune.models.backbones import find_backbone
 from finetune.training.dataset import open_data

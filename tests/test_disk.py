@@ -15,12 +15,10 @@ from conftest import DyingTerminal, assert_equal_runs, read, resume_run, small_r
 from finetune import RunError, UsageError
 from finetune.base import files
 from finetune.cli import main
+from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.runs import start as launch
 from finetune.store import checkpoint
-from finetune.store.restore import Numerics
 from finetune.store.run_folder import RunFolder
-from finetune.training.loop import Settings
-from finetune.training.setup import Machine
 
 MB = 1_000_000
 

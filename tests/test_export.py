@@ -9,7 +9,7 @@ from conftest import small_recipe, train_run
 import finetune
 from finetune import Images, RunError
 from finetune.cli import main
-from finetune.data.images import Request
+from finetune.data.batch import Request
 from finetune.export.verify import FOLDED_TOLERANCE
 from finetune.export.weights import ONNX_TOLERANCE, export
 from finetune.models.backbones import find_backbone

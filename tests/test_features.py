@@ -32,21 +32,21 @@ from PIL import Image
 from finetune import Images, Model, Optimizer, Trainable, UsageError
 from finetune.base.signals import StopRequest
 from finetune.data import source
+from finetune.data.batch import Request
 from finetune.data.decode import BrokenImage
 from finetune.data.digits import load_digits
-from finetune.data.images import ImagePipeline, Request
+from finetune.data.images import ImagePipeline
 from finetune.errors import RunError
 from finetune.features.cache import entries
 from finetune.features.feature_file import RowFile, read_layout
 from finetune.features.kept import Features
-from finetune.options import AnyTable
+from finetune.recipe.execution import Machine, Numerics, Settings
+from finetune.recipe.heads import AnyTable
 from finetune.runs import start as launch
 from finetune.runs.evaluate import evaluate
-from finetune.store.restore import Numerics, trained_network
+from finetune.store.restore import trained_network
 from finetune.store.run_folder import RunFolder
-from finetune.training.loop import Settings
 from finetune.training.phase import start_phase
-from finetune.training.setup import Machine
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from conftest import make_network, small_recipe
 from torch import nn
 
 from finetune import UsageError
-from finetune.data.images import Request
+from finetune.data.batch import Request
 from finetune.models.backbones import find_backbone
 from finetune.models.bundled import BUNDLED, bundled_weights
 from finetune.models.heads import (

@@ -22,20 +22,21 @@ from finetune import Images, ImageTable, ImageTraining, MultiLabel, UsageError, 
 from finetune.base.signals import StopRequest
 from finetune.cli import main
 from finetune.data.augment import augment, mix
+from finetune.data.batch import Request
 from finetune.data.contents import Contents
 from finetune.data.decode import read_image
-from finetune.data.images import Request, open_images, split_source
+from finetune.data.images import open_images, split_source
 from finetune.data.loader import Loader
 from finetune.data.order import keyed_generator, stratified_split
 from finetune.data.table import Columns
 from finetune.errors import RunError
 from finetune.models.backbones import find_backbone, members, torchvision_backbone
+from finetune.models.pretrained import find_pretrained
+from finetune.recipe.execution import Machine, Numerics
 from finetune.runs import start as launch
-from finetune.store.restore import Numerics, find_pretrained
 from finetune.training import data_check as look
 from finetune.training.dataset import open_data
 from finetune.training.phase import Feed
-from finetune.training.setup import Machine
 
 CPU = torch.device("cpu")
 FORMATS = ("jpg", "png", "webp", "bmp", "gif")

@@ -25,14 +25,12 @@ from finetune.base import memory
 from finetune.base.memory import Limit, Use, describe_shortage, guard_memory, limits
 from finetune.base.signals import StopRequest
 from finetune.models.freeze import learning_statistics
+from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.runs import start as launch
-from finetune.store.restore import Numerics
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.losses import ClassificationTask
 from finetune.training import loop as train
 from finetune.training import step
-from finetune.training.loop import Settings
-from finetune.training.setup import Machine
 
 MB = 1_000_000
 

@@ -12,15 +12,17 @@ from encoders import text_recipe, write_csv
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
+from finetune.data.open import open_source
 from finetune.data.texts import bundled_file, open_texts
 from finetune.data.tokens import PADDING
 from finetune.export.hf_folder import export_folder
 from finetune.export.weights import export
 from finetune.features.cache import entries
 from finetune.features.feature_file import RowFile, read_layout
+from finetune.models.pretrained import find_pretrained
 from finetune.recipe.scripts import load_recipe_function, shipped_recipes
-from finetune.store.restore import backbone_of_run, find_pretrained, trained_network
-from finetune.training.dataset import open_data, open_source
+from finetune.store.restore import backbone_of_run, trained_network
+from finetune.training.dataset import open_data
 
 
 def kept_features(recipe) -> torch.Tensor:

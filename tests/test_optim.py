@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from finetune import UsageError
-from finetune.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, schedule_factor
+from finetune.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
+from finetune.training.schedule import schedule_factor
 
 SCHEDULE = {"total_steps": 100, "steps_per_epoch": 10, "final_fraction": 0.01, "step_epochs": 3, "factor": 0.1}
 

@@ -50,7 +50,7 @@ def test_predictions_are_those_of_the_validation_pipeline(model, trained, tmp_pa
 
     import finetune
     from finetune import Images
-    from finetune.data.images import Request
+    from finetune.data.batch import Request
     from finetune.models.backbones import find_backbone
     from finetune.training.dataset import open_data
 

@@ -22,12 +22,11 @@ from PIL import Image
 from finetune import Images, Optimizer, RunError, Schedule, Stop, StoppedEarly, Trainable, UsageError
 from finetune.base.signals import StopRequest
 from finetune.errors import FinetuneError
+from finetune.recipe.execution import Numerics, Settings
 from finetune.runs import start as launch
 from finetune.runs.start import Machine
-from finetune.store.restore import Numerics
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.losses import ClassificationTask
-from finetune.training.loop import Settings
 
 # Four deaths in the first epoch of seven steps and two in the second.
 DEATHS = [2, 3, 5, 6, 9, 13]

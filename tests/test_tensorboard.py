@@ -28,12 +28,10 @@ from conftest import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from finetune.base.events import Begun, Example, Pictures
+from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.report.image_grids import confusion_sheet, example_sheet
 from finetune.runs import start as launch
-from finetune.store.restore import Numerics
 from finetune.store.run_folder import RunFolder
-from finetune.training.loop import Settings
-from finetune.training.setup import Machine
 from finetune.watch.tensorboard import EventFile, TensorBoard, Writer, principal_components
 
 SETTINGS = Settings(save_every_steps=3, log_every_steps=1, track="tensorboard")

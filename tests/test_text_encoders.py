@@ -41,7 +41,8 @@ from finetune.data.tokens import PADDING
 from finetune.export.hf_folder import export_folder
 from finetune.export.weights import export
 from finetune.models.freeze import apply_freeze, set_modes
-from finetune.store.restore import find_pretrained, trained_network
+from finetune.models.pretrained import find_pretrained
+from finetune.store.restore import trained_network
 from finetune.store.run_folder import RunFolder
 from finetune.training.dataset import open_data
 from finetune.training.phase import cut
@@ -58,7 +59,7 @@ def texts(tmp_path_factory):
 
 
 def network_of(recipe):
-    from finetune.store.restore import new_network
+    from finetune.models.pretrained import new_network
 
     backbone, weights = find_pretrained(recipe)
     data = open_data(recipe, backbone)
@@ -202,10 +203,8 @@ def test_training_inside_the_encoder_says_that_nothing_is_kept(tmp_path, folders
     recipe = text_recipe(texts, folders["bert"], epochs=1)
     recipe = dataclasses.replace(recipe, trainable=finetune.Trainable(rules=rules))
     terminal = DyingTerminal()
+    from finetune.recipe.execution import Machine, Numerics, Settings
     from finetune.runs import start as launch
-    from finetune.store.restore import Numerics
-    from finetune.training.loop import Settings
-    from finetune.training.setup import Machine
 
     run, _ = launch.start(tmp_path / "run", "x", recipe, Numerics(), Machine("cpu"), Settings(), terminal)
     assert any(

@@ -28,11 +28,10 @@ from finetune.cli import main
 from finetune.data.tokens import PADDING
 from finetune.export.weights import export
 from finetune.features.cache import cache_folder
+from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.runs import start as launch
-from finetune.store.restore import Numerics, backbone_of_run, trained_network
+from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
-from finetune.training.loop import Settings
-from finetune.training.setup import Machine
 
 THAW = Trainable(
     rules=(("head", "trainable", 0), ("bert.encoder.layer.1", "trainable", 1), ("*", "frozen", 0)),

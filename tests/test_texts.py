@@ -10,13 +10,13 @@ import torch
 from encoders import make_encoder, sentences, text_recipe, write_csv
 
 from finetune import RunError, TextTable, Training, UsageError
-from finetune.data.images import Request
+from finetune.data.batch import Request
 from finetune.data.order import epoch_order, side_by_side
 from finetune.data.source import PARTS
 from finetune.data.table import Columns
 from finetune.data.texts import BrokenText, open_texts
 from finetune.data.tokens import PADDING
-from finetune.store.restore import find_pretrained
+from finetune.models.pretrained import find_pretrained
 from finetune.tasks.losses import scale_of
 from finetune.training.dataset import open_data
 

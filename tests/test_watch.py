@@ -14,20 +14,18 @@ from rich.console import Console
 from terminal import ESCAPES, run_in_terminal
 
 from finetune.base.events import Validated
-from finetune.base.formatting import number_text
-from finetune.base.terminal import Terminal, make_console, seconds_text
+from finetune.base.formatting import number_text, seconds_text
+from finetune.base.terminal import Terminal, make_console
 from finetune.data.digits import load_digits
 from finetune.errors import RunError, StoppedEarly
-from finetune.options import AnyTable
+from finetune.recipe.execution import Machine, Numerics, Settings
+from finetune.recipe.heads import AnyTable
 from finetune.report.examples import examples_of
 from finetune.runs import start as launch
 from finetune.runs.evaluate import evaluate
-from finetune.store.restore import Numerics
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.evaluation import KEPT_FEATURES, Outcomes
 from finetune.tasks.losses import ClassificationTask, MultiLabelTask, RegressionTask
-from finetune.training.loop import Settings
-from finetune.training.setup import Machine
 from finetune.training.step import gradient_norm
 from finetune.watch import trackers as start
 from finetune.watch.watch import Watch

@@ -31,8 +31,9 @@ from finetune.export.weights import export
 from finetune.models.backbones import find_backbone
 from finetune.models.heads import find_head
 from finetune.models.network import build_network
+from finetune.models.pretrained import find_pretrained
 from finetune.models.weights import choose_weights, load_backbone_weights, read_weights
-from finetune.store.restore import find_pretrained, trained_network
+from finetune.store.restore import trained_network
 from finetune.store.run_folder import RunFolder
 
 

@@ -3,6 +3,7 @@
 import atexit
 import dataclasses
 import gc
+import importlib
 import inspect
 import io
 import os
@@ -161,14 +162,15 @@ def parse(options: type, command: str, description: str, arguments: Sequence[str
     raise UsageError(ADDRESS.sub(r"\1...", text))  # an address may hold a password
 
 
-def import_commands() -> ModuleType:
-    """The module that does the work, and with it torch: some million objects, none of them garbage."""
-    from finetune import commands
-
-    if not gc.isenabled():  # see `run`
-        gc.freeze()
-        gc.enable()
-    return commands
+def import_commands(with_torch: bool = True) -> ModuleType:
+    """The module that does the work; and first torch, where it takes that: some million objects, none of them
+    garbage."""
+    if with_torch:
+        importlib.import_module("finetune.runs.start")
+        if not gc.isenabled():  # see `run`
+            gc.freeze()
+            gc.enable()
+    return importlib.import_module("finetune.commands")
 
 
 def repeatable(words: Sequence[str]) -> list[str]:
@@ -231,9 +233,7 @@ def command_cache(arguments: Sequence[str]) -> int:
 
 def command_runs(arguments: Sequence[str]) -> int:
     options = parse(RunsOptions, "runs", "The runs in a folder, or two runs side by side.", arguments)
-    from finetune.listing.table import list_or_compare
-
-    return list_or_compare(options.folders, options.sort, options.json)
+    return import_commands(with_torch=False).list_or_compare(options.folders, options.sort, options.json)
 
 
 def command_doctor(arguments: Sequence[str]) -> int:

@@ -1,29 +1,27 @@
-"""What each command does, once its options are parsed. Imported late: this is where torch comes in."""
+"""What each command does, once its options are parsed. Each imports what it needs: torch is not for all of them."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from finetune.base.formatting import best_text, json_line, printable
+from finetune.base.formatting import best_text, json_line, parse_size, printable
 from finetune.base.terminal import Terminal, make_console
 from finetune.errors import UsageError, reader_is_gone
-from finetune.features.cache import parse_size
+from finetune.recipe.execution import Machine, Numerics, Settings, determining_config
 from finetune.recipe.scripts import local_modules
 from finetune.recipe.serialize import differences
 from finetune.recipe.spec import Recipe
-from finetune.runs import start as launch
 from finetune.store.remote import open_run
-from finetune.store.restore import Numerics, determining_config
 from finetune.store.run_folder import RunFolder, newest_unfinished
-from finetune.store.state import Progress
-from finetune.training.loop import Settings
-from finetune.training.setup import Machine
 from finetune.watch.remote_trackers import check_notify_urls, check_services, notify_urls
 
+if TYPE_CHECKING:
+    from finetune.store.state import Progress
+
 Result = TypeVar("Result")
-Conclude = Callable[[RunFolder, Progress, Terminal], Result]
+Conclude = Callable[[RunFolder, "Progress", Terminal], Result]
 
 
 def make_terminal(quiet: bool) -> Terminal:
@@ -63,6 +61,8 @@ def train(
         words: to type after `finetune` to repeat it.
         conclude: told how it ended; what it returns is returned.
     """
+    from finetune.runs import start as launch
+
     terminal = make_terminal(options.quiet)
     numerics = Numerics(options.precision, options.deterministic, options.backbone_precision or "", options.cache)
     saving = options.given()
@@ -109,6 +109,8 @@ def resume_run(options: Any) -> int:
 
 def resume(options: Any, conclude: Conclude[Result]) -> Result:
     """Go on with a run; see `train`. `options` as in `options.ResumeOptions`."""
+    from finetune.runs import start as launch
+
     terminal = make_terminal(options.quiet)
     with open_run(options.run or str(newest_unfinished().path), terminal.say) as run:
         progress = launch.resume(
@@ -124,7 +126,7 @@ def resume(options: Any, conclude: Conclude[Result]) -> Result:
         return conclude(run, progress, terminal)
 
 
-def finish(run: RunFolder, progress: Progress, terminal: Terminal) -> None:
+def finish(run: RunFolder, progress: "Progress", terminal: Terminal) -> None:
     """Say how it ended and what to type next. The last line is the run folder, for scripts."""
     terminal.say(f"\n{progress.status}: {best_text(progress.best)}")
     terminal.say("\nnext:")
@@ -238,4 +240,34 @@ def summarise(recipe: Recipe) -> int:
     from finetune.runs.summary import summary_text
 
     print(summary_text(recipe))
+    return 0
+
+
+def list_or_compare(folders: Sequence[str], sort: str, as_json: bool) -> int:
+    """`finetune runs`.
+
+    Raises:
+        UsageError: an unknown key to sort by, or a folder without a run.
+    """
+    from finetune.listing.cells import to_plain
+    from finetune.listing.found import find_runs, is_run
+    from finetune.listing.table import SORT_KEYS, show
+
+    if sort not in SORT_KEYS:
+        raise UsageError(f"--sort {sort}: no such key; give {', '.join(SORT_KEYS)}")
+    runs = list(find_runs(folders))
+    if len(folders) == 2 and all(is_run(Path(folder)) for folder in folders):
+        from finetune.listing.compared import Comparison
+
+        comparison = Comparison.of(*runs)
+        if as_json:
+            print(json_line(comparison.to_plain()))
+        else:
+            comparison.show(make_console())
+        return 0
+    runs.sort(key=SORT_KEYS[sort])
+    if as_json:
+        print(json_line([to_plain(run) for run in runs]))
+    else:
+        show(runs, folders, make_console())
     return 0

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from finetune.recipe.heads import ImageTable, TextTable
+from finetune.recipe.heads import AnyTable
 
 # Options that may be left out; without a name of its own, help would show "{None}|INT (default: None)".
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
@@ -141,11 +141,6 @@ class PredictOptions:
     """Images or texts computed at once."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch."""
-
-
-@dataclass(frozen=True)
-class AnyTable(ImageTable, TextTable):
-    """The options of a file that lists images, or holds texts."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 """Names that others gave to files and classes, and numbers, as a person reads them in a terminal."""
 
 import json
+import re
 import sys
 import unicodedata
 from typing import Any
+
+from finetune.errors import UsageError
 
 
 def printable(text: str) -> str:
@@ -41,3 +44,65 @@ def json_line(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8")
     # JSON leaves some characters as they are that a terminal obeys.
     return "".join(one if is_printable(one) else json.dumps(one)[1:-1] for one in text)
+
+
+UNITS = {"": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "20GB", "500MB" or "20" (GB).
+
+    Raises:
+        UsageError: not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
+    if not match:
+        raise UsageError(f"--cache-limit {text}: is no size; give one like 20GB or 500MB")
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def size_text(size_bytes: float) -> str:
+    """Bytes for people: 3.7 MB."""
+    for unit in ("KB", "MB"):
+        size_bytes /= 1_000
+        if size_bytes < 1_000:
+            return f"{size_bytes:.1f} {unit}"
+    return f"{size_bytes / 1_000:,.1f} GB"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration as a person says it: 8 s, 3:05, 1:02:03, 2 d 4 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def megabytes_text(megabytes: float) -> str:
+    return f"{megabytes:,.0f} MB" if megabytes < 10_000 else f"{megabytes / 1000:,.1f} GB"
+
+
+# A longer value of an option ends in dots; --json has all of it.
+LONGEST_VALUE = 40
+
+
+def duration_text(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.1f} s" if seconds < 10 else seconds_text(seconds)
+
+
+def value_text(value: Any) -> str:
+    """An option's value, as it would be typed."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = printable(str(value)) or '""'
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.base.events import Validated
-from finetune.base.formatting import number_text, printable
+from finetune.base.formatting import megabytes_text, number_text, printable, seconds_text
 
 # Often enough for a bar that moves, seldom enough for a thread that trains.
 LOOKS_A_SECOND = 4
@@ -90,22 +90,6 @@ def make_console(quiet: bool = False) -> Console:
         highlight=False,
         soft_wrap=not is_terminal,
     )
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration as a person says it: 8 s, 3:05, 1:02:03, 2 d 4 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24} d {hours % 24} h"
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def megabytes_text(megabytes: float) -> str:
-    return f"{megabytes:,.0f} MB" if megabytes < 10_000 else f"{megabytes / 1000:,.1f} GB"
 
 
 def in_notebook() -> bool:

@@ -4,12 +4,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from finetune.data.augment import augment, mix
+from finetune.data.batch import Batch, Request, Split
 from finetune.data.decode import BrokenImage
 from finetune.data.digits import load_digits
 from finetune.data.folder import open_folder
@@ -52,14 +52,6 @@ def open_images(
     return open_folder(path, classes, allow_outside)
 
 
-class Split(NamedTuple):
-    """Sorted int64 sample indices; `test` is empty unless the data brings a test part along."""
-
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-
-
 def split_source(source: Source, validation_fraction: float, seed: int, train_samples: int = 0) -> Split:
     """The data's own parts; else stratified by class, or by whole groups where the source has groups.
 
@@ -79,39 +71,6 @@ def split_source(source: Source, validation_fraction: float, seed: int, train_sa
     fraction = 0.0 if len(validation) else validation_fraction
     chosen, held_out = stratified_split(source.targets[train], fraction, seed, train_samples)
     return Split(train[chosen], validation if len(validation) else train[held_out], test)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One batch to fetch.
-
-    Attributes:
-        augment_epoch: the epoch whose random draws apply, or None for no augmentation.
-        tolerant: report broken images instead of raising.
-    """
-
-    indices: list[int]
-    augment_epoch: int | None = None
-    tolerant: bool = False
-
-
-class Batch(NamedTuple):
-    """What comes of a request.
-
-    Attributes:
-        inputs: (batch, 3, image_size, image_size) float32 images; (batch, length) int64 tokens; or (batch, width) rows
-            of kept features.
-        targets: (batch,) int64; (batch, classes) uint8 of several labels, float32 of mixed images; as in `TextSource`.
-        indices: (batch,) int64: the samples, without broken ones.
-        digests: (batch,) int64 of the files' contents; 0 = no file.
-        broken: (index, what is wrong with it).
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    indices: Tensor
-    digests: Tensor
-    broken: list[tuple[int, str]]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from contextlib import closing, contextmanager
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from finetune.data.batch import Batch, Request
 from finetune.data.contents import Contents
-from finetune.data.images import Batch, ImagePipeline, Request
+from finetune.data.images import ImagePipeline
 from finetune.data.texts import TextPipeline
 from finetune.errors import FinetuneError
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.data.batch import Batch, Request
 from finetune.data.folder import list_folder
-from finetune.data.images import Batch, Request
 from finetune.data.source import PARTS, TextSource, encode_labels
 from finetune.data.table import TABLE_SUFFIXES, Columns, plain_value, sample_rows
 from finetune.data.tokens import TokenTable

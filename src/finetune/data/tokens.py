@@ -199,3 +199,8 @@ class Tokenization:
                 "the tokenizer that belongs to it"
             )
         return TokenTable(tokens, np.cumsum(lengths), np.asarray(truncated, dtype=bool))
+
+
+def tokenizer_folder(file: Path) -> Path:
+    """Where the tokenizer of an export lies."""
+    return file.with_name(f"{file.stem}-tokenizer")

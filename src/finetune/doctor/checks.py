@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 
+from finetune.base.formatting import size_text
 from finetune.base.memory import CGROUPS, limits
 from finetune.doctor.probe import NoAnswer
-from finetune.features.cache import size_text
 
 LITTLE_MEMORY_BYTES = 2_000_000_000
 LITTLE_SHARED_BYTES = 512_000_000

@@ -12,9 +12,10 @@ import platformdirs
 import psutil
 from filelock import FileLock, Timeout
 
+from finetune.base.formatting import size_text
 from finetune.doctor.checks import Findings
 from finetune.errors import one_line
-from finetune.features.cache import FOLDER_VARIABLE, cache_folder, size_text
+from finetune.features.cache import FOLDER_VARIABLE, cache_folder
 from finetune.store.run_folder import RUNS_FOLDER
 
 LITTLE_BYTES, TOO_LITTLE_BYTES = 5_000_000_000, 200_000_000

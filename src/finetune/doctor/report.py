@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.base.formatting import json_line, printable
+from finetune.base.formatting import json_line, printable, size_text
 from finetune.base.terminal import make_console
 from finetune.doctor.checks import (
     Findings,
@@ -30,7 +30,6 @@ from finetune.doctor.checks import (
 from finetune.doctor.disk import look_at_disk
 from finetune.doctor.probe import NoAnswer, ask
 from finetune.errors import one_line
-from finetune.features.cache import size_text
 
 BUILDS = {"CUDA": "cuda_build", "cuDNN": "cudnn", "ROCm": "rocm_build", "Apple's MPS": "mps_build"}
 STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}

@@ -18,9 +18,10 @@ from finetune.base.files import TEMPORARY_SUFFIX, read_json, sync_folder, write_
 from finetune.data.tokens import KEPT_FILES, PADDING, SETTINGS_FILE, Tokenization
 from finetune.errors import RunError, UsageError
 from finetune.export.verify import Trained, hold_against, trained_tensors
-from finetune.export.weights import describe, is_stock
+from finetune.export.weights import describe
 from finetune.models import hub, text_encoders
 from finetune.models.heads import NO_HEAD
+from finetune.models.snippets import folder_lines, is_stock
 from finetune.store.run_folder import RunFolder
 
 # Marks a folder as an export of ours, which a later one may replace.
@@ -203,17 +204,3 @@ def _write_sentence_files(folder: Path, options: dict[str, Any], tokenization: T
     }
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def folder_lines(folder: Path, has_head: bool) -> str:
-    """Lines of Python that load the folder without this kit."""
-    if not has_head:
-        return (
-            f"from transformers import AutoModel, AutoTokenizer\nmodel = AutoModel.from_pretrained({str(folder)!r})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"
-        )
-    return (
-        "from transformers import pipeline\n"
-        f'classify = pipeline("text-classification", model={str(folder)!r})\n'
-        'classify("a text", truncation=True)'
-    )

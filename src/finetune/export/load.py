@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from finetune.base.files import BadFile, read_json, sha256_of_file
 from finetune.data.preprocess import Preprocessing
-from finetune.data.tokens import Tokenization
+from finetune.data.tokens import Tokenization, tokenizer_folder
 from finetune.errors import FinetuneError, RunError, UsageError, one_line
 from finetune.models.backbones import backbone_of_export
 from finetune.models.heads import find_head, plain_head, replaced_layers
@@ -103,11 +103,6 @@ def load(path: str | Path) -> nn.Module:
         RunError: the files are missing, damaged, or do not belong together.
     """
     return load_described(path)[0]
-
-
-def tokenizer_folder(file: Path) -> Path:
-    """Where the tokenizer of an export lies."""
-    return file.with_name(f"{file.stem}-tokenizer")
 
 
 def prepared(file: Path, description: dict[str, Any]) -> Preprocessing | Tokenization:

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.data.images import Request
+from finetune.data.batch import Request
+from finetune.data.open import open_source, split_data
 from finetune.data.tokens import Tokenization
 from finetune.errors import FinetuneError, RunError
 from finetune.models.backbones import Backbone
 from finetune.models.heads import folded_state, rescale, standardised_layers
 from finetune.models.network import Network
+from finetune.recipe.execution import Numerics, split_config
 from finetune.recipe.spec import Recipe
-from finetune.store.restore import Numerics, backbone_of_run, split_config, trained_network
+from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
-from finetune.training.dataset import open_data, open_source, split_data
+from finetune.training.dataset import open_data
 
 COMPARED_SAMPLES = 16
 # Outputs of an export may differ from the run's by this share of the largest (or by this much, if that is under 1),

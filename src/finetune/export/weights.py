@@ -16,15 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.base.files import TEMPORARY_SUFFIX, write_atomically, write_json
-from finetune.data.tokens import Tokenization
+from finetune.data.tokens import Tokenization, tokenizer_folder
 from finetune.errors import RunError, UsageError
-from finetune.export.load import SCHEMA_VERSION, read_description, rebuild, tokenizer_folder
+from finetune.export.load import SCHEMA_VERSION, read_description, rebuild
 from finetune.export.onnx import write_onnx
 from finetune.export.verify import Trained, hold_against, refuse_above, trained_tensors
-from finetune.models import text_encoders
-from finetune.models.backbones import Backbone, backbone_of_export
+from finetune.models.snippets import is_stock, loading_lines
 from finetune.models.weights import read_weights
-from finetune.recipe.spec import Recipe
 from finetune.store.checkpoint import read_checkpoint
 from finetune.store.run_folder import RunFolder
 
@@ -136,11 +134,6 @@ def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
     }
 
 
-def is_stock(recipe: Recipe, backbone: Backbone) -> bool:
-    """Whether a stock class takes the weights."""
-    return recipe.model.head in ("linear", "keep") and backbone.options.get("pooling", "stock") == "stock"
-
-
 def other_formats(output: Path, description: dict[str, Any]) -> dict[str, str]:
     """Files of the same weights in other formats that the JSON already describes: they stay good."""
     try:
@@ -175,35 +168,3 @@ def copy_checkpoint(run: RunFolder, which: str, output: Path | None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     return target
-
-
-def loading_lines(file: Path, description: dict[str, Any]) -> str:
-    """Lines of Python that load the file without this kit, where that is possible."""
-    architecture = description["architecture"]
-    if file.suffix == ".onnx":
-        return (
-            f"import onnxruntime\nsession = onnxruntime.InferenceSession({str(file)!r})\n"
-            '(logits,) = session.run(None, {"images": images})  # float32 (batch, 3, height, width)'
-        )
-    options, text_lines = architecture["options"], ""
-    if "pooling" in options:
-        # finetune.load gives a model that returns the logits themselves.
-        names = {"tokenizer": str(tokenizer_folder(file)), "max_length": description["preprocessing"]["max_length"]}
-        names["logits"] = ".logits" if architecture["stock"] else ""
-        text_lines = "\n" + text_encoders.TOKENIZER_LINES.format(**names)
-    if not architecture["stock"]:
-        pooling = options.get("pooling", "stock")
-        what = f"Pooling {pooling!r}" if pooling != "stock" else f"A head of kind {architecture['head']!r}"
-        also = "from transformers import AutoTokenizer\n" if text_lines else ""
-        return (
-            f"{what} has no stock counterpart; load it with:\n\n"
-            f"import finetune\n{also}model = finetune.load({str(file)!r}){text_lines}"
-        )
-    build = backbone_of_export(description).stock_lines.format(
-        classes=architecture["outputs"], json=str(file.with_suffix(".json"))
-    )
-    if file.suffix == ".safetensors":
-        read = f"from safetensors.torch import load_file\nmodel.load_state_dict(load_file({str(file)!r}), strict=True)"
-    else:
-        read = f"import torch\nmodel.load_state_dict(torch.load({str(file)!r}, weights_only=True), strict=True)"
-    return f"{build}\n{read}\nmodel.eval()" + text_lines

@@ -5,7 +5,6 @@ is another entry.
 """
 
 import os
-import re
 import shutil
 import time
 import uuid
@@ -18,12 +17,10 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from finetune.base.files import read_safetensors_header
-from finetune.errors import UsageError
 
 FOLDER_VARIABLE = "FINETUNE_CACHE"
 SUFFIX = ".safetensors"
 FREE_SHARE = 0.25
-UNITS = {"": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 WAIT_SECONDS = 0.2
 
 
@@ -31,27 +28,6 @@ def cache_folder() -> Path:
     """Where features are kept: the user's cache folder, or what FINETUNE_CACHE names."""
     named = os.environ.get(FOLDER_VARIABLE)
     return Path(named) if named else platformdirs.user_cache_path("finetune", appauthor=False) / "features"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "20GB", "500MB" or "20" (GB).
-
-    Raises:
-        UsageError: not a size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
-    if not match:
-        raise UsageError(f"--cache-limit {text}: is no size; give one like 20GB or 500MB")
-    return int(float(match[1]) * UNITS[match[2] or ""])
-
-
-def size_text(size_bytes: float) -> str:
-    """Bytes for people: 3.7 MB."""
-    for unit in ("KB", "MB"):
-        size_bytes /= 1_000
-        if size_bytes < 1_000:
-            return f"{size_bytes:.1f} {unit}"
-    return f"{size_bytes / 1_000:,.1f} GB"
 
 
 def disk_limit(folder: Path) -> int:

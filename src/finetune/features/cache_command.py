@@ -7,10 +7,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from finetune.base.formatting import printable
+from finetune.base.formatting import printable, size_text
 from finetune.base.terminal import make_console
 from finetune.errors import UsageError
-from finetune.features.cache import Entry, cache_folder, entries, size_text
+from finetune.features.cache import Entry, cache_folder, entries
 
 SHOWN_KEY_LETTERS = 12
 

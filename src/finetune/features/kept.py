@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.base.formatting import parse_size, size_text
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
-from finetune.data.images import Batch, Request
+from finetune.data.batch import Batch, Request
 from finetune.data.loader import Loader
 from finetune.data.order import WINDOW_SAMPLES, reading_order, shuffles_in_blocks
 from finetune.data.source import FileSource, Source
 from finetune.errors import RunError
-from finetune.features.cache import Entry, disk_limit, entry, parse_size, size_text
+from finetune.features.cache import Entry, disk_limit, entry
 from finetune.features.feature_file import BATCH_ROWS, Layout, RowFile, RowReader, written_blocks
 
 # For rows in memory, all entries of a run together; smaller data lies there as a whole.

@@ -8,19 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.base.formatting import number_text, printable
-from finetune.features.cache import size_text
+from finetune.base.formatting import duration_text, number_text, printable, size_text, value_text
+from finetune.listing.cells import STATE_STYLES, ago_text, best_cell, epochs_text, finite, to_plain
 from finetune.listing.found import FoundRun, differing, is_plain_file
-from finetune.listing.table import (
-    STATE_STYLES,
-    ago_text,
-    best_cell,
-    duration_text,
-    epochs_text,
-    finite,
-    to_plain,
-    value_text,
-)
 from finetune.recipe.spec import LOWER_IS_BETTER
 from finetune.report.curves import read_curves
 from finetune.store.run_folder import RunFolder

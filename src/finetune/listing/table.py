@@ -1,12 +1,9 @@
 """`finetune runs`: the runs of a folder as a table, or two side by side. Imports torch only for their checkpoints."""
 
-import datetime
 import math
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
@@ -14,46 +11,20 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from finetune.base.formatting import json_line, number_text, printable
-from finetune.base.terminal import make_console, seconds_text
-from finetune.errors import UsageError
-from finetune.features.cache import size_text
-from finetune.listing.found import STATES, FoundRun, differing, find_runs, is_run
+from finetune.base.formatting import (
+    duration_text,
+    printable,
+    size_text,
+    value_text,
+)
+from finetune.listing.cells import STATE_STYLES, ago_text, best_cell, epochs_text
+from finetune.listing.found import STATES, FoundRun, differing
 from finetune.recipe.spec import LOWER_IS_BETTER
 
-STATE_STYLES = {"running": "bold green", "resumable": "yellow", "new": "yellow", "damaged": "bold red"}
 GAP = "  "
 INDENT = 4
-# A longer value of an option ends in dots; --json has all of it.
-LONGEST_VALUE = 40
 # A longer name is shortened, the more the narrower the terminal is.
 LEAST_NAME, LONGEST_NAME = 20, 1_000
-
-
-def list_or_compare(folders: Sequence[str], sort: str, as_json: bool) -> int:
-    """`finetune runs`.
-
-    Raises:
-        UsageError: an unknown key to sort by, or a folder without a run.
-    """
-    if sort not in SORT_KEYS:
-        raise UsageError(f"--sort {sort}: no such key; give {', '.join(SORT_KEYS)}")
-    runs = list(find_runs(folders))
-    if len(folders) == 2 and all(is_run(Path(folder)) for folder in folders):
-        from finetune.listing.compared import Comparison
-
-        comparison = Comparison.of(*runs)
-        if as_json:
-            print(json_line(comparison.to_plain()))
-        else:
-            comparison.show(make_console())
-        return 0
-    runs.sort(key=SORT_KEYS[sort])
-    if as_json:
-        print(json_line([to_plain(run) for run in runs]))
-    else:
-        show(runs, folders, make_console())
-    return 0
 
 
 # ---- Order ----------------------------------------------------------------------------------------------------------
@@ -91,88 +62,7 @@ SORT_KEYS: dict[str, Callable[[FoundRun], Any]] = {
 # ---- Plain values ---------------------------------------------------------------------------------------------------
 
 
-def to_plain(run: FoundRun) -> dict[str, Any]:
-    """A run for `--json`."""
-    owner = run.owner
-    return {
-        "run": str(run.path),
-        "name": run.name,
-        "state": run.state,
-        "note": run.note,
-        "process": {"pid": owner.pid, "host": owner.host, "since": owner.since} if owner else None,
-        "step": run.step,
-        "epochs_done": run.epochs_done,
-        "epochs": run.epochs,
-        "best": finite(run.best) if run.best else None,
-        "options": finite(run.options),
-        "seconds": run.seconds,
-        "size_bytes": run.size_bytes,
-        "changed": _local_time(run.changed),
-    }
-
-
-def finite(value: Any) -> Any:
-    """A value without the numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _local_time(seconds: float) -> str | None:
-    try:
-        return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds") if seconds else None
-    except (ValueError, OverflowError, OSError):  # no such year
-        return None
-
-
 # ---- For people -----------------------------------------------------------------------------------------------------
-
-
-def best_cell(run: FoundRun, with_metric: bool = True) -> str:
-    best = run.best
-    if not best:
-        return "-"
-    metric = f"{printable(best['metric'])} " if with_metric else ""
-    return f"{metric}{number_text(best['value'])}, epoch {best['epoch']}"
-
-
-def epochs_text(run: FoundRun) -> str:
-    if run.epochs_done is None:
-        return "-"
-    return f"{run.epochs_done}/{run.epochs}" if run.epochs else f"{run.epochs_done}"
-
-
-def duration_text(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds:.1f} s" if seconds < 10 else seconds_text(seconds)
-
-
-def ago_text(changed: float) -> str:
-    """When something was changed; after a week, the day."""
-    if not changed:
-        return "-"
-    seconds = time.time() - changed
-    if not -60 < seconds < 7 * 86400:
-        return (_local_time(changed) or "-").partition("T")[0]
-    for unit_seconds, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= unit_seconds:
-            return f"{int(seconds // unit_seconds)} {unit} ago"
-    return "just now"
-
-
-def value_text(value: Any) -> str:
-    """An option's value, as it would be typed."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    text = printable(str(value)) or '""'
-    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
 
 
 @dataclass(frozen=True)

@@ -6,36 +6,18 @@ features of any frozen backbone.
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections import OrderedDict
-from contextlib import closing
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.base.device import autocast, to_device
-from finetune.base.signals import StopRequest
-from finetune.base.terminal import Terminal
-from finetune.data.contents import Contents
-from finetune.data.loader import Loader
-from finetune.data.source import TextSource
-from finetune.data.texts import TextPipeline
 from finetune.data.tokens import TOKENIZER_FILE, Tokenization, hash_of_files
-from finetune.errors import RunError, UsageError
-from finetune.features.kept import CannotKeep, Features, Pass
+from finetune.errors import UsageError
 from finetune.models import text_encoders
 from finetune.models.backbones import Backbone, backbone_from_plain
-from finetune.models.heads import NO_HEAD
-from finetune.models.network import build_network
-from finetune.models.weights import Weights, choose_teacher, read_weights
-from finetune.recipe.spec import Distillation, Recipe
-from finetune.store.restore import find_pretrained, sized
-from finetune.store.state import numeric_environment
-from finetune.training.dataset import open_source
-from finetune.training.setup import Job, make_loaders
 
 LAYER = re.compile(r"(\.layer\.)(\d+)(\.)")
 EMBEDDINGS = "embeddings.word_embeddings.weight"
@@ -44,19 +26,6 @@ DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "a
 
 
 # ---- The student ----------------------------------------------------------------------------------------------------
-
-
-def pretrained(recipe: Recipe) -> tuple[Backbone, Weights | None, dict[str, Tensor] | None]:
-    """What a recipe begins with: its backbone, the weights (None: random), and, where it is a student that begins as a
-    part of those, its tensors. See `find_pretrained`."""
-    backbone, weights = find_pretrained(recipe)
-    spec = recipe.task
-    if not isinstance(spec, Distillation):
-        return backbone, weights, None
-    source = open_source(recipe.data, spec.kind)
-    assert isinstance(source, TextSource) and weights is not None
-    student, tensors = student_of(backbone, read_weights(weights.path), source.texts, spec.layers, spec.vocabulary_size)
-    return student, weights, tensors
 
 
 def student_of(
@@ -155,72 +124,3 @@ def _fewer_tokens(tokenization: Tokenization, texts: list[str], count: int) -> t
 
 
 # ---- The teacher ----------------------------------------------------------------------------------------------------
-
-
-def taught(job: Job, terminal: Terminal, stop: StopRequest, saved: str = "") -> Job:
-    """The job with the teacher's embeddings as its targets, where its task is distillation.
-
-    Args:
-        saved: hash of the teacher of the run that goes on.
-
-    Raises:
-        RunError: there is no room to keep them, or the teacher is another.
-        StoppedEarly: asked for while the teacher ran; what it has computed is kept.
-    """
-    spec = job.recipe.task
-    if not isinstance(spec, Distillation):
-        return job
-    source = job.data.source
-    assert isinstance(source, TextSource)
-    teacher = _teacher_pass(job, spec.teacher, source)
-    taught_by = hashlib.sha256(
-        json.dumps([teacher.identity[name] for name in ("teacher", "weights")]).encode()
-    ).hexdigest()
-    if saved not in ("", taught_by):
-        raise RunError(f"--teacher {spec.teacher}: is not the one that the run began with; put that one there")
-    everything = torch.arange(len(source.texts))
-    terminal.say(f"teacher: {spec.teacher}")
-    try:
-        with closing(Features(teacher, {None: everything}, 0)) as embeddings:
-            embeddings.check_size(job.machine.cache_limit)
-            embeddings.fill(terminal, stop)
-            targets = embeddings.read(everything, None).float()
-    except CannotKeep as error:
-        raise RunError(f"the teacher's embeddings cannot be kept, because {error}; make room for them") from None
-    data = dataclasses.replace(job.data.with_targets(targets), taught_by=taught_by)
-    loaders = make_loaders(data, job.machine, job.device, Contents(data.source))
-    return dataclasses.replace(job, data=data, loaders=loaders)
-
-
-def _teacher_pass(job: Job, name: str, source: TextSource) -> Pass:
-    backbone, weights = choose_teacher(name)
-    backbone = sized(backbone, job.recipe)
-    network = build_network(
-        backbone,
-        read_weights(weights.path),
-        f"--teacher {name}",
-        head=NO_HEAD,
-        class_count=1,
-        dropout=0.0,
-        head_width=1,
-        seed=0,
-    )
-    module = network.module.to(job.device).eval()
-    pipeline = TextPipeline(source, backbone.preprocessing.tokenize(source.texts))
-
-    def compute(tokens: Tensor) -> Tensor:
-        with torch.inference_mode(), autocast(job.device, job.numerics.of_backbone):
-            return module(to_device(tokens, job.device)).to("cpu", torch.float32).contiguous()
-
-    identity = {
-        "teacher": {"options": backbone.options, "preprocessing": backbone.preprocessing.to_plain()},
-        "weights": weights.sha256,
-        "precision": job.numerics.of_backbone,
-        "environment": numeric_environment(job.device),
-        "data": source.fingerprint,
-        "tokens": pipeline.table.sha256(),
-    }
-    loader = Loader(pipeline, 0, "auto", False, Contents(source))
-    width = text_encoders.width_of(backbone.options)
-    about = f"{name} over {job.recipe.data.place}, {backbone.preprocessing.text}"
-    return Pass(compute, width, torch.float32, identity, source, loader, about, pipeline.lengths)

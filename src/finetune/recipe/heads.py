@@ -260,3 +260,8 @@ def _head_recipe(
         validate_every_steps=training.validate_every_steps,
         seed=seed,
     )
+
+
+@dataclass(frozen=True)
+class AnyTable(ImageTable, TextTable):
+    """The options of a file that lists images, or holds texts."""

@@ -3,6 +3,7 @@
 No import of torch here: help, summaries and search workers make recipes freely.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -348,3 +349,10 @@ def _text_rules(data: Texts, task: Task) -> list[tuple[str, float | str, bool, s
         ("max-length", data.max_length, data.max_length >= 0, "0 (the backbone's) or more"),
         ("separator", data.separator, several or not data.separator, "one only to a task of several labels"),
     ]
+
+
+def located(recipe: Recipe, place: str) -> Recipe:
+    """The recipe with its data where that lies now; "" = where it says."""
+    if not place:
+        return recipe
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **{recipe.data.kind: place}))

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from finetune.errors import FinetuneError
-from finetune.export.hf_folder import folder_lines
-from finetune.export.weights import is_stock, loading_lines
 from finetune.models.backbones import backbone_from_plain
 from finetune.models.heads import NO_HEAD
+from finetune.models.snippets import folder_lines, is_stock, loading_lines
+from finetune.recipe.execution import split_config
 from finetune.report.data import NOT_AS_WRITTEN, Checkpoint, RunData
-from finetune.store.restore import split_config
 
 WITH_KIT = "with this kit, after finetune export"
 

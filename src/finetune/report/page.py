@@ -17,8 +17,11 @@ from finetune.base.events import Example
 from finetune.base.files import make_folders, write_atomically
 from finetune.base.formatting import number_text, printable
 from finetune.base.lock import is_held
+from finetune.data.open import open_source
 from finetune.data.source import Source
 from finetune.errors import FinetuneError, RunError, UsageError, one_line
+from finetune.recipe.execution import split_config
+from finetune.recipe.spec import located
 from finetune.report.charts import (
     calibration_chart,
     capitalised,
@@ -29,10 +32,7 @@ from finetune.report.charts import (
 from finetune.report.commands import commands_of, loading_of
 from finetune.report.data import NOT_AS_WRITTEN, ClassRow, RunData, Validation, gather
 from finetune.report.examples import examples_of
-from finetune.runs.resume import located
-from finetune.store.restore import split_config
 from finetune.store.run_folder import RunFolder
-from finetune.training.dataset import open_source
 
 TEMPLATE, STYLE = (Path(__file__).with_name(name) for name in ("page.html.j2", "page.css"))
 # Of longer tables those rows are shown that matter most, and it is said how many there are.

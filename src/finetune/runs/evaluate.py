@@ -14,20 +14,23 @@ from torch import Tensor
 
 from finetune.base.device import autocast, pick_device, set_numerics, to_device
 from finetune.base.formatting import number_text, printable
+from finetune.data.batch import Request
 from finetune.data.contents import Contents
-from finetune.data.images import Request, names_to_indices, without
+from finetune.data.images import names_to_indices, without
 from finetune.data.loader import Loader
+from finetune.data.open import open_source, split_data
 from finetune.data.order import batches_from
 from finetune.data.source import PARTS, Source
 from finetune.data.table import TABLE_SUFFIXES
 from finetune.errors import RunError, UsageError
-from finetune.options import AnyTable
+from finetune.recipe.execution import split_config
+from finetune.recipe.heads import AnyTable
 from finetune.recipe.spec import Data, Distillation, Recipe
-from finetune.store.restore import backbone_of_run, split_config, trained_network
+from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.losses import Classifying, ConfusionTally, MultiLabelTally, make_task, standardised
 from finetune.tasks.metrics import Calibration
-from finetune.training.dataset import make_pipeline, open_source, split_data
+from finetune.training.dataset import make_pipeline
 from finetune.training.phase import trained_forward
 from finetune.training.setup import count_workers
 

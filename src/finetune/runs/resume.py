@@ -12,21 +12,15 @@ from finetune.base.files import remove_leftovers
 from finetune.base.terminal import Terminal
 from finetune.data.contents import Contents
 from finetune.errors import RunError, UsageError
-from finetune.recipe.spec import Recipe
+from finetune.recipe.execution import Machine, Numerics, Settings, check_precision
+from finetune.recipe.spec import Recipe, located
 from finetune.store import checkpoint as checkpoints
-from finetune.store.restore import Numerics, backbone_of_run, check_precision, check_same_config, saved_network
+from finetune.store.restore import backbone_of_run, check_same_config, saved_network
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import Progress, environment_differences
 from finetune.training.dataset import open_data
-from finetune.training.loop import Settings, count_steps, learning_rate
-from finetune.training.setup import Job, Machine, make_loaders
-
-
-def located(recipe: Recipe, place: str) -> Recipe:
-    """The recipe with its data where that lies now; "" = where it says."""
-    if not place:
-        return recipe
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **{recipe.data.kind: place}))
+from finetune.training.schedule import count_steps, learning_rate
+from finetune.training.setup import Job, make_loaders
 
 
 def settings_of(run: RunFolder, record: dict[str, Any], given: dict[str, Any]) -> Settings:
@@ -90,7 +84,7 @@ def resumed_job(
         RunError: other data, or a network that does not fit.
     """
     device = pick_device(machine.device)
-    check_precision(numerics, device)
+    check_precision(numerics, device.type)
     set_numerics(numerics.deterministic)
     backbone = backbone_of_run(run, state)
     data = open_data(located(recipe, place), backbone, state["data"]["skipped"])

@@ -23,23 +23,26 @@ from finetune.errors import RunError, StoppedEarly, UsageError
 from finetune.models.freeze import frozen_tensors
 from finetune.models.heads import rescale
 from finetune.models.network import store_frozen
-from finetune.models.student import pretrained, taught
+from finetune.models.pretrained import new_network, pretrained
 from finetune.models.weights import Weights
-from finetune.recipe.spec import Recipe
-from finetune.runs.resume import extend, find_checkpoint, located, resumed_job, settings_of, settle
+from finetune.recipe.execution import Machine, Numerics, Settings, check_precision, split_config
+from finetune.recipe.spec import Recipe, located
+from finetune.runs.resume import extend, find_checkpoint, resumed_job, settings_of, settle
 from finetune.runs.startup_table import facts_of
 from finetune.store import checkpoint as checkpoints
-from finetune.store.restore import Numerics, check_precision, network_from_run, new_network, split_config
+from finetune.store.restore import network_from_run
 from finetune.store.run_folder import RunFolder, fill_folder, next_folder
 from finetune.store.state import Progress, progress_from_plain, progress_to_plain, seed_generators
 from finetune.tasks.losses import make_task
 from finetune.tasks.losses import to_device as task_to_device
 from finetune.training.data_check import check_unbroken, leave_out_broken, look
 from finetune.training.dataset import open_data
-from finetune.training.loop import Settings, count_steps, train
+from finetune.training.loop import train
 from finetune.training.optimizer import find_optimizer
 from finetune.training.phase import Phase, start_phase
-from finetune.training.setup import Job, Machine, make_loaders
+from finetune.training.schedule import count_steps
+from finetune.training.setup import Job, make_loaders
+from finetune.training.teacher import taught
 from finetune.watch.trackers import watching
 from finetune.watch.watch import Subject, Watch
 
@@ -150,7 +153,7 @@ def new_job(
         FinetuneError: whatever is wrong with the recipe, the data, the weights or the device.
     """
     device = pick_device(machine.device)
-    check_precision(numerics, device)
+    check_precision(numerics, device.type)
     find_optimizer(recipe.optimizer.name)
     set_numerics(numerics.deterministic)
     if init_from:

@@ -6,9 +6,8 @@ import torch
 from torchinfo import summary
 
 from finetune.models.freeze import apply_freeze, changeable_tensors, frozen_tensors, set_modes
-from finetune.models.student import pretrained
+from finetune.models.pretrained import new_network, pretrained
 from finetune.recipe.spec import Recipe
-from finetune.store.restore import new_network
 from finetune.training.dataset import open_data
 from finetune.training.optimizer import build_optimizer, optimizer_state
 

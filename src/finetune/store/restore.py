@@ -2,118 +2,25 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from finetune.base.files import BadFile
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, UsageError
-from finetune.models.backbones import Backbone, backbone_from_plain, check_image_size
+from finetune.models.backbones import Backbone, backbone_from_plain
 from finetune.models.freeze import check_rules, frozen_tensors
-from finetune.models.network import Network, build_network, check_padding, load_frozen
+from finetune.models.network import Network, build_network, load_frozen
+from finetune.models.pretrained import sized
 from finetune.models.weights import (
-    Weights,
-    choose_teacher,
-    choose_text_weights,
-    choose_weights,
     load_state,
-    read_weights,
 )
-from finetune.recipe.serialize import differences, from_plain, to_plain
-from finetune.recipe.spec import Distillation, Recipe, Texts
+from finetune.recipe.execution import split_config
+from finetune.recipe.serialize import differences
+from finetune.recipe.spec import Recipe
 from finetune.store.checkpoint import read_checkpoint
 from finetune.store.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """Choices that change the last bits, saved with the run.
-
-    Attributes:
-        precision: of the arithmetic.
-        deterministic: deterministic algorithms only.
-        backbone_precision: of the frozen part before what trains; "" = the same.
-        cache: whether features may be kept.
-    """
-
-    precision: str = "fp32"
-    deterministic: bool = True
-    backbone_precision: str = ""
-    cache: bool = True
-
-    @property
-    def of_backbone(self) -> str:
-        """The precision of the frozen part."""
-        return self.backbone_precision or self.precision
-
-    @property
-    def splits(self) -> bool:
-        """Whether the frozen part computes in another precision than the rest."""
-        return self.of_backbone != self.precision
-
-
-def check_precision(numerics: Numerics, device: torch.device) -> None:
-    """Refuse a precision that the device has no arithmetic for.
-
-    Raises:
-        UsageError: names the option.
-    """
-    for option in ("precision", "backbone_precision"):
-        if getattr(numerics, option) == "fp16" and device.type != "cuda":
-            raise UsageError(
-                f"--{option.replace('_', '-')} fp16: not on {device.type}; allowed there are fp32 and bf16"
-            )
-
-
-def determining_config(recipe: Recipe, numerics: Numerics) -> dict[str, Any]:
-    """Everything that determines the result, as plain values: what a resume must find unchanged."""
-    return to_plain(recipe) | dataclasses.asdict(numerics)
-
-
-def split_config(config: dict[str, Any]) -> tuple[Recipe, Numerics]:
-    """What `determining_config` put together.
-
-    Raises:
-        RunError: values that no recipe has: the file was edited.
-    """
-    names = {field.name for field in dataclasses.fields(Numerics)}
-    try:
-        recipe = from_plain({name: value for name, value in config.items() if name not in names})
-        return recipe, Numerics(**{name: config[name] for name in names if name in config})
-    except (TypeError, AttributeError, ValueError, LookupError) as error:
-        raise RunError(f"the saved recipe is not one ({error}); restore recipe.json from a copy") from None
-
-
-def find_pretrained(recipe: Recipe) -> tuple[Backbone, Weights | None]:
-    """The recipe's backbone, prepared for its data, and its weights: None for random ones."""
-    model = recipe.model
-    if isinstance(recipe.task, Distillation):
-        backbone, weights = choose_teacher(model.backbone)
-    elif isinstance(recipe.data, Texts):
-        backbone, weights = choose_text_weights(model.backbone, model.revision, model.weights, model.pooling)
-    else:
-        backbone, weights = choose_weights(model.backbone, model.weights)
-    return sized(backbone, recipe), weights
-
-
-def sized(backbone: Backbone, recipe: Recipe) -> Backbone:
-    """The backbone for the recipe's image size or length of text, if it has one.
-
-    Raises:
-        UsageError: the architecture cannot take it, or is of the other kind.
-    """
-    if backbone.reads_texts != isinstance(recipe.data, Texts):
-        raise UsageError(f"--backbone {backbone.name}: does not go with {recipe.data.option} {recipe.data.place}")
-    if isinstance(backbone.preprocessing, Tokenization):
-        length = recipe.data.max_length or backbone.preprocessing.max_length
-        return dataclasses.replace(backbone, preprocessing=backbone.preprocessing.at(length))
-    size = recipe.data.image_size or backbone.preprocessing.image_size
-    check_image_size(backbone, size)
-    return dataclasses.replace(backbone, preprocessing=backbone.preprocessing.at(size))
 
 
 def backbone_of_run(run: RunFolder, state: dict[str, Any]) -> Backbone:
@@ -122,39 +29,6 @@ def backbone_of_run(run: RunFolder, state: dict[str, Any]) -> Backbone:
     if not isinstance(backbone.preprocessing, Tokenization):
         return backbone
     return dataclasses.replace(backbone, preprocessing=backbone.preprocessing.read(run.tokenizer))
-
-
-def new_network(
-    recipe: Recipe,
-    backbone: Backbone,
-    weights: Weights | None,
-    output_count: int,
-    tensors: dict[str, Tensor] | None = None,
-) -> Network:
-    """The recipe's network with its pretrained weights and a fresh head, on the CPU.
-
-    Args:
-        tensors: what it begins with, where no file holds just that.
-    """
-    try:
-        if tensors is None and weights is not None:
-            tensors = read_weights(weights.path)
-    except BadFile as error:
-        raise UsageError(f"--weights {recipe.model.weights}: {error}") from None
-    network = build_network(
-        backbone,
-        tensors,
-        f"--weights {weights.path}" if weights else "",
-        head=recipe.model.head,
-        class_count=output_count,
-        dropout=recipe.model.dropout,
-        head_width=recipe.model.head_width,
-        seed=recipe.seed,
-    )
-    check_rules(network.module, network.rules(recipe.trainable.rules))
-    if backbone.reads_texts:
-        check_padding(network, backbone, f"--backbone {backbone.name}")
-    return network
 
 
 def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network, dict[str, Any]]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from finetune.base.device import to_device
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
-from finetune.data.images import Batch, Request, without
+from finetune.data.batch import Batch, Request
+from finetune.data.images import without
 from finetune.data.order import batches_from
 from finetune.data.source import ArraySource
 from finetune.data.texts import TextPipeline

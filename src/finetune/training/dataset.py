@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.data.images import ImagePipeline, Split, names_to_indices, open_images, split_source, without
+from finetune.data.batch import Split
+from finetune.data.images import ImagePipeline, names_to_indices, without
+from finetune.data.open import open_source, split_data
 from finetune.data.order import epoch_order, side_by_side
 from finetune.data.source import Source, TextSource, class_counts
-from finetune.data.table import Columns
-from finetune.data.texts import TextPipeline, open_texts
+from finetune.data.texts import TextPipeline
 from finetune.errors import UsageError
 from finetune.models import text_encoders
 from finetune.models.backbones import Backbone
 from finetune.recipe import spec as recipes
-from finetune.recipe.spec import Recipe, Texts
+from finetune.recipe.spec import Recipe
 from finetune.tasks.losses import scale_of, standardised
 
 
@@ -105,19 +106,6 @@ class Data:
             raise UsageError(f"{why}, so nothing is left to validate with; add {noun}s")
 
 
-def open_source(spec: recipes.Data, kind: str, classes: Sequence[str] | None = None) -> Source:
-    """The data that the recipe names, not split yet.
-
-    Args:
-        kind: of the task.
-    """
-    if isinstance(spec, Texts):
-        columns = Columns(spec.text_column, spec.label_column, spec.split_column, spec.separator)
-        return open_texts(spec.texts, kind, columns, classes, spec.allow_outside)
-    columns = Columns(spec.image_column, spec.label_column, spec.split_column, spec.separator)
-    return open_images(spec.images, spec.fonts, columns, classes, spec.allow_outside)
-
-
 def make_pipeline(source: Source, spec: recipes.Data, backbone: Backbone, seed: int) -> ImagePipeline | TextPipeline:
     if isinstance(source, TextSource):
         return TextPipeline(source, backbone.preprocessing.tokenize(source.texts))
@@ -152,9 +140,3 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
         scale = tuple(scale_of(source.targets[whole.train]))
         data = dataclasses.replace(data.with_targets(standardised(source.targets, scale)), scale=scale)
     return data
-
-
-def split_data(source: Source, recipe: Recipe) -> Split:
-    """The recipe's split of a source."""
-    spec = recipe.data
-    return split_source(source, spec.validation_fraction, recipe.seed, spec.train_samples)

@@ -4,20 +4,19 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from finetune.base.device import autocast, to_device
+from finetune.base.device import to_device
 from finetune.base.events import Validated
 from finetune.base.signals import StopRequest
+from finetune.data.batch import Batch, Request
 from finetune.data.contents import Contents
-from finetune.data.images import Batch, Request
 from finetune.data.order import batches_from, reading_order
-from finetune.errors import RunError, UsageError
+from finetune.errors import RunError
 from finetune.models.freeze import (
     Rule,
     changeable_tensors,
@@ -27,7 +26,8 @@ from finetune.models.freeze import (
     phase_of,
     set_modes,
 )
-from finetune.recipe.spec import LOWER_IS_BETTER, Recipe
+from finetune.recipe.execution import Settings
+from finetune.recipe.spec import Recipe
 from finetune.store.checkpoint import check_room, write_checkpoint
 from finetune.store.metrics_log import MetricsFile
 from finetune.store.run_folder import RunFolder
@@ -38,7 +38,6 @@ from finetune.store.state import (
     progress_to_plain,
     restore_generators,
 )
-from finetune.tasks.evaluation import Outcomes
 from finetune.tasks.losses import Task
 from finetune.training.dataset import Data
 from finetune.training.nan_guard import Losses
@@ -46,141 +45,13 @@ from finetune.training.optimizer import (
     learning_rates,
     load_optimizer_state,
     optimizer_state,
-    schedule_factor,
     set_learning_rate,
 )
-from finetune.training.phase import Feed, Phase
+from finetune.training.phase import Phase
+from finetune.training.schedule import count_steps, learning_rate
 from finetune.training.step import free_memory, gradient_norm, gradients, in_halves, optimizer_step
+from finetune.training.validation import record_validation, validate
 from finetune.watch.watch import Watch
-
-TRACKERS = ("tensorboard", "wandb")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run is run; none of it changes the result.
-
-    Attributes:
-        save_every_steps, save_every_minutes: save also this often; 0 = at the end of each epoch only.
-        keep: numbered checkpoints to keep.
-        log_every_steps: steps between two lines in metrics.jsonl.
-        track: names of who else is told, with commas between: tensorboard, wandb; "" = nobody.
-        notify_every_epochs: send a message that often; 0 = never for that.
-        report: write report.html at the end.
-    """
-
-    save_every_steps: int = 0
-    save_every_minutes: float = 0.0
-    keep: int = 2
-    log_every_steps: int = 10
-    track: str = ""
-    notify_every_epochs: int = 0
-    report: bool = False
-
-    def __post_init__(self):
-        """Raises UsageError for values that mean nothing."""
-        numbers = {"save_every_steps": 0, "save_every_minutes": 0, "keep": 1, "log_every_steps": 1}
-        for name, least in (numbers | {"notify_every_epochs": 0}).items():
-            value = getattr(self, name)
-            if not least <= value < math.inf:
-                text = "0 (off) or more" if least == 0 else "1 or more"
-                raise UsageError(f"--{name.replace('_', '-')} {value}: not allowed; give {text}")
-        unknown = [name for name in self.trackers if name not in TRACKERS]
-        if unknown:
-            raise UsageError(
-                f"--track {self.track}: {unknown[0]!r} is unknown; give {', '.join(TRACKERS)}, several with commas "
-                "between, or none"
-            )
-
-    @property
-    def trackers(self) -> list[str]:
-        """Names of those who are told."""
-        return [name for name in self.track.replace(" ", "").split(",") if name not in ("", "none")]
-
-
-def validate(
-    model: nn.Module,
-    feed: Feed,
-    indices: Tensor,
-    batch_size: int,
-    task: Task,
-    device: torch.device,
-    precision: str,
-    stop: StopRequest,
-    watched: nn.Module | None,
-    halvings: int = 0,
-) -> Outcomes | None:
-    """What comes of the samples `indices`, everything in eval mode; the batch halved so many times.
-
-    Args:
-        watched: the layer whose input some are to see.
-
-    Returns:
-        None when a stop was asked for before the end.
-    """
-    model.eval()
-    outcomes = Outcomes(task, device, len(indices))
-    requests = (Request(batch.tolist()) for batch in batches_from(indices, max(1, batch_size >> halvings)))
-    with torch.inference_mode(), autocast(device, precision), outcomes.listening(watched):
-        for batch in feed.validation.batches(requests):
-            if stop.requested:
-                return None
-            outcomes.add(batch.indices, feed.forward(to_device(batch.inputs, device)), batch.targets.to(device))
-    return outcomes
-
-
-def is_better(metric: str, value: float, best: dict[str, Any]) -> bool:
-    if not best or not math.isfinite(best["value"]):
-        return True
-    return value < best["value"] if metric in LOWER_IS_BETTER else value > best["value"]
-
-
-def record_validation(recipe: Recipe, progress: Progress, values: dict[str, float], epoch: int) -> bool:
-    """Take down a validation's figures; whether they are the best so far."""
-    metric = recipe.best_metric
-    value = values[f"val/{metric}"]
-    best = is_better(metric, value, progress.best)
-    progress.last_validation, progress.validated_step = values, progress.step
-    if best:
-        progress.best = {"metric": metric, "value": value, "step": progress.step, "epoch": epoch}
-        progress.validations_without_best = 0
-    else:
-        progress.validations_without_best += 1
-        if recipe.schedule.name == "plateau" and progress.validations_without_best % recipe.schedule.patience == 0:
-            progress.reductions += 1
-    return best
-
-
-def learning_rate(recipe: Recipe, progress: Progress, steps_per_epoch: int, horizon_steps: int) -> float:
-    """The rate of the next step. The schedule keeps its first horizon; an extension runs at its own constant rate."""
-    step = progress.step
-    for extension in progress.extensions:
-        if step >= extension["from_step"]:
-            if extension["lr"]:
-                return extension["lr"]
-            step = horizon_steps - 1  # no rate of its own: the recipe's final one
-    schedule = recipe.schedule
-    factor = schedule_factor(
-        schedule.name,
-        step,
-        horizon_steps,
-        steps_per_epoch,
-        schedule.warmup_fraction,
-        schedule.final_fraction,
-        schedule.step_epochs,
-        schedule.factor,
-    )
-    return recipe.optimizer.lr * factor * schedule.factor**progress.reductions
-
-
-def count_steps(recipe: Recipe, train_samples: int, progress: Progress) -> tuple[int, int, int]:
-    """(steps an epoch, the schedule's horizon in steps, the run's end in steps)."""
-    steps_per_epoch = math.ceil(train_samples / recipe.batch_size)
-    horizon = recipe.epochs * steps_per_epoch
-    if recipe.max_steps:
-        horizon = min(horizon, recipe.max_steps) if horizon else recipe.max_steps
-    end = progress.extensions[-1]["epochs"] * steps_per_epoch if progress.extensions else horizon
-    return steps_per_epoch, horizon, end
 
 
 def train(

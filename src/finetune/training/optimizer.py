@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import math
 from typing import Any
 
 import torch
@@ -96,32 +95,3 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def schedule_factor(
-    name: str,
-    step: int,
-    total_steps: int,
-    steps_per_epoch: int,
-    warmup_fraction: float,
-    final_fraction: float,
-    step_epochs: int,
-    factor: float,
-) -> float:
-    """What the peak learning rate is multiplied with at optimizer step `step` (0 = the first).
-
-    Pure, so that a resume computes what the unbroken run did. Cosine decay is Loshchilov and Hutter's ("SGDR", ICLR
-    2017), without restarts. "plateau" depends on the metrics as well; the loop multiplies its
-    reductions on top.
-    """
-    warmup_steps = round(total_steps * warmup_fraction)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if name == "cosine":
-        done = (step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1)
-        return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    if name == "step":
-        return factor ** (step // (step_epochs * steps_per_epoch))
-    if name in ("constant", "plateau"):
-        return 1.0
-    raise UsageError(f"--schedule {name}: unknown; allowed are cosine, step, plateau, constant")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from finetune.base.device import autocast, to_device
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
-from finetune.data.images import Batch, Request
+from finetune.data.batch import Batch, Request
 from finetune.data.texts import TextPipeline
 from finetune.errors import RunError, UsageError
 from finetune.features.kept import CannotKeep, Features, Pass
@@ -18,8 +18,8 @@ from finetune.models.backbones import Backbone
 from finetune.models.freeze import apply_freeze, frozen_tensors, hash_tensors, phase_of, set_modes
 from finetune.models.network import Network
 from finetune.models.split import CannotSplit, Split, split
+from finetune.recipe.execution import Numerics
 from finetune.recipe.spec import Recipe
-from finetune.store.restore import Numerics
 from finetune.store.state import numeric_environment
 from finetune.training.optimizer import build_optimizer
 from finetune.training.setup import Job

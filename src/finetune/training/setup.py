@@ -1,7 +1,7 @@
 """A training, ready to go: recipe, data, network and machine put together."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +11,8 @@ from finetune.data.loader import Loader
 from finetune.data.source import FileSource, Source
 from finetune.models.backbones import Backbone
 from finetune.models.network import Network
+from finetune.recipe.execution import Machine, Numerics, determining_config
 from finetune.recipe.spec import Recipe
-from finetune.store.restore import Numerics, determining_config
 from finetune.training.dataset import Data
 
 # To start a process takes about as long as to decode this many small files.
@@ -20,25 +20,6 @@ WORTH_WORKERS_FILES = 500
 MOST_WORKERS = 8
 # So many files are decoded before the first step; of a larger data set the rest in its first epoch.
 CHECKED_FILES = 20_000
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Choices that may differ at a resume: they do not change the result on the same kind of machine.
-
-    Attributes:
-        device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        workers: processes that fetch batches ahead; None = as many as there are cores to decode image files, up to 8.
-        worker_start: how they start.
-        cache_limit: how much of the disk new features may take, as in "20GB"; "" = a quarter of what is free.
-        notify: URLs that messages are sent to. They hold passwords, so they are never saved nor shown.
-    """
-
-    device: str = "auto"
-    workers: int | None = None
-    worker_start: str = "auto"
-    cache_limit: str = ""
-    notify: tuple[str, ...] = field(default=(), repr=False)
 
 
 class Loaders(NamedTuple):

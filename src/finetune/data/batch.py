@@ -1,0 +1,47 @@
+"""What is asked of a pipeline and what comes of it: a batch; and the parts of a data set."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Split(NamedTuple):
+    """Sorted int64 sample indices; `test` is empty unless the data brings a test part along."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch to fetch.
+
+    Attributes:
+        augment_epoch: the epoch whose random draws apply, or None for no augmentation.
+        tolerant: report broken images instead of raising.
+    """
+
+    indices: list[int]
+    augment_epoch: int | None = None
+    tolerant: bool = False
+
+
+class Batch(NamedTuple):
+    """What comes of a request.
+
+    Attributes:
+        inputs: (batch, 3, image_size, image_size) float32 images; (batch, length) int64 tokens; or (batch, width) rows
+            of kept features.
+        targets: (batch,) int64; (batch, classes) uint8 of several labels, float32 of mixed images; as in `TextSource`.
+        indices: (batch,) int64: the samples, without broken ones.
+        digests: (batch,) int64 of the files' contents; 0 = no file.
+        broken: (index, what is wrong with it).
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    indices: Tensor
+    digests: Tensor
+    broken: list[tuple[int, str]]

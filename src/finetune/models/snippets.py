@@ -1,0 +1,60 @@
+"""Lines of Python that load an export without this kit."""
+
+from pathlib import Path
+from typing import Any
+
+from finetune.data.tokens import tokenizer_folder
+from finetune.models import text_encoders
+from finetune.models.backbones import Backbone, backbone_of_export
+from finetune.recipe.spec import Recipe
+
+
+def is_stock(recipe: Recipe, backbone: Backbone) -> bool:
+    """Whether a stock class takes the weights."""
+    return recipe.model.head in ("linear", "keep") and backbone.options.get("pooling", "stock") == "stock"
+
+
+def loading_lines(file: Path, description: dict[str, Any]) -> str:
+    """Lines of Python that load the file without this kit, where that is possible."""
+    architecture = description["architecture"]
+    if file.suffix == ".onnx":
+        return (
+            f"import onnxruntime\nsession = onnxruntime.InferenceSession({str(file)!r})\n"
+            '(logits,) = session.run(None, {"images": images})  # float32 (batch, 3, height, width)'
+        )
+    options, text_lines = architecture["options"], ""
+    if "pooling" in options:
+        # finetune.load gives a model that returns the logits themselves.
+        names = {"tokenizer": str(tokenizer_folder(file)), "max_length": description["preprocessing"]["max_length"]}
+        names["logits"] = ".logits" if architecture["stock"] else ""
+        text_lines = "\n" + text_encoders.TOKENIZER_LINES.format(**names)
+    if not architecture["stock"]:
+        pooling = options.get("pooling", "stock")
+        what = f"Pooling {pooling!r}" if pooling != "stock" else f"A head of kind {architecture['head']!r}"
+        also = "from transformers import AutoTokenizer\n" if text_lines else ""
+        return (
+            f"{what} has no stock counterpart; load it with:\n\n"
+            f"import finetune\n{also}model = finetune.load({str(file)!r}){text_lines}"
+        )
+    build = backbone_of_export(description).stock_lines.format(
+        classes=architecture["outputs"], json=str(file.with_suffix(".json"))
+    )
+    if file.suffix == ".safetensors":
+        read = f"from safetensors.torch import load_file\nmodel.load_state_dict(load_file({str(file)!r}), strict=True)"
+    else:
+        read = f"import torch\nmodel.load_state_dict(torch.load({str(file)!r}, weights_only=True), strict=True)"
+    return f"{build}\n{read}\nmodel.eval()" + text_lines
+
+
+def folder_lines(folder: Path, has_head: bool) -> str:
+    """Lines of Python that load the folder without this kit."""
+    if not has_head:
+        return (
+            f"from transformers import AutoModel, AutoTokenizer\nmodel = AutoModel.from_pretrained({str(folder)!r})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"
+        )
+    return (
+        "from transformers import pipeline\n"
+        f'classify = pipeline("text-classification", model={str(folder)!r})\n'
+        'classify("a text", truncation=True)'
+    )

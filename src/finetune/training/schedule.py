@@ -1,0 +1,68 @@
+"""How many steps a run takes, and the learning rate of each."""
+
+import math
+
+from finetune.errors import UsageError
+from finetune.recipe.spec import Recipe
+from finetune.store.state import Progress
+
+
+def learning_rate(recipe: Recipe, progress: Progress, steps_per_epoch: int, horizon_steps: int) -> float:
+    """The rate of the next step. The schedule keeps its first horizon; an extension runs at its own constant rate."""
+    step = progress.step
+    for extension in progress.extensions:
+        if step >= extension["from_step"]:
+            if extension["lr"]:
+                return extension["lr"]
+            step = horizon_steps - 1  # no rate of its own: the recipe's final one
+    schedule = recipe.schedule
+    factor = schedule_factor(
+        schedule.name,
+        step,
+        horizon_steps,
+        steps_per_epoch,
+        schedule.warmup_fraction,
+        schedule.final_fraction,
+        schedule.step_epochs,
+        schedule.factor,
+    )
+    return recipe.optimizer.lr * factor * schedule.factor**progress.reductions
+
+
+def count_steps(recipe: Recipe, train_samples: int, progress: Progress) -> tuple[int, int, int]:
+    """(steps an epoch, the schedule's horizon in steps, the run's end in steps)."""
+    steps_per_epoch = math.ceil(train_samples / recipe.batch_size)
+    horizon = recipe.epochs * steps_per_epoch
+    if recipe.max_steps:
+        horizon = min(horizon, recipe.max_steps) if horizon else recipe.max_steps
+    end = progress.extensions[-1]["epochs"] * steps_per_epoch if progress.extensions else horizon
+    return steps_per_epoch, horizon, end
+
+
+def schedule_factor(
+    name: str,
+    step: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    warmup_fraction: float,
+    final_fraction: float,
+    step_epochs: int,
+    factor: float,
+) -> float:
+    """What the peak learning rate is multiplied with at optimizer step `step` (0 = the first).
+
+    Pure, so that a resume computes what the unbroken run did. Cosine decay is Loshchilov and Hutter's ("SGDR", ICLR
+    2017), without restarts. "plateau" depends on the metrics as well; the loop multiplies its
+    reductions on top.
+    """
+    warmup_steps = round(total_steps * warmup_fraction)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if name == "cosine":
+        done = (step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1)
+        return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if name == "step":
+        return factor ** (step // (step_epochs * steps_per_epoch))
+    if name in ("constant", "plateau"):
+        return 1.0
+    raise UsageError(f"--schedule {name}: unknown; allowed are cosine, step, plateau, constant")

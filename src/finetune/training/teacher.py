@@ -1,0 +1,96 @@
+"""The teacher of a distillation runs over the texts once; what it gives are the targets."""
+
+import dataclasses
+import hashlib
+import json
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from finetune.base.device import autocast, to_device
+from finetune.base.signals import StopRequest
+from finetune.base.terminal import Terminal
+from finetune.data.contents import Contents
+from finetune.data.loader import Loader
+from finetune.data.source import TextSource
+from finetune.data.texts import TextPipeline
+from finetune.errors import RunError
+from finetune.features.kept import CannotKeep, Features, Pass
+from finetune.models import text_encoders
+from finetune.models.heads import NO_HEAD
+from finetune.models.network import build_network
+from finetune.models.pretrained import sized
+from finetune.models.weights import choose_teacher, read_weights
+from finetune.recipe.spec import Distillation
+from finetune.store.state import numeric_environment
+from finetune.training.setup import Job, make_loaders
+
+
+def taught(job: Job, terminal: Terminal, stop: StopRequest, saved: str = "") -> Job:
+    """The job with the teacher's embeddings as its targets, where its task is distillation.
+
+    Args:
+        saved: hash of the teacher of the run that goes on.
+
+    Raises:
+        RunError: there is no room to keep them, or the teacher is another.
+        StoppedEarly: asked for while the teacher ran; what it has computed is kept.
+    """
+    spec = job.recipe.task
+    if not isinstance(spec, Distillation):
+        return job
+    source = job.data.source
+    assert isinstance(source, TextSource)
+    teacher = _teacher_pass(job, spec.teacher, source)
+    taught_by = hashlib.sha256(
+        json.dumps([teacher.identity[name] for name in ("teacher", "weights")]).encode()
+    ).hexdigest()
+    if saved not in ("", taught_by):
+        raise RunError(f"--teacher {spec.teacher}: is not the one that the run began with; put that one there")
+    everything = torch.arange(len(source.texts))
+    terminal.say(f"teacher: {spec.teacher}")
+    try:
+        with closing(Features(teacher, {None: everything}, 0)) as embeddings:
+            embeddings.check_size(job.machine.cache_limit)
+            embeddings.fill(terminal, stop)
+            targets = embeddings.read(everything, None).float()
+    except CannotKeep as error:
+        raise RunError(f"the teacher's embeddings cannot be kept, because {error}; make room for them") from None
+    data = dataclasses.replace(job.data.with_targets(targets), taught_by=taught_by)
+    loaders = make_loaders(data, job.machine, job.device, Contents(data.source))
+    return dataclasses.replace(job, data=data, loaders=loaders)
+
+
+def _teacher_pass(job: Job, name: str, source: TextSource) -> Pass:
+    backbone, weights = choose_teacher(name)
+    backbone = sized(backbone, job.recipe)
+    network = build_network(
+        backbone,
+        read_weights(weights.path),
+        f"--teacher {name}",
+        head=NO_HEAD,
+        class_count=1,
+        dropout=0.0,
+        head_width=1,
+        seed=0,
+    )
+    module = network.module.to(job.device).eval()
+    pipeline = TextPipeline(source, backbone.preprocessing.tokenize(source.texts))
+
+    def compute(tokens: Tensor) -> Tensor:
+        with torch.inference_mode(), autocast(job.device, job.numerics.of_backbone):
+            return module(to_device(tokens, job.device)).to("cpu", torch.float32).contiguous()
+
+    identity = {
+        "teacher": {"options": backbone.options, "preprocessing": backbone.preprocessing.to_plain()},
+        "weights": weights.sha256,
+        "precision": job.numerics.of_backbone,
+        "environment": numeric_environment(job.device),
+        "data": source.fingerprint,
+        "tokens": pipeline.table.sha256(),
+    }
+    loader = Loader(pipeline, 0, "auto", False, Contents(source))
+    width = text_encoders.width_of(backbone.options)
+    about = f"{name} over {job.recipe.data.place}, {backbone.preprocessing.text}"
+    return Pass(compute, width, torch.float32, identity, source, loader, about, pipeline.lengths)

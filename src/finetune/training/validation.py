@@ -1,0 +1,70 @@
+"""A validation, and what is taken down of it."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.base.device import autocast, to_device
+from finetune.base.signals import StopRequest
+from finetune.data.batch import Request
+from finetune.data.order import batches_from
+from finetune.recipe.spec import LOWER_IS_BETTER, Recipe
+from finetune.store.state import Progress
+from finetune.tasks.evaluation import Outcomes
+from finetune.tasks.losses import Task
+from finetune.training.phase import Feed
+
+
+def validate(
+    model: nn.Module,
+    feed: Feed,
+    indices: Tensor,
+    batch_size: int,
+    task: Task,
+    device: torch.device,
+    precision: str,
+    stop: StopRequest,
+    watched: nn.Module | None,
+    halvings: int = 0,
+) -> Outcomes | None:
+    """What comes of the samples `indices`, everything in eval mode; the batch halved so many times.
+
+    Args:
+        watched: the layer whose input some are to see.
+
+    Returns:
+        None when a stop was asked for before the end.
+    """
+    model.eval()
+    outcomes = Outcomes(task, device, len(indices))
+    requests = (Request(batch.tolist()) for batch in batches_from(indices, max(1, batch_size >> halvings)))
+    with torch.inference_mode(), autocast(device, precision), outcomes.listening(watched):
+        for batch in feed.validation.batches(requests):
+            if stop.requested:
+                return None
+            outcomes.add(batch.indices, feed.forward(to_device(batch.inputs, device)), batch.targets.to(device))
+    return outcomes
+
+
+def is_better(metric: str, value: float, best: dict[str, Any]) -> bool:
+    if not best or not math.isfinite(best["value"]):
+        return True
+    return value < best["value"] if metric in LOWER_IS_BETTER else value > best["value"]
+
+
+def record_validation(recipe: Recipe, progress: Progress, values: dict[str, float], epoch: int) -> bool:
+    """Take down a validation's figures; whether they are the best so far."""
+    metric = recipe.best_metric
+    value = values[f"val/{metric}"]
+    best = is_better(metric, value, progress.best)
+    progress.last_validation, progress.validated_step = values, progress.step
+    if best:
+        progress.best = {"metric": metric, "value": value, "step": progress.step, "epoch": epoch}
+        progress.validations_without_best = 0
+    else:
+        progress.validations_without_best += 1
+        if recipe.schedule.name == "plateau" and progress.validations_without_best % recipe.schedule.patience == 0:
+            progress.reductions += 1
+    return best
