@@ -47,7 +47,7 @@ def to_device(inputs: Tensor, device: torch.device) -> Tensor:
     return inputs.to(device, memory_format=torch.channels_last, non_blocking=True)
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
     """Compute in a precision, also within a block of another."""
     if precision == "fp32":
         # To leave autocast costs a hundredth of a small step, so only where there is something to leave.

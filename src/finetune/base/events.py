@@ -2,10 +2,24 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 if TYPE_CHECKING:  # some who watch are in a process of their own, without torch
     from torch import Tensor, nn
+
+
+class Best(TypedDict, total=False):
+    """The best validation so far; empty where nothing was validated yet.
+
+    Attributes:
+        value: of the metric that decides.
+        step, epoch: where it was; the first epoch is 1.
+    """
+
+    metric: str
+    value: float
+    step: int
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -28,14 +42,14 @@ class Begun:
     run_id: str
     run: str
     folder: Path
-    config: dict[str, Any]
+    config: dict[str, object]
     facts: dict[str, str]
     step: int
     total_steps: int
     epochs: int
     is_resumed: bool
     best_metric: str
-    best: dict[str, Any] = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
 
     @property
     def name(self) -> str:
@@ -56,7 +70,7 @@ class Validated:
     epoch: int
     epochs: int
     values: dict[str, float]
-    best: dict[str, Any]
+    best: Best
     is_best: bool
 
 
@@ -103,7 +117,7 @@ class Ended:
     status: str
     text: str
     run: str = ""
-    best: dict[str, Any] = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
     worst: tuple[Example, ...] = ()
 
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Protocol
 
 from finetune.errors import RunError
 
@@ -37,6 +37,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class Sink(Protocol):
+    """A stream that can only be written to."""
+
+    def write(self, data: bytes, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+
 class _HashingWriter:
     """A write-only stream that hashes what passes through, so that a large file is not read again for its checksum."""
 
@@ -45,7 +53,7 @@ class _HashingWriter:
         self.sha256 = hashlib.sha256()
         self.error: OSError | None = None
 
-    def write(self, data) -> int:
+    def write(self, data: bytes, /) -> int:
         self.sha256.update(data)
         try:
             return self.stream.write(data)
@@ -57,7 +65,7 @@ class _HashingWriter:
         self.stream.flush()
 
 
-def write_atomically(path: Path, write: Callable[[Any], None], *, trailer: bool = False) -> str:
+def write_atomically(path: Path, write: Callable[[Sink], object], *, trailer: bool = False) -> str:
     """Write a file so that `path` holds either the old content or the whole new one, whatever happens in between.
 
     Args:
@@ -104,18 +112,18 @@ def make_folders(folder: Path) -> None:
         sync_folder(path.parent)
 
 
-def _json_checksum(value: dict[str, Any]) -> str:
+def _json_checksum(value: dict[str, object]) -> str:
     plain = {key: entry for key, entry in value.items() if key != CHECKSUM_KEY}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, object]) -> None:
     """Write an object with a checksum of its own."""
     text = json.dumps(value | {CHECKSUM_KEY: _json_checksum(value)}, indent=2) + "\n"
     write_atomically(path, lambda stream: stream.write(text.encode()))
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> dict[str, object]:
     """What `write_json` wrote. Who changes it by hand can say so by an empty checksum.
 
     Raises:
@@ -139,7 +147,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def read_safetensors_header(path: Path) -> dict[str, Any]:
+def read_safetensors_header(path: Path) -> dict[str, object]:
     """What a safetensors file says of its tensors; nothing else is read.
 
     Raises:
@@ -171,7 +179,7 @@ def link_or_copy(source: Path, path: Path) -> None:
 
 
 def copy_file(source: Path, path: Path) -> None:
-    def write(stream):
+    def write(stream: Sink) -> None:
         with open(source, "rb") as original:
             while block := original.read(READ_BLOCK_BYTES):
                 stream.write(block)

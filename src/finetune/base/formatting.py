@@ -4,8 +4,8 @@ import json
 import re
 import sys
 import unicodedata
-from typing import Any
 
+from finetune.base.events import Best
 from finetune.errors import UsageError
 
 
@@ -27,7 +27,7 @@ def number_text(value: float, decimals: int = 4) -> str:
     return f"{value:.{decimals}f}" if value == 0 or 0.001 <= abs(value) < 1000 else f"{value:.{decimals}g}"
 
 
-def best_text(best: dict[str, Any]) -> str:
+def best_text(best: Best) -> str:
     """The best validation of a run.
 
     Args:
@@ -38,7 +38,7 @@ def best_text(best: dict[str, Any]) -> str:
     return f"best validation {best['metric']} {number_text(best['value'])} in epoch {best['epoch']}"
 
 
-def json_line(value: Any) -> str:
+def json_line(value: object) -> str:
     """A value as one line of JSON for standard output: nothing in it moves a cursor, names stay readable."""
     # Another encoding could not show every name, and what it shows instead would be no JSON.
     text = json.dumps(value, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8")
@@ -96,7 +96,7 @@ def duration_text(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else seconds_text(seconds)
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """An option's value, as it would be typed."""
     if value is None:
         return "-"

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -73,7 +72,7 @@ def owner_to_text(owner: Owner) -> str:
 def owner_from_text(text: str) -> Owner | None:
     """None where it says nothing."""
     try:
-        found: dict[str, Any] = json.loads(text)
+        found = json.loads(text)
         owner = Owner(*(found[field.name] for field in fields(Owner)))
         return owner if isinstance(owner.pid, int) else None
     except (ValueError, KeyError, TypeError):

@@ -93,6 +93,7 @@ def _control_group_limit(root: Path = CGROUPS, membership: Path = Path("/proc/se
     for line in lines:
         _, controllers, inside = line.split(":", 2)
         if controllers == "":
+            names: tuple[str, ...]
             base, names = root, ("memory.max", "memory.current", *RECLAIMABLE)
         elif "memory" in controllers.split(","):
             base = root / "memory"

@@ -3,7 +3,6 @@
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ def _starts_with(path: Path, start: bytes) -> bool:
         return stream.read(len(start)) == start
 
 
-def load_plain(path: Path, *, mapped: bool = False) -> Any:
+def load_plain(path: Path, *, mapped: bool = False) -> object:
     """Tensors and plain values out of a .pt or .pth.
 
     Args:
@@ -31,7 +30,8 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
     """
     is_zip = check_archive(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        found: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return found
     except pickle.UnpicklingError:
         if not is_zip and not _starts_with(path, PICKLE_START):
             raise BadFile(f"{path} cannot be read (it is no file of torch); restore it") from None

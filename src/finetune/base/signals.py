@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from finetune.errors import StoppedEarly
 
@@ -46,7 +47,7 @@ def _polite_signals() -> list[signal.Signals]:
 def exit_on_signals() -> None:
     """Outside of a run nothing is lost by leaving at once; the exit code still says: on purpose, call again."""
 
-    def on_signal(number, _frame):
+    def on_signal(number: int, _frame: FrameType | None) -> None:
         os.write(2, f"finetune: stopped by {signal.Signals(number).name}; the same command goes on\n".encode())
         os._exit(EXIT_STOPPED)
 
@@ -66,7 +67,7 @@ def listen_for_signals(go_on: str) -> Iterator[StopRequest]:
 
     seen: set[str] = set()
 
-    def on_signal(number, _frame):
+    def on_signal(number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if name == "SIGINT" and name in seen:
             # Files are written atomically, so leaving here costs at most the steps since the last checkpoint.

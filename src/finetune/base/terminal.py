@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Protocol, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -44,7 +44,7 @@ class PatientStream(io.TextIOBase):
         self._stream = stream
         self._is_silent = False
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
     @property
@@ -68,7 +68,7 @@ class PatientStream(io.TextIOBase):
     def flush(self) -> None:
         self._patiently(self._stream.flush)
 
-    def _patiently(self, action: Callable[[], Any]) -> None:
+    def _patiently(self, action: Callable[[], object]) -> None:
         if not self._is_silent:
             try:
                 action()
@@ -98,14 +98,21 @@ def in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
+class _Shown(Protocol):
+    """What IPython gives to change what is shown."""
+
+    def update(self, shown: object) -> None: ...
+
+
 class NotebookBar:
     """A bar with a line of figures below it, as HTML that is shown anew in its place."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         from IPython.display import HTML, display
 
-        self._html, self._shown_at = HTML, -math.inf
-        self._handle = display(HTML(""), display_id=True)
+        self._html: Callable[[str], object] = HTML
+        self._handle: _Shown = display(HTML(""), display_id=True)
+        self._shown_at = -math.inf
 
     def is_due(self) -> bool:
         return time.monotonic() - self._shown_at >= SECONDS_BETWEEN_BARS
@@ -129,7 +136,7 @@ class Terminal:
 
     def __init__(self, console: Console):
         self.console = console
-        self.console.file = PatientStream(console.file)
+        self.console.file = cast(IO[str], PatientStream(console.file))
         self._live: Live | None = None
         self._notebook_bar: NotebookBar | None = None
         self._started = self._last_saved = time.monotonic()

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from finetune.errors import RunError, UsageError
-from finetune.recipe.serialize import from_plain, to_plain
+from finetune.recipe.serialize import from_plain, spec_from_plain, to_plain
 from finetune.recipe.spec import Recipe
 
 
@@ -53,12 +53,12 @@ def check_precision(numerics: Numerics, device_type: str) -> None:
             )
 
 
-def determining_config(recipe: Recipe, numerics: Numerics) -> dict[str, Any]:
+def determining_config(recipe: Recipe, numerics: Numerics) -> dict[str, object]:
     """Everything that determines the result, as plain values: what a resume must find unchanged."""
     return to_plain(recipe) | dataclasses.asdict(numerics)
 
 
-def split_config(config: dict[str, Any]) -> tuple[Recipe, Numerics]:
+def split_config(config: Mapping[str, object]) -> tuple[Recipe, Numerics]:
     """What `determining_config` put together.
 
     Raises:
@@ -67,7 +67,7 @@ def split_config(config: dict[str, Any]) -> tuple[Recipe, Numerics]:
     names = {field.name for field in dataclasses.fields(Numerics)}
     try:
         recipe = from_plain({name: value for name, value in config.items() if name not in names})
-        return recipe, Numerics(**{name: config[name] for name in names if name in config})
+        return recipe, spec_from_plain(Numerics, {name: config[name] for name in names if name in config})
     except (TypeError, AttributeError, ValueError, LookupError) as error:
         raise RunError(f"the saved recipe is not one ({error}); restore recipe.json from a copy") from None
 
@@ -115,7 +115,7 @@ class Settings:
     notify_every_epochs: int = 0
     report: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raises UsageError for values that mean nothing."""
         numbers = {"save_every_steps": 0, "save_every_minutes": 0, "keep": 1, "log_every_steps": 1}
         for name, least in (numbers | {"notify_every_epochs": 0}).items():

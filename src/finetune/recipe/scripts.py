@@ -7,15 +7,23 @@ import inspect
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
 from finetune.errors import UsageError
 from finetune.recipe.spec import Recipe
 
 # Of the kit itself: recipes lie in it where it is installed, beside src/ in a checkout.
 PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class RecipeFunction(Protocol):
+    """What a recipe file defines: its typed, documented parameters are the options."""
+
+    __name__: str
+
+    def __call__(self, **options: object) -> Recipe: ...
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -45,7 +53,7 @@ def find_recipe_file(name: str, other_names: Iterable[str] = ()) -> Path:
     raise UsageError(f"{name}: no such file, command or recipe; shipped recipes are {', '.join(shipped)}; {hint}")
 
 
-def load_recipe_function(path: Path) -> Callable[..., Recipe]:
+def load_recipe_function(path: Path) -> RecipeFunction:
     """Run a recipe file and return its `recipe` function. Modules beside the file can be imported by it.
 
     Raises:
@@ -67,7 +75,7 @@ def load_recipe_function(path: Path) -> Callable[..., Recipe]:
     function = getattr(module, "recipe", None)
     if not inspect.isfunction(function):
         raise UsageError(f"recipe {path}: defines no function 'recipe(...) -> Recipe'; add one, or see 'finetune new'")
-    return function
+    return cast(RecipeFunction, function)
 
 
 def _last_line_in(error: BaseException, path: Path) -> str:
@@ -81,7 +89,7 @@ def _last_line_in(error: BaseException, path: Path) -> str:
     return f", line {line}" if line else ""
 
 
-def call_recipe(function: Callable[..., Recipe], options: dict[str, Any], path: Path) -> Recipe:
+def call_recipe(function: RecipeFunction, options: dict[str, object], path: Path) -> Recipe:
     """Call a recipe function and check what it returns.
 
     Raises:

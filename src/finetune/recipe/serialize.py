@@ -1,21 +1,23 @@
 """Recipes as plain values, and back: what recipe.json and checkpoints hold. No import of torch."""
 
 import dataclasses
-import typing
-from typing import Any
+from collections.abc import Mapping
+from typing import TypeVar, cast
 
 from finetune.errors import UsageError
 from finetune.recipe.spec import DATA, TASKS, Data, Recipe, Task
 
-UNIONS: dict[typing.Any, dict[str, typing.Any]] = {Task: TASKS, Data: DATA}
+# By the annotation of a field.
+UNIONS: dict[object, Mapping[str, type]] = {Task: TASKS, Data: DATA}
+Spec = TypeVar("Spec")
 
 
-def to_plain(recipe: Recipe) -> dict[str, Any]:
+def to_plain(recipe: Recipe) -> dict[str, object]:
     """Dicts, lists, strings and numbers only: equal to what JSON gives back."""
     return {field.name: _plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple | list):
@@ -23,40 +25,44 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def from_plain(plain: dict[str, Any]) -> Recipe:
+def from_plain(plain: Mapping[str, object]) -> Recipe:
     """The recipe that `to_plain` was given; fields that a newer kit added take their defaults.
 
     Raises:
         UsageError: a field that this kit does not know.
     """
-    return _from_plain(Recipe, plain)
+    return spec_from_plain(Recipe, plain)
 
 
-def _from_plain(kind: type, plain: dict[str, Any]) -> Any:
+def spec_from_plain(kind: type[Spec], plain: object) -> Spec:
+    """A dataclass of plain values and such dataclasses."""
+    if not isinstance(plain, Mapping):
+        raise TypeError(f"{plain!r} is no {kind.__name__}")
+    assert dataclasses.is_dataclass(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = [name for name in plain if name not in fields]
     if unknown:
         raise UsageError(
             f"the saved recipe has unknown fields {', '.join(unknown)}; a newer finetune wrote it: upgrade"
         )
-    values = {}
+    values: dict[str, object] = {}
     for name, value in plain.items():
         field_type = fields[name].type
         if not fields[name].init:
             continue
         if field_type in UNIONS:
-            value = _from_plain(UNIONS[field_type][value["kind"]], value)
+            value = spec_from_plain(UNIONS[field_type][value["kind"]], value)
         elif dataclasses.is_dataclass(field_type):
-            value = _from_plain(typing.cast(type, field_type), value)
+            value = spec_from_plain(cast(type, field_type), value)
         elif isinstance(value, list):
             value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
         values[name] = value
     return kind(**values)
 
 
-def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for key, entry in value.items():
         if isinstance(entry, dict):
             found |= flatten(entry, f"{prefix}{key}.")
@@ -65,7 +71,7 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(saved: Mapping[str, object], given: Mapping[str, object], prefix: str = "") -> list[str]:
     """What differs between two plain values, one line each: "name: saved, now given"."""
     lines = []
     for name in dict.fromkeys([*saved, *given]):

@@ -279,7 +279,7 @@ class Recipe:
     validate_every_steps: int = 0
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_ranges(self)
 
     @property
@@ -355,4 +355,7 @@ def located(recipe: Recipe, place: str) -> Recipe:
     """The recipe with its data where that lies now; "" = where it says."""
     if not place:
         return recipe
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **{recipe.data.kind: place}))
+    data = recipe.data
+    if isinstance(data, Texts):
+        return dataclasses.replace(recipe, data=dataclasses.replace(data, texts=place))
+    return dataclasses.replace(recipe, data=dataclasses.replace(data, images=place))
