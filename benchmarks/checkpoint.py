@@ -21,7 +21,9 @@ from finetune.base.files import sync_folder
 from finetune.base.terminal import Terminal, make_console
 from finetune.models.backbones import find_backbone
 from finetune.recipe.execution import Machine, Numerics, Settings
-from finetune.runs import start as launch
+from finetune.runs.start import Plan, start
+from finetune.store.run_folder import RunFolder
+from finetune.training.context import RunContext
 
 TARGETS = {"bytes": 1 / 500, "time": 1 / 20}
 
@@ -62,7 +64,8 @@ def ours(backbone: str, folder: Path, saves: int) -> tuple[int, list[float]]:
         epochs=1,
     )
     stopwatch, settings = Stopwatch(), Settings(save_every_steps=1)
-    run, _ = launch.start(folder / "run", "save", recipe, Numerics(), Machine("cpu", 0), settings, stopwatch)
+    run = RunFolder(folder / "run")
+    start(Plan(recipe, Numerics(), Machine("cpu", 0), "save"), RunContext(stopwatch, run, settings))
     return (run.checkpoints / "latest.pt").stat().st_size, stopwatch.milliseconds[1:]
 
 

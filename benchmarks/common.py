@@ -23,12 +23,12 @@ from rich.table import Table
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from finetune.data.contents import Contents
     from finetune.models.freeze import Rule
     from finetune.recipe import Recipe
-    from finetune.recipe.execution import Settings
     from finetune.store.state import Progress
+    from finetune.training.context import RunContext
     from finetune.training.phase import Feed
-    from finetune.watch.watch import Watch
 
 PACKAGES = ("torch", "torchvision", "lightning", "transformers", "accelerate", "fastai", "scikit-learn")
 HERE = Path(__file__).parent
@@ -232,45 +232,53 @@ def machine() -> dict[str, Any]:
 
 
 def train_alone(
-    folder: Path, recipe: "Recipe", model: "nn.Module", rules: "tuple[Rule, ...]", feed: "Feed", contents: Any,
-    train_indices: "Tensor", validation_indices: "Tensor", class_count: int, settings: "Settings",
-    watch: "Watch",
+    recipe: "Recipe", model: "nn.Module", rules: "tuple[Rule, ...]", feed: "Feed", contents: "Contents",
+    train_indices: "Tensor", validation_indices: "Tensor", context: "RunContext",
 ) -> "Progress":  # fmt: skip
     """Our own loop and nothing around it, on the CPU, with AdamW.
 
     Args:
-        folder: a new run is made there.
         feed: gives the batches, in the place of images or kept features.
-        contents: knows of no file.
+        contents: of a source that nothing is fetched from.
+        context: of a new run.
     """
     import torch
 
-    from finetune.base.signals import StopRequest
     from finetune.data.batch import Split
-    from finetune.models.freeze import apply_freeze, frozen_tensors, hash_tensors
-    from finetune.recipe import Classification
-    from finetune.store.run_folder import RunFolder
+    from finetune.models.backbones import Backbone
+    from finetune.models.freeze import FreezeMap
+    from finetune.models.network import Network
+    from finetune.recipe.execution import Machine, Numerics
     from finetune.store.state import Progress
-    from finetune.tasks.losses import make_task
     from finetune.training.dataset import Data
     from finetune.training.loop import train
     from finetune.training.optimizer import build_optimizer
     from finetune.training.phase import Phase
+    from finetune.training.setup import Loaders, Setup
 
-    trainable = apply_freeze(model, rules, 0)
+    class Nothing:
+        """In the place of what is not used: the backbone's description, the loaders of images."""
+
+        def __init__(self):
+            self.contents = contents
+
+        def to_plain(self) -> dict[str, Any]:
+            return {}
+
+    freeze_map = FreezeMap(model, rules, recipe.trainable.batchnorm)
+    freeze = freeze_map.at(0)
+    trainable = freeze.apply()
     parameters = {name: value for name, value in model.named_parameters() if name in trainable}
     optimizer = build_optimizer(parameters, "adamw", recipe.optimizer.lr, 1e-2, 0.9)
-    phase = Phase(0, 0, trainable, optimizer, hash_tensors(frozen_tensors(model, rules, 0)), [], feed)
-    task = make_task(Classification(), class_count)
+    phase = Phase(freeze, trainable, optimizer, freeze.sha256(), [], feed)
     split = Split(train_indices, validation_indices, torch.zeros(0, dtype=torch.int64))
-    data = Data(contents.source, split, split, None)  # type: ignore[arg-type] - nothing is fetched
-    run = RunFolder(folder)
-    run.make()
-    return train(
-        run, recipe, {"config": {}, "data": {}, "network": {}}, model, rules, phase, lambda epoch: phase, contents,
-        data, task, Progress(), None, torch.device("cpu"), "fp32", settings, watch,
-        StopRequest(),
-    )  # fmt: skip
+    backbone: Backbone = Nothing()  # type: ignore[assignment]
+    setup = Setup(
+        recipe, Numerics(), Machine("cpu"), backbone, Network(model, [], "none", 0), freeze_map,
+        Data(contents.source, split, split, None), Loaders(Nothing(), Nothing()), torch.device("cpu"), "", "",
+    )  # type: ignore[arg-type]  # fmt: skip
+    context.run.make()
+    return train(setup, context, phase, Progress())
 
 
 def report(

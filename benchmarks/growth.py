@@ -55,8 +55,9 @@ def train_on(count: int, folder: Path) -> dict[str, Any]:
     from finetune.models.heads import StandardisedLinear
     from finetune.recipe import Images, Model, Optimizer, Recipe
     from finetune.recipe.execution import Settings
+    from finetune.store.run_folder import RunFolder
+    from finetune.training.context import RunContext
     from finetune.training.phase import Feed
-    from finetune.watch.watch import Watch
 
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports the rest of torch
     before_mb = resident_mb()
@@ -98,8 +99,8 @@ def train_on(count: int, folder: Path) -> dict[str, Any]:
     recipe = Recipe(Model("none"), Images("none"), optimizer=Optimizer(lr=1e-3), epochs=2, batch_size=BATCH)
     started = time.perf_counter()
     progress = train_alone(
-        folder / f"run{count}", recipe, model, (Rule("*"),), feed, Asked.contents, train_indices, validation_indices,
-        CLASSES, Settings(log_every_steps=1_000), Watch(terminal),
+        recipe, model, (Rule("*"),), feed, Asked.contents, train_indices, validation_indices,
+        RunContext(terminal, RunFolder(folder / f"run{count}"), Settings(log_every_steps=1_000)),
     )  # fmt: skip
     seconds = time.perf_counter() - started
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -117,9 +117,9 @@ def finetune(work: str, count: int, is_tracked: bool = True) -> dict[str, float]
     from finetune.models.freeze import Rule
     from finetune.recipe import Images, Model, Optimizer, Recipe, Schedule, Trainable
     from finetune.recipe.execution import Settings
+    from finetune.store.run_folder import RunFolder
+    from finetune.training.context import RunContext
     from finetune.training.phase import Feed
-    from finetune.watch.tensorboard import TensorBoard
-    from finetune.watch.watch import Watch
 
     ready = batches(work, count)
 
@@ -143,16 +143,17 @@ def finetune(work: str, count: int, is_tracked: bool = True) -> dict[str, float]
     )  # fmt: skip
     samples = count * BATCH
     source = ArraySource(torch.zeros(samples, 1), torch.zeros(samples, dtype=torch.int64), ["a", "b"], "")
-    watch = Watch(Timed(make_console(quiet=True)))
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        if is_tracked:
-            watch.add("tensorboard", lambda: TensorBoard(run / "tensorboard"))
-        watch.begin(Begun("", "run", run, {}, {}, 0, count, 1, False, "loss"), torch.device("cpu"))
-        train_alone(
-            run, recipe, model, rules, Feed(model, Ready(), Ready()), Contents(source),
-            torch.arange(samples), torch.arange(BATCH), CLASSES, Settings(), watch,
-        )  # fmt: skip
+        run = RunFolder(Path(folder) / "run")
+        settings = Settings(track="tensorboard" if is_tracked else "none")
+        context = RunContext(Timed(make_console(quiet=True)), run, settings)
+        with context.watched():
+            begun = Begun("", "run", run.path, {}, {}, 0, count, 1, False, "loss")
+            context.watch.begin(begun, torch.device("cpu"))
+            train_alone(
+                recipe, model, rules, Feed(model, Ready(), Ready()), Contents(source), torch.arange(samples),
+                torch.arange(BATCH), context,
+            )  # fmt: skip
     return stopwatch.milliseconds()
 
 

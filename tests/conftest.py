@@ -1,5 +1,6 @@
 """What tests share: recipes small enough to train in a second, runs that die on purpose, and exact comparison."""
 
+import gc
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from warm import Forked, Warm
 
 from finetune import Classification, Images, Model, Optimizer, Recipe, Schedule, Stop
 from finetune.base.files import sha256_of_file
@@ -24,9 +27,18 @@ from finetune.cli import COMMANDS
 from finetune.models.network import Network
 from finetune.models.pretrained import find_pretrained, new_network
 from finetune.recipe.execution import Machine, Numerics, Settings
-from finetune.runs import start as launch
+from finetune.runs.resume import resume
+from finetune.runs.start import Plan, start
 from finetune.store import checkpoint
 from finetune.store.run_folder import RunFolder
+from finetune.store.state import Progress
+from finetune.training.context import RunContext
+
+
+def pytest_collection_finish() -> None:
+    """torch and the tests are a million objects that stay; a run looks for garbage when it begins, a fifth of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,6 +106,26 @@ def small_recipe(backbone: str = "bundled/vgg", **changes: Any) -> Recipe:
     return Recipe(**values | changes)
 
 
+def start_in(
+    path: Path,
+    name: str,
+    recipe: Recipe,
+    numerics: Numerics,
+    machine: Machine,
+    settings: Settings,
+    terminal: Terminal,
+    **plan: Any,
+) -> tuple[RunFolder, Progress]:
+    """Begin a run in a folder, in this process."""
+    context = RunContext(terminal, RunFolder(path), settings)
+    return context.run, start(Plan(recipe, numerics, machine, name, **plan), context)
+
+
+def resume_in(run: RunFolder, machine: Machine, terminal: Terminal, **options: Any) -> Progress:
+    """Go on with a run, in this process."""
+    return resume(RunContext(terminal, run), machine, **options)
+
+
 def train_run(
     path: Path,
     recipe: Recipe,
@@ -104,9 +136,9 @@ def train_run(
     workers: int = 0,
     die_after_steps: int = 0,
     save_every_steps: int = 1,
-    **start_options: Any,
+    **plan: Any,
 ) -> RunFolder:
-    run, _ = launch.start(
+    run, _ = start_in(
         path,
         "test",
         recipe,
@@ -114,7 +146,7 @@ def train_run(
         Machine(device="cpu", workers=workers),
         Settings(save_every_steps=save_every_steps, log_every_steps=1),
         DyingTerminal(die_after_steps),
-        **start_options,
+        **plan,
     )
     return run
 
@@ -122,7 +154,7 @@ def train_run(
 def resume_run(run: RunFolder, *, workers: int = 0, die_after_steps: int = 0, **options: Any) -> list[str]:
     """Go on with a run; returns what it said."""
     terminal = DyingTerminal(die_after_steps)
-    launch.resume(run, Machine(device="cpu", workers=workers), terminal, settings={}, **options)
+    resume_in(run, Machine(device="cpu", workers=workers), terminal, settings={}, **options)
     return terminal.lines
 
 
@@ -142,18 +174,45 @@ def train_with_deaths(path: Path, recipe: Recipe, deaths: list[int], **options: 
 # ---- Real processes ------------------------------------------------------------------------------------------------
 
 
-def finetune(*words: str, is_watched: bool = False, **options) -> subprocess.Popen:
+_warm: list[Warm] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_process() -> Iterator[None]:
+    """What `finetune` forks its processes off, from its first call on."""
+    yield
+    while _warm:
+        _warm.pop().close()
+
+
+def finetune(
+    *words: str,
+    is_watched: bool = False,
+    is_cold: bool = False,
+    env: dict[str, str] | None = None,
+    cwd: Path | str | None = None,
+) -> subprocess.Popen | Forked:
     """A real `finetune` process at the head of its own process group. Of a hundred of them few are looked at, so a run is
-    drawn, which takes a second, only where it is to be watched."""
+    drawn, which takes a second, only where it is to be watched.
+
+    Args:
+        is_cold: start Python anew, which takes some seconds; else see `warm`. So does another PYTHONPATH.
+    """
     unwatched = [] if words[0] in COMMANDS or is_watched else ["--track", "none", "--no-report"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "finetune.cli", *words, *unwatched],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
+    environment = dict(os.environ) if env is None else env
+    if is_cold or environment.get("PYTHONPATH") != os.environ.get("PYTHONPATH") or os.name == "nt":
+        return subprocess.Popen(
+            [sys.executable, "-m", "finetune.cli", *words, *unwatched],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=environment,
+            cwd=cwd,
+        )
+    if not _warm:
+        _warm.append(Warm())
+    return _warm[0].start([*words, *unwatched], environment, str(cwd or Path.cwd()))
 
 
 def last_step(run: RunFolder) -> int:
@@ -183,7 +242,8 @@ def finish(process: subprocess.Popen, code: int = 0, timeout_seconds: float = 18
 
 
 def read(run: RunFolder, name: str = "latest.pt") -> dict[str, Any]:
-    return checkpoint.read_checkpoint(run.checkpoints / name, run.read_recipe()["id"])
+    """A checkpoint as it is written."""
+    return checkpoint.read_checkpoint(run.checkpoints / name, run.read_recipe().id).to_plain()
 
 
 def metrics_lines(run: RunFolder) -> list[dict[str, Any]]:

@@ -6,11 +6,10 @@ from conftest import make_network, small_recipe, train_run
 from PIL import Image
 from torchvision.models import get_model, get_model_weights
 
-from finetune import Images, Model, UsageError
+from finetune import Images, Model, Trainable, UsageError
 from finetune.export.verify import FOLDED_TOLERANCE
 from finetune.export.weights import export
 from finetune.models.backbones import check_image_size, find_backbone, torchvision_backbone, torchvision_names
-from finetune.models.freeze import apply_freeze, frozen_tensors, set_modes
 from finetune.models.heads import find_head, standardise, standardised_layers
 from finetune.models.pretrained import find_pretrained
 from finetune.store.restore import trained_network
@@ -58,11 +57,10 @@ def test_a_model_freezes_trains_a_step_and_its_export_loads_strictly_into_the_st
     before = make_network(recipe, CLASSES)
     run = train_run(tmp_path / "run", recipe, save_every_steps=0)
     after, state = trained_network(run, "latest")
-    rules = before.rules(recipe.trainable.rules)
-    frozen = frozen_tensors(before.module, rules, 0)
+    frozen = before.freeze_map(recipe.trainable).at(0).frozen()
     found = after.module.state_dict()
     assert all(torch.equal(value, found[key]) for key, value in frozen.items())
-    heads = [parameter for parameter in state["model"] if parameter.endswith("weight")]
+    heads = [parameter for parameter in state.model if parameter.endswith("weight")]
     assert heads == [f"{path}.weight" for path in before.head_paths]
     assert not any(torch.equal(before.module.state_dict()[key], found[key]) for key in heads)
     del before, frozen
@@ -110,9 +108,9 @@ def test_auxiliary_heads_are_found_train_and_have_their_say_in_train_mode_only()
     assert find_head(backbone.build) == ["AuxLogits.fc", "fc"]
     assert find_head(find_backbone("googlenet").build) == ["aux1.fc2", "aux2.fc2", "fc"]
     network = make_network(small_recipe(model=Model("inception_v3", weights="none")), CLASSES)
-    rules = network.rules((("head", "trainable", 0), ("*", "frozen", 0)))
-    apply_freeze(network.module, rules, 0)
-    held = set_modes(network.module, rules, False, 0)
+    freeze = network.freeze_map(Trainable()).at(0)
+    freeze.apply()
+    held = freeze.modes()
     images = torch.zeros(2, 3, 299, 299)
     logits, auxiliary = network.module(images)
     assert logits.shape == auxiliary.shape == (2, CLASSES)
@@ -152,9 +150,9 @@ def test_a_head_appended_to_a_network_with_auxiliary_heads_leaves_those_alone():
     network = build_network(
         backbone, pretrained, "test", head="append", class_count=CLASSES, dropout=0.0, head_width=0, seed=0
     )
-    rules = network.rules((("head", "trainable", 0), ("*", "frozen", 0)))
-    assert apply_freeze(network.module, rules, 0) == ["fc.1.weight", "fc.1.bias"]
-    set_modes(network.module, rules, False, 0)
+    freeze = network.freeze_map(Trainable()).at(0)
+    assert freeze.apply() == ["fc.1.weight", "fc.1.bias"]
+    freeze.modes()
     assert network.module(torch.zeros(1, 3, 224, 224)).shape == (1, CLASSES)
 
 

@@ -6,14 +6,10 @@ import statistics
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import DyingTerminal, read
-from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from conftest import DyingTerminal, read, start_in
 
 from finetune import ImageTraining, Training
 from finetune.base.files import sha256_of_file
@@ -22,7 +18,6 @@ from finetune.models.backbones import find_text_backbone
 from finetune.models.pretrained import find_pretrained
 from finetune.recipe.execution import Numerics, Settings
 from finetune.recipe.scripts import load_recipe_function, shipped_recipes
-from finetune.runs import start as launch
 from finetune.runs.start import Machine
 from finetune.training.dataset import open_data
 
@@ -40,6 +35,10 @@ COUNTS = (
 
 def accuracy_of_counting(data, **options) -> float:
     """Of tf-idf and LogisticRegression, on the validation part."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
     parts = [([data.source.texts[n] for n in part.tolist()], data.source.targets[part]) for part in data.split[:2]]
     model = make_pipeline(TfidfVectorizer(**options), LogisticRegression(C=10, max_iter=2_000))
     return model.fit(*parts[0]).score(*parts[1])
@@ -69,6 +68,7 @@ def test_the_bert_is_a_plain_one_of_twelve_megabytes_at_most_that_transformers_l
     assert ours.preprocessing.tokenize(["My parcel never came!"]).tokens.tolist() == tokens
 
 
+@pytest.mark.slow
 def test_with_twenty_labels_an_intent_a_head_on_the_bert_is_better_than_counting_words_and_than_a_random_one(tmp_path):
     """Twenty points better than counts and seven than a random one in the mean over seeds, says the card."""
     function = functools.partial(
@@ -76,7 +76,7 @@ def test_with_twenty_labels_an_intent_a_head_on_the_bert_is_better_than_counting
     )
     accuracy = {}
     for weights in ("default", "none"):
-        run, _ = launch.start(
+        run, _ = start_in(
             tmp_path / weights, "x", function(weights=weights), Numerics(), Machine("cpu"), Settings(), DyingTerminal()
         )
         accuracy[weights] = read(run)["metrics"]["last_validation"]["val/accuracy"]
@@ -85,6 +85,7 @@ def test_with_twenty_labels_an_intent_a_head_on_the_bert_is_better_than_counting
     assert accuracy["default"] > accuracy["none"] + 0.04
 
 
+@pytest.mark.slow
 def test_counting_words_does_not_solve_the_messages():
     function = load_recipe_function(shipped_recipes()["bert_head"])
     for seed in range(3):
@@ -103,7 +104,7 @@ def test_the_bert_keeps_nine_tenths_of_its_teachers_margin_over_an_untrained_twi
         for seed in range(3):
             recipe = function(texts=str(news_folder), max_length=128, seed=seed, **options)
             path = tmp_path / f"{name}{seed}"
-            run, _ = launch.start(path, "x", recipe, Numerics(), Machine("cpu"), Settings(), DyingTerminal())
+            run, _ = start_in(path, "x", recipe, Numerics(), Machine("cpu"), Settings(), DyingTerminal())
             found.append(read(run)["metrics"]["last_validation"]["val/accuracy"])
         accuracy[name] = statistics.mean(found)
     margin = accuracy["teacher"] - accuracy["twin"]
@@ -116,11 +117,14 @@ def test_no_two_of_the_messages_are_alike():
     assert len(source.texts) >= 800 and len(source.classes) == 8 and counts.min() >= 100
     words = [set(re.findall(r"[a-z0-9']+", text.lower())) for text in source.texts]
     assert len({frozenset(one) for one in words}) == len(words)
-    matrix = CountVectorizer(binary=True, token_pattern=r"[a-z0-9']+").fit_transform(source.texts)
-    shared = (matrix @ matrix.T).toarray()
+    place = {word: number for number, word in enumerate(sorted(set.union(*words)))}
+    matrix = torch.zeros(len(words), len(place))
+    for row, one in zip(matrix, words, strict=True):
+        row[[place[word] for word in one]] = 1
+    shared = matrix @ matrix.T
     sizes = shared.diagonal()
     likeness = shared / (sizes[:, None] + sizes[None] - shared)
-    assert (likeness - np.eye(len(words))).max() <= 0.6
+    assert (likeness - torch.eye(len(words))).max() <= 0.6
 
 
 def test_both_backbones_together_are_under_six_megabytes():
@@ -130,7 +134,7 @@ def test_both_backbones_together_are_under_six_megabytes():
 @pytest.mark.parametrize("name", ["vgg_head", "resnet_head"])
 def test_a_linear_head_on_the_pretrained_backbone_reads_the_digits(name, tmp_path):
     recipe = load_recipe_function(shipped_recipes()[name])()
-    run, _ = launch.start(tmp_path / "run", name, recipe, Numerics(), Machine("cpu"), Settings(), DyingTerminal())
+    run, _ = start_in(tmp_path / "run", name, recipe, Numerics(), Machine("cpu"), Settings(), DyingTerminal())
     assert read(run)["metrics"]["last_validation"]["val/accuracy"] >= 0.98
 
 
@@ -140,7 +144,7 @@ def test_with_fifty_labels_the_pretrained_backbone_reads_the_digits_better_than_
     accuracy = {}
     for weights in ("default", "none"):
         recipe = function(weights=weights, epochs=30, training=ImageTraining(train_samples=50))
-        run, _ = launch.start(tmp_path / weights, name, recipe, Numerics(), Machine("cpu"), Settings(), DyingTerminal())
+        run, _ = start_in(tmp_path / weights, name, recipe, Numerics(), Machine("cpu"), Settings(), DyingTerminal())
         accuracy[weights] = read(run)["metrics"]["last_validation"]["val/accuracy"]
     assert accuracy["default"] >= 0.9
     # Twelve points in the mean over seeds, says the card; one seed is eight to six away.

@@ -3,14 +3,13 @@ import os
 
 import pytest
 import torch
-from conftest import DyingTerminal, Killed, assert_equal_runs, read, resume_run, small_recipe, train_run
+from conftest import DyingTerminal, Killed, assert_equal_runs, read, resume_run, small_recipe, start_in, train_run
 
 from finetune import Model, RunError
 from finetune.base.files import write_atomically
 from finetune.models import network as network_module
 from finetune.models.bundled import bundled_weights
 from finetune.recipe.execution import Numerics, Settings
-from finetune.runs import start as launch
 from finetune.runs.start import Machine
 from finetune.store import checkpoint
 from finetune.store.run_folder import RunFolder
@@ -54,7 +53,7 @@ def test_a_head_only_checkpoint_costs_its_own_bytes_not_the_backbones(trained):
 
 
 def test_recipe_json_equals_the_config_in_the_checkpoint(trained):
-    assert trained.read_recipe()["config"] == read(trained)["config"]
+    assert trained.read_recipe().config == read(trained)["config"]
 
 
 def test_latest_and_best_are_links_to_numbered_files_and_never_one_another(tmp_path):
@@ -66,7 +65,7 @@ def test_latest_and_best_are_links_to_numbered_files_and_never_one_another(tmp_p
 
 
 def test_keep_decides_how_many_numbered_files_stay(tmp_path):
-    run, _ = launch.start(
+    run, _ = start_in(
         tmp_path / "run", "test", small_recipe(epochs=1), Numerics(), Machine("cpu"),
         Settings(save_every_steps=1, keep=4), DyingTerminal(),
     )  # fmt: skip
@@ -110,7 +109,7 @@ def test_a_checkpoint_of_a_newer_schema_is_refused(tmp_path, trained):
     state = read(trained) | {"schema_version": 999}
     path = tmp_path / "newer.pt"
     write_atomically(path, lambda stream: torch.save(state, stream), trailer=True)
-    with pytest.raises(RunError, match="has schema 999, this finetune reads 4; use the version that wrote it"):
+    with pytest.raises(RunError, match="has schema 999, this finetune reads 4: a newer version wrote it; upgrade"):
         checkpoint.read_checkpoint(path, state["run_id"])
 
 
@@ -136,7 +135,7 @@ def test_a_death_between_the_numbered_file_and_its_names_loses_nothing(tmp_path,
 
 
 def test_minutes_decide_when_to_save_too(tmp_path):
-    run, _ = launch.start(
+    run, _ = start_in(
         tmp_path / "run", "test", small_recipe(epochs=1), Numerics(), Machine("cpu"),
         Settings(save_every_minutes=1e-9, keep=20), DyingTerminal(),
     )  # fmt: skip

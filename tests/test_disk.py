@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import DyingTerminal, assert_equal_runs, read, resume_run, small_recipe, train_run
+from conftest import DyingTerminal, assert_equal_runs, read, resume_run, small_recipe, start_in, train_run
 
 from finetune import RunError, UsageError
 from finetune.base import files
 from finetune.cli import main
 from finetune.recipe.execution import Machine, Numerics, Settings
-from finetune.runs import start as launch
 from finetune.store import checkpoint
 from finetune.store.run_folder import RunFolder
 
@@ -108,7 +107,7 @@ class Interfering(DyingTerminal):
 def interfered_run(path: Path, at_step: int, act) -> Interfering:
     terminal = Interfering(at_step, act)
     settings = Settings(save_every_steps=1, log_every_steps=1)
-    launch.start(path, "test", RECIPE, Numerics(), Machine("cpu"), settings, terminal)
+    start_in(path, "test", RECIPE, Numerics(), Machine("cpu"), settings, terminal)
     return terminal
 
 
@@ -219,7 +218,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path,
             return getattr(self.stream, name)
 
     from finetune.store.metrics_log import MetricsFile
-    from finetune.training import loop as train
+    from finetune.training import context
 
     logs = []
 
@@ -229,7 +228,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(tmp_path,
             self._stream = Full(self._stream)
             logs.append(self._stream)
 
-    monkeypatch.setattr(train, "MetricsFile", Log)
+    monkeypatch.setattr(context, "MetricsFile", Log)
     terminal = interfered_run(tmp_path / "run", 3, lambda: setattr(logs[0], "full", True))
     said = [line for line in terminal.lines if "metrics.jsonl cannot be written" in line]
     assert len(said) == 1 and "the run goes on" in said[0]
@@ -257,7 +256,7 @@ def test_a_log_catches_up_when_there_is_room_again(tmp_path):
     log.close()
     content = (tmp_path / "metrics.jsonl").read_bytes()
     assert [line["step"] for line in map(json.loads, content.splitlines())] == [1, 2, 3, 4]
-    assert mark["bytes"] == len(content) and len(said) == 1
+    assert mark.bytes == len(content) and len(said) == 1
 
 
 def test_a_run_over_a_file_system_without_links_keeps_copies(tmp_path, monkeypatch):

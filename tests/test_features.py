@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from conftest import (
@@ -22,15 +23,16 @@ from conftest import (
     kill_after_progress,
     metrics_lines,
     read,
+    resume_in,
     resume_run,
     small_recipe,
+    start_in,
     train_run,
     train_with_deaths,
 )
 from PIL import Image
 
 from finetune import Images, Model, Optimizer, Trainable, UsageError
-from finetune.base.signals import StopRequest
 from finetune.data import source
 from finetune.data.batch import Request
 from finetune.data.decode import BrokenImage
@@ -42,10 +44,11 @@ from finetune.features.feature_file import RowFile, read_layout
 from finetune.features.kept import Features
 from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.recipe.heads import AnyTable
-from finetune.runs import start as launch
 from finetune.runs.evaluate import evaluate
+from finetune.runs.start import Plan, new_setup
 from finetune.store.restore import trained_network
 from finetune.store.run_folder import RunFolder
+from finetune.training.context import RunContext
 from finetune.training.phase import start_phase
 
 
@@ -87,7 +90,7 @@ def train_and_listen(path, recipe, *, cache_limit="", **numerics) -> list[str]:
     """What a run says of its features."""
     terminal = DyingTerminal()
     machine = Machine("cpu", workers=0, cache_limit=cache_limit)
-    launch.start(path, "test", recipe, Numerics(**numerics), machine, Settings(), terminal)
+    start_in(path, "test", recipe, Numerics(**numerics), machine, Settings(), terminal)
     return [line for line in terminal.lines if line.startswith("features:")]
 
 
@@ -158,8 +161,8 @@ def test_cached_and_uncached_runs_agree_within_1e_4_on_the_logits(tmp_path, make
 
 
 def test_logits_of_kept_features_are_those_of_the_network(tmp_path):
-    job, _ = launch.new_job(plain_recipe(), Numerics(), Machine("cpu", workers=0), "")
-    phase = start_phase(job, 0, DyingTerminal(), StopRequest())
+    job, _ = new_setup(Plan(plain_recipe(), Numerics(), Machine("cpu", workers=0)))
+    phase = start_phase(job, 0, RunContext.silent())
     batch = job.data.pipeline.fetch(Request(list(range(64))))
     chosen = [index for index in batch.indices.tolist() if index in set(torch.cat(job.data.split).tolist())]
     job.network.module.eval()
@@ -202,13 +205,13 @@ def test_a_killed_run_on_kept_features_ends_as_the_unbroken_one(tmp_path, make, 
     unbroken = train_run(tmp_path / "unbroken", recipe, **options)
     if deleted:
         shutil.rmtree(folder)
-        resume = launch.resume
+        resume = conftest.resume
 
         def forgetful(*arguments, **named):
             shutil.rmtree(folder, ignore_errors=True)
             return resume(*arguments, **named)
 
-        monkeypatch.setattr(launch, "resume", forgetful)
+        monkeypatch.setattr(conftest, "resume", forgetful)
     interrupted = train_with_deaths(tmp_path / "run", recipe, [3, 8, 12], **options)
     assert_equal_runs(interrupted, unbroken)
 
@@ -434,8 +437,8 @@ def test_images_that_can_no_longer_be_read_stop_a_resume_that_computes_again(tmp
 
 
 def test_a_damaged_block_is_not_made_again_of_images_that_are_gone(tmp_path, photos):
-    job, _ = launch.new_job(photo_recipe(photos), Numerics(), Machine("cpu", workers=0), "")
-    phase = start_phase(job, 0, DyingTerminal(), StopRequest())
+    job, _ = new_setup(Plan(photo_recipe(photos), Numerics(), Machine("cpu", workers=0)))
+    phase = start_phase(job, 0, RunContext.silent())
     path = entries()[0].path
     content = bytearray(path.read_bytes())
     content[3_000] ^= 1
@@ -462,13 +465,13 @@ def test_other_pictures_of_the_same_names_sizes_and_times_are_other_features(tmp
 
 
 def test_a_run_keeps_reading_its_rows_while_another_begins_with_changed_images(tmp_path, photos):
-    job, _ = launch.new_job(photo_recipe(photos), Numerics(), Machine("cpu", workers=0), "")
-    phase = start_phase(job, 0, DyingTerminal(), StopRequest())
+    job, _ = new_setup(Plan(photo_recipe(photos), Numerics(), Machine("cpu", workers=0)))
+    phase = start_phase(job, 0, RunContext.silent())
     rows = phase.feed.features.read(job.data.split.train, None)
     some = sorted(photos.rglob("*.png"))[2]
     some.write_bytes(some.read_bytes()[:-1] + b"\0")  # behind the picture: it still decodes
-    other, _ = launch.new_job(photo_recipe(photos), Numerics(), Machine("cpu", workers=0), "")
-    second = start_phase(other, 0, DyingTerminal(), StopRequest())
+    other, _ = new_setup(Plan(photo_recipe(photos), Numerics(), Machine("cpu", workers=0)))
+    second = start_phase(other, 0, RunContext.silent())
     assert torch.equal(second.feed.features.read(job.data.split.train, None), rows)
     inodes = [one.feed.features._parts[None].file._stream for one in (phase, second)]
     assert os.fstat(inodes[0].fileno()).st_ino != os.fstat(inodes[1].fileno()).st_ino
@@ -569,7 +572,7 @@ def test_a_run_without_features_stays_without_when_it_resumes(tmp_path):
     recipe = plain_recipe()
     terminal, machine = DyingTerminal(3), Machine("cpu", workers=0, cache_limit="1KB")
     with pytest.raises(Killed):
-        launch.start(tmp_path / "run", "t", recipe, Numerics(), machine, Settings(save_every_steps=1), terminal)
+        start_in(tmp_path / "run", "t", recipe, Numerics(), machine, Settings(save_every_steps=1), terminal)
     lines = resume_run(RunFolder(tmp_path / "run"))
     assert any("because that is how the run began" in line for line in lines)
 
@@ -580,7 +583,7 @@ def test_features_that_can_no_longer_be_kept_are_a_loud_reason_for_other_bits(tm
     shutil.rmtree(folder)
     terminal = DyingTerminal()
     machine = Machine("cpu", workers=0, cache_limit="1KB")
-    launch.resume(RunFolder(tmp_path / "run"), machine, terminal, settings={})
+    resume_in(RunFolder(tmp_path / "run"), machine, terminal, settings={})
     assert any(line.startswith("not bit for bit from here on: features were kept") for line in terminal.lines)
     assert read(RunFolder(tmp_path / "run"))["status"] == "finished"
 

@@ -4,20 +4,11 @@ from conftest import make_network, read, small_recipe, train_run, train_with_dea
 from torch import nn
 
 from finetune import Trainable, UsageError
-from finetune.models.freeze import (
-    Rule,
-    apply_freeze,
-    changeable_tensors,
-    check_rules,
-    frozen_tensors,
-    hash_tensors,
-    phase_of,
-    set_modes,
-)
+from finetune.models.freeze import FreezeMap, Rule, hash_tensors
 from finetune.store.restore import trained_network
 
-HEAD_ONLY = (("head", "trainable", 0), ("*", "frozen", 0))
-THAW = (("head", "trainable", 0), ("layer3", "trainable", 1), ("*", "frozen", 0))
+HEAD_ONLY = Trainable()
+THAW = Trainable(rules=(("head", "trainable", 0), ("layer3", "trainable", 1), ("*", "frozen", 0)))
 
 
 @pytest.mark.parametrize("backbone", ["bundled/vgg", "bundled/resnet"])
@@ -38,9 +29,8 @@ def test_after_a_run_with_kills_frozen_parameters_and_buffers_are_as_loaded_and_
 
 def test_only_the_matched_modules_are_in_train_mode_even_after_model_train():
     network = make_network(small_recipe("bundled/vgg"))
-    rules = network.rules(HEAD_ONLY)
     network.module.train()
-    held = set_modes(network.module, rules, batchnorm=False, epoch=0)
+    held = network.freeze_map(HEAD_ONLY).at(0).modes()
     assert [path for path, module in network.module.named_modules() if module.training] == ["classifier.1"]
     assert "classifier.0" in held  # VGG's own Dropout
 
@@ -48,15 +38,15 @@ def test_only_the_matched_modules_are_in_train_mode_even_after_model_train():
 def test_batchnorm_learns_statistics_only_where_the_recipe_says_so():
     network = make_network(small_recipe("bundled/resnet"))
     rules = (Rule("layer3"), Rule("*", trainable=False))
-    set_modes(network.module, rules, batchnorm=False, epoch=0)
+    FreezeMap(network.module, rules).at(0).modes()
     assert network.module.layer3.training and not network.module.layer3[0].bn1.training
-    set_modes(network.module, rules, batchnorm=True, epoch=0)
+    FreezeMap(network.module, rules, batchnorm=True).at(0).modes()
     assert network.module.layer3[0].bn1.training and not network.module.bn1.training
 
 
 def test_the_first_matching_rule_wins_and_a_pattern_covers_what_lies_below():
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
-    names = apply_freeze(model, (Rule("0.1", trainable=False), Rule("0"), Rule("*", trainable=False)), 0)
+    names = FreezeMap(model, (Rule("0.1", trainable=False), Rule("0"), Rule("*", trainable=False))).at(0).apply()
     assert names == ["0.0.weight", "0.0.bias"]
     assert [name for name, value in model.named_parameters() if value.requires_grad] == names
 
@@ -64,23 +54,22 @@ def test_the_first_matching_rule_wins_and_a_pattern_covers_what_lies_below():
 def test_a_rule_that_matches_nothing_names_the_nearest_paths():
     network = make_network(small_recipe())
     with pytest.raises(UsageError, match=r"'clasifier' matches no module; the nearest are classifier"):
-        check_rules(network.module, (Rule("clasifier"), Rule("*", trainable=False)))
+        FreezeMap(network.module, (Rule("clasifier"), Rule("*", trainable=False))).check()
 
 
 def test_an_uncovered_module_and_a_map_that_trains_nothing_are_refused():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(UsageError, match="no freeze rule covers module '1'"):
-        check_rules(model, (Rule("0"),))
+        FreezeMap(model, (Rule("0"),)).check()
     with pytest.raises(UsageError, match="nothing trains in epoch 0"):
-        apply_freeze(model, (Rule("*", trainable=False),), 0)
+        FreezeMap(model, (Rule("*", trainable=False),)).at(0).apply()
 
 
 def test_frozen_and_changeable_tensors_share_nothing_and_miss_nothing():
     network = make_network(small_recipe("bundled/resnet"))
-    for rules in (network.rules(HEAD_ONLY), network.rules(THAW)):
+    for freeze_map in (network.freeze_map(HEAD_ONLY), network.freeze_map(THAW)):
         for epoch in (0, 1):
-            frozen = frozen_tensors(network.module, rules, epoch)
-            changeable = changeable_tensors(network.module, rules, epoch)
+            frozen, changeable = freeze_map.at(epoch).frozen(), freeze_map.at(epoch).changeable()
             assert not set(frozen) & set(changeable)
             assert set(frozen) | set(changeable) == set(network.module.state_dict())
 
@@ -97,11 +86,11 @@ def test_the_hash_sees_one_flipped_bit_a_name_and_a_shape():
 
 
 def test_a_thaw_trains_the_layers_from_its_epoch_on_and_keeps_the_heads_optimizer_state(tmp_path):
-    recipe = small_recipe("bundled/resnet", trainable=Trainable(rules=THAW), epochs=2)
+    recipe = small_recipe("bundled/resnet", trainable=THAW, epochs=2)
     before = make_network(recipe)
     run = train_run(tmp_path / "run", recipe, save_every_steps=0)
     state = read(run)
-    assert [phase_of(before.rules(THAW), epoch) for epoch in (0, 1, 2)] == [0, 1, 1]
+    assert [before.freeze_map(THAW).at(epoch).number for epoch in (0, 1, 2)] == [0, 1, 1]
     assert state["frozen"]["phase"] == 1 and "layer3.0.conv1.weight" in state["frozen"]["trainable"]
     assert state["optimizer"]["state"]["fc.weight"]["step"] == 14
     assert state["optimizer"]["state"]["layer3.0.conv1.weight"]["step"] == 7
@@ -113,6 +102,6 @@ def test_a_thaw_trains_the_layers_from_its_epoch_on_and_keeps_the_heads_optimize
 
 def test_gradients_of_frozen_tensors_are_never_computed():
     network = make_network(small_recipe())
-    names = apply_freeze(network.module, network.rules(HEAD_ONLY), 0)
+    names = network.freeze_map(HEAD_ONLY).at(0).apply()
     network.module(torch.zeros(2, 3, 32, 32)).sum().backward()
     assert [name for name, value in network.module.named_parameters() if value.grad is not None] == names

@@ -3,7 +3,7 @@ import torch
 from conftest import make_network, small_recipe
 from torch import nn
 
-from finetune import UsageError
+from finetune import Trainable, UsageError
 from finetune.data.batch import Request
 from finetune.models.backbones import find_backbone
 from finetune.models.bundled import BUNDLED, bundled_weights
@@ -106,7 +106,7 @@ def test_an_appended_head_leaves_the_old_layer_as_it_was_pretrained():
     network = make_network(small_recipe(head="append"))
     state = network.module.state_dict()
     assert torch.equal(state["classifier.1.0.weight"], pretrained["classifier.1.weight"])
-    assert network.rules((("head", "trainable", 0),))[0].pattern == "classifier.1.1"
+    assert network.freeze_map(Trainable()).rules[0].pattern == "classifier.1.1"
 
 
 def test_dropout_works_while_training_only():

@@ -88,9 +88,9 @@ def test_a_family_trains_resumes_without_its_folder_and_its_export_loads_into_tr
     resume_run(run)
     network, state = trained_network(run, "latest")
     heads = {"cls_classifier", "distillation_classifier"} if "teacher" in family else {"classifier"}
-    assert {name.rpartition(".")[0] for name in state["model"]} == heads == set(network.head_paths)
+    assert {name.rpartition(".")[0] for name in state.model} == heads == set(network.head_paths)
     # What enters the head was measured, not the stub in the encoder's place.
-    assert all(state["model"][f"{path}.mean"].abs().max() > 0 for path in heads)
+    assert all(state.model[f"{path}.mean"].abs().max() > 0 for path in heads)
 
     report = export(run, "latest", tmp_path / "model.pt")
     scope: dict = {}

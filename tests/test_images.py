@@ -33,7 +33,7 @@ from finetune.errors import RunError
 from finetune.models.backbones import find_backbone, members, torchvision_backbone
 from finetune.models.pretrained import find_pretrained
 from finetune.recipe.execution import Machine, Numerics
-from finetune.runs import start as launch
+from finetune.runs.start import Plan, new_setup
 from finetune.training import data_check as look
 from finetune.training.dataset import open_data
 from finetune.training.phase import Feed
@@ -496,7 +496,7 @@ def test_of_a_large_data_set_files_beyond_the_first_look_are_met_in_the_first_ep
     monkeypatch.setattr(look, "MEASURED_SAMPLES", 4)
     folder = make_folder(tmp_path / "data", {"a": 30, "b": 30})
     recipe = folder_recipe(folder)
-    job, _ = launch.new_job(recipe, Numerics(cache=False), Machine("cpu", workers=0), "")
+    job, _ = new_setup(Plan(recipe, Numerics(cache=False), Machine("cpu", workers=0)))
     data, contents = job.data, job.loaders.train.contents
     feed = Feed(job.network.module, *job.loaders)
     assert not look.look(job, feed, measure=True, all_files=False, terminal=DyingTerminal(), stop=StopRequest())

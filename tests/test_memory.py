@@ -17,6 +17,7 @@ from conftest import (
     read,
     resume_run,
     small_recipe,
+    start_in,
     train_run,
 )
 
@@ -26,11 +27,9 @@ from finetune.base.memory import Limit, Use, describe_shortage, guard_memory, li
 from finetune.base.signals import StopRequest
 from finetune.models.freeze import learning_statistics
 from finetune.recipe.execution import Machine, Numerics, Settings
-from finetune.runs import start as launch
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.losses import ClassificationTask
-from finetune.training import loop as train
-from finetune.training import step
+from finetune.training import session, step
 
 MB = 1_000_000
 
@@ -128,7 +127,7 @@ limit = psutil.Process().memory_info().vms + 1_200 * 1_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 from finetune import StoppedEarly
 try:
-    launch.start(Path(sys.argv[1]), "test", recipe, Numerics(), Machine(device="cpu"), Settings(), Filling())
+    start_in(Path(sys.argv[1]), "test", recipe, Numerics(), Machine(device="cpu"), Settings(), Filling())
 except StoppedEarly as error:
     print(error)
     sys.exit(error.exit_code)
@@ -177,9 +176,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_batch_and_steps(tmp_path
     with monkeypatch.context() as patched:
         passed = out_of_memory_above(5, patched)
         terminal = DyingTerminal()
-        launch.start(
-            tmp_path / "run", "test", recipe, Numerics(), Machine("cpu"), Settings(log_every_steps=1), terminal
-        )
+        start_in(tmp_path / "run", "test", recipe, Numerics(), Machine("cpu"), Settings(log_every_steps=1), terminal)
     run = RunFolder(tmp_path / "run")
     said = [line for line in terminal.lines if "out of memory" in line]
     assert said == [
@@ -224,17 +221,17 @@ def test_another_error_is_not_taken_for_it(tmp_path, monkeypatch):
 
 
 def test_validation_is_halved_as_well(tmp_path, monkeypatch):
-    real, sizes = train.validate, []
+    real, sizes = session.validate, []
 
-    def validate(model, feed, indices, batch_size, task, device, precision, stop, watched, halvings=0):
+    def validate(feed, indices, batch_size, task, device, precision, stop, watched, halvings=0):
         if batch_size >> halvings > 20:
             raise RuntimeError(
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
             )
         sizes.append(batch_size >> halvings)
-        return real(model, feed, indices, batch_size, task, device, precision, stop, watched, halvings)
+        return real(feed, indices, batch_size, task, device, precision, stop, watched, halvings)
 
-    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(session, "validate", validate)
     run = train_run(tmp_path / "run", small_recipe(epochs=1))
     assert sizes == [16] and read(run)["halvings"] == 2
 

@@ -10,7 +10,6 @@ import transformers
 from conftest import assert_equal_runs, read, train_run, train_with_deaths
 from encoders import text_recipe, write_csv
 from safetensors.torch import load_file
-from sklearn.linear_model import LogisticRegression
 
 from finetune.data.open import open_source
 from finetune.data.texts import bundled_file, open_texts
@@ -55,6 +54,8 @@ def test_a_head_is_within_half_a_point_of_logistic_regression_on_the_same_featur
 ):
     """The recipe as it comes, against scikit-learn with its own defaults; the mean over three splits, since half a point
     of one is two texts."""
+    from sklearn.linear_model import LogisticRegression
+
     place, length = {"messages": ("messages", 0), "news": (str(news_folder), 40)}[name]
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "features"))
     function = load_recipe_function(shipped_recipes()["bert_head"])
@@ -116,5 +117,5 @@ def test_with_stock_pooling_its_export_is_a_stock_model_with_equal_logits(tmp_pa
         for model in (loaded, stock):
             torch.testing.assert_close(model(**inputs).logits, ours, rtol=0, atol=1e-5 * max(1, ours.abs().max()))
     classify = transformers.pipeline("text-classification", model=str(folder))
-    assert classify(texts[0])[0]["label"] == state["data"]["classes"][int(ours[0].argmax())]
+    assert classify(texts[0])[0]["label"] == state.data.classes[int(ours[0].argmax())]
     assert dataclasses.replace(backbone, name="").reads_texts

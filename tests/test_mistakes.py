@@ -249,7 +249,7 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], int, list[str]]] = {
     "back to a file that is not there": (lambda: [finished_run(), ["resume", "run", "--from", "step-9.pt"]][1], 1, ["checkpoint step-9.pt does not exist"]),
     "back to a file that is no checkpoint": (lambda: [finished_run(), ["resume", "run", "--from", recipe_file("")]][1], 1, ["mine.py is truncated"]),
     "no good checkpoint": (without_checkpoints, 1, ["no good checkpoint in run/checkpoints", "step-000007.pt has no checksum"]),
-    "a checkpoint of a newer version": (of_newer_schema, 1, ["has schema 999", "use the version that wrote it"]),
+    "a checkpoint of a newer version": (of_newer_schema, 1, ["has schema 999", "a newer version wrote it; upgrade"]),
     "a recipe of a run that was changed": (lambda: edited(lambda record: record["config"].update(seed=7)), 1, ["recipe.json is damaged: its content does not match its checksum"]),
     "a recipe of a run that was changed on purpose": (lambda: edited(lambda record: (record["config"].update(seed=7), record.update(checksum=""))), 1, ["seed: 7 in the run, 3 now"]),
     "a recipe of a run that lacks a part": (lambda: edited(lambda record: (record.pop("config"), record.update(checksum=""))), 1, ["recipe.json: 'config' is missing or of a wrong kind"]),

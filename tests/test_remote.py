@@ -149,7 +149,7 @@ def test_a_server_killed_and_restarted_in_the_middle_delays_only_the_upload(tmp_
     run = mirror(tmp_path)
     before = max(step for step, _ in checkpoint.step_files(run.checkpoints))
     wait_for(lambda: max(step for step, _ in checkpoint.step_files(run.checkpoints)) > before, process)  # it goes on
-    wait_for(lambda: "finished" in str(checkpoint.read_checkpoint(run.checkpoints / "latest.pt", run.read_recipe()["id"])["status"]), process)  # fmt: skip
+    wait_for(lambda: "finished" in str(checkpoint.read_checkpoint(run.checkpoints / "latest.pt", run.read_recipe().id).progress.status), process)  # fmt: skip
     time.sleep(3)
     assert process.poll() is None  # it waits with what is not uploaded
     server.start()
@@ -242,7 +242,7 @@ def test_a_mirror_that_is_ahead_is_uploaded_and_one_of_another_time_moved_aside(
     memory.rm("/place/run", recursive=True)
     memory.put(str(other.path), "/place/run", recursive=True)
     with open_run("memory://place/run", said.append) as run:
-        assert run.read_recipe()["id"] == other.read_recipe()["id"]
+        assert run.read_recipe().id == other.read_recipe().id
     assert "is of another time; it is now" in said[2]
     assert len(list(folder.parent.iterdir())) == 2  # nothing is lost
 
@@ -396,7 +396,7 @@ def test_a_rewind_on_one_machine_is_not_undone_by_the_mirror_of_another(memory, 
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "here"))
     with open_run("memory://place/run", lambda _: None) as run:
         first = run.checkpoints / checkpoint.step_files(run.checkpoints)[0][1].name
-        checkpoint.rewind(run.checkpoints, first, run.read_recipe()["id"])
+        checkpoint.rewind(run.checkpoints, first, run.read_recipe().id)
     aside = "/place/run/checkpoints/superseded/step-000014.pt"
     assert memory.exists(aside) and not memory.exists("/place/run/checkpoints/step-000014.pt")
     said: list[str] = []
@@ -405,8 +405,8 @@ def test_a_rewind_on_one_machine_is_not_undone_by_the_mirror_of_another(memory, 
     assert said == []  # this machine's mirror knows of it
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "there"))
     with open_run("memory://place/run", said.append) as run:
-        newest = checkpoint.newest_good(run.checkpoints, run.read_recipe()["id"])
-        assert newest[1]["step"] == checkpoint.step_files(run.checkpoints)[-1][0] < 14
+        newest = checkpoint.newest_good(run.checkpoints, run.read_recipe().id)
+        assert newest[1].progress.step == checkpoint.step_files(run.checkpoints)[-1][0] < 14
         resume_run(run)
     assert any("is of another time" in line for line in said)
     assert memory.exists(aside) and memory.exists("/place/run/checkpoints/step-000014.pt")
@@ -430,7 +430,9 @@ def test_a_folder_behind_a_url_will_do_and_so_will_a_place_that_cannot_copy(tmp_
     words = ["--epochs", "1", "--train-samples", "100", "--device", "cpu", "--run", f"file://{tmp_path}/new/folder/run"]
     assert main(["vgg_head", *words]) == 0
     there = RunFolder(tmp_path / "new" / "folder" / "run")
-    assert checkpoint.read_checkpoint(there.checkpoints / "best.pt", there.read_recipe()["id"])["status"] == "finished"
+    assert (
+        checkpoint.read_checkpoint(there.checkpoints / "best.pt", there.read_recipe().id).progress.status == "finished"
+    )
     assert main(["evaluate", words[-1], "--json"]) == 0
 
 

@@ -27,7 +27,7 @@ from finetune.report.curves import MOST_POINTS, Curve, read_curves
 from finetune.report.data import gather
 from finetune.report.page import STYLE, write_report
 from finetune.store.run_folder import RunFolder
-from finetune.tasks.evaluation import Outcomes
+from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.losses import ClassificationTask
 
 # What others called their classes and files.
@@ -143,15 +143,15 @@ def thousand(place, trained) -> RunFolder:
     state, classes, samples = read(run), [f"class {number}" for number in range(1000)], 3000
     data = state["data"] | {"classes": classes, "outputs": 1000, "train_samples": 32_000}
     rewrite_checkpoint(run, data=data, step=100_000)
-    outcomes = Outcomes(ClassificationTask(1000), torch.device("cpu"), samples)
+    evaluation = Evaluation(ClassificationTask(1000), torch.device("cpu"), samples)
     targets = torch.arange(samples) % 1000
     logits = 8 * torch.nn.functional.one_hot(targets, 1000).float()
     wrong = targets >= 960  # these are taken for their neighbours
     logits[wrong] = logits[wrong].roll(1, dims=1)
-    outcomes.add(torch.arange(samples), logits, targets)
+    evaluation.add(torch.arange(samples), logits, targets)
     source = ArraySource(torch.zeros(samples, 1, 8, 8, dtype=torch.uint8), targets, classes, "")
     about = {"run_id": state["run_id"], "step": state["best_metric"]["step"], "epoch": 3, "facts": {}}
-    write_json(run.validation_file, about | outcomes.to_plain(source))
+    write_json(run.validation_file, about | evaluation.record(source).to_plain())
     with open(run.metrics_file, "w") as stream:
         for step in range(1, 100_001):
             loss = 9.5 if step == 33_333 else 0.001 if step == 66_667 else 2 + (step * 7919 % 1000) / 1000

@@ -42,11 +42,11 @@ def kill_through(run: RunFolder, command: list[str], seed: int) -> list[int]:
         while kills < KILLS_PER_EPOCH:
             process = finetune(*words)
             kill_after_progress(process, run, chance.randint(1, 4))
-            found = checkpoint.newest_good(run.checkpoints, run.read_recipe()["id"])
+            found = checkpoint.newest_good(run.checkpoints, run.read_recipe().id)
             assert found is not None
-            _, state, _ = found
-            assert state["epoch"] == epoch or (state["epoch"] == epoch + 1 and state["position_samples"] == 0)
-            positions.append(state["position_samples"])
+            progress = found[1].progress
+            assert progress.epoch == epoch or (progress.epoch == epoch + 1 and progress.position_samples == 0)
+            positions.append(progress.position_samples)
             kills += 1
             words = ["resume", str(run.path)]
         if epoch + 1 < EPOCHS:
@@ -123,18 +123,18 @@ def test_the_interrupted_epoch_sees_each_sample_exactly_once(tmp_path):
         "--augment", "light", "--save-every-steps", "1", "--keep", "100", "--device", "cpu", "--run", str(run.path), env=environment,
     )  # fmt: skip
     kill_after_progress(process, run, 7)
-    _, state, _ = checkpoint.newest_good(run.checkpoints, run.read_recipe()["id"])
+    _, state, _ = checkpoint.newest_good(run.checkpoints, run.read_recipe().id)
     finish(finetune("resume", str(run.path), env=environment))
 
     lines = [json.loads(line) for line in seen_file.read_text().splitlines()]
     first = [index for _, pid, indices in lines if pid == lines[0][1] for index in indices]
     second = [index for _, pid, indices in lines if pid != lines[0][1] for index in indices]
     # The killed process may have begun a step that was not saved: that one is computed again, none is skipped.
-    counted = first[: state["position_samples"]] + second
+    counted = first[: state.progress.position_samples] + second
     train_indices, _, _ = split_source(load_digits(), 0.2, 0, TRAIN_SAMPLES)
     assert counted == train_indices[epoch_order(0, 0, TRAIN_SAMPLES)].tolist()
     assert sorted(counted) == sorted(train_indices.tolist())
-    assert len(first) - state["position_samples"] in (0, BATCH)
+    assert len(first) - state.progress.position_samples in (0, BATCH)
 
 
 def test_a_terminated_run_exits_75_and_the_same_command_with_resume_ends_it(tmp_path):

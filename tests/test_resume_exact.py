@@ -2,8 +2,8 @@
 
 import json
 import os
+import shutil
 import signal
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,8 +12,10 @@ from conftest import (
     Killed,
     assert_equal_runs,
     read,
+    resume_in,
     resume_run,
     small_recipe,
+    start_in,
     train_run,
     train_with_deaths,
 )
@@ -23,10 +25,11 @@ from finetune import Images, Optimizer, RunError, Schedule, Stop, StoppedEarly, 
 from finetune.base.signals import StopRequest
 from finetune.errors import FinetuneError
 from finetune.recipe.execution import Numerics, Settings
-from finetune.runs import start as launch
+from finetune.runs import start as begin
 from finetune.runs.start import Machine
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.losses import ClassificationTask
+from finetune.training.context import RunContext
 
 # Four deaths in the first epoch of seven steps and two in the second.
 DEATHS = [2, 3, 5, 6, 9, 13]
@@ -120,7 +123,7 @@ def test_a_polite_signal_finishes_the_step_saves_and_the_rest_is_exact(tmp_path,
                 os.kill(os.getpid(), getattr(signal, name))
 
     with pytest.raises(StoppedEarly, match=f"stopped by {name} at step 4 of 14, saved") as stopped:
-        launch.start(
+        start_in(
             tmp_path / "run", "test", recipe, Numerics(), Machine("cpu"), Settings(log_every_steps=1), Signalling()
         )
     assert stopped.value.exit_code == 75
@@ -234,7 +237,7 @@ def test_changed_frozen_weights_are_refused(tmp_path):
 def test_a_rewind_moves_later_files_aside_and_ends_the_same(tmp_path):
     recipe = small_recipe()
     unbroken = train_run(tmp_path / "unbroken", recipe)
-    run, _ = launch.start(
+    run, _ = start_in(
         tmp_path / "run",
         "test",
         recipe,
@@ -285,7 +288,6 @@ def test_a_stop_does_not_wait_for_a_validation_and_the_resume_makes_up_for_it(tm
 
     with monkeypatch.context() as patched:
         stop = StopRequest("finetune resume RUN")
-        patched.setattr("finetune.runs.start.listen_for_signals", lambda go_on: nullcontext(stop))
         terminal = DyingTerminal()
         if when == "in the validation":
 
@@ -297,7 +299,8 @@ def test_a_stop_does_not_wait_for_a_validation_and_the_resume_makes_up_for_it(tm
         else:
             terminal.step = lambda step, *_: stop.ask("by a test") if step == 7 else None
         with pytest.raises(StoppedEarly, match="stopped by a test at step 7 of 14, saved"):
-            launch.start(run.path, "test", recipe, Numerics(), Machine("cpu"), Settings(log_every_steps=1), terminal)
+            context = RunContext(terminal, run, Settings(log_every_steps=1), stop=stop)
+            begin.start(begin.Plan(recipe, Numerics(), Machine("cpu")), context)
     state = read(run)
     assert state["step"] == 7 and state["position_samples"] == 100 and state["metrics"]["validated_step"] == 0
     assert not (run.checkpoints / "best.pt").exists()
@@ -326,7 +329,7 @@ def test_a_resume_that_cannot_go_on_moves_and_writes_nothing(tmp_path):
             resume_run(run, **wrong)
         assert everything() == before, wrong
     with pytest.raises(FinetuneError, match="--device toaster"):
-        launch.resume(run, Machine("toaster"), DyingTerminal(), settings={}, epochs=3, lr=1e-3)
+        resume_in(run, Machine("toaster"), DyingTerminal(), settings={}, epochs=3, lr=1e-3)
     assert everything() == before
 
 
@@ -351,16 +354,14 @@ def test_a_second_rewind_overwrites_nothing_that_the_first_set_aside(tmp_path):
 
 
 def test_a_folder_that_another_process_began_meanwhile_is_not_begun_anew(tmp_path, monkeypatch):
-    real = launch.new_job
+    other, real = train_run(tmp_path / "other", small_recipe(epochs=1)), begin.new_setup
 
-    def slow(*arguments, **options):
-        job = real(*arguments, **options)
-        with monkeypatch.context() as patched:
-            patched.setattr(launch, "new_job", real)
-            train_run(tmp_path / "run", small_recipe(epochs=1))
-        return job
+    def slow(plan):
+        found = real(plan)
+        shutil.copytree(other.path, tmp_path / "run")
+        return found
 
-    monkeypatch.setattr(launch, "new_job", slow)
+    monkeypatch.setattr(begin, "new_setup", slow)
     with pytest.raises(RunError, match="was begun by another process meanwhile; go on with: finetune resume"):
         train_run(tmp_path / "run", small_recipe(epochs=2))
     run = RunFolder(tmp_path / "run")

@@ -6,8 +6,9 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
+from finetune import Trainable
 from finetune.models.backbones import find_backbone, torchvision_names
-from finetune.models.freeze import Rule, apply_freeze, set_modes
+from finetune.models.freeze import FreezeMap, Rule
 from finetune.models.network import build_network
 from finetune.models.split import CannotSplit, split
 
@@ -35,9 +36,9 @@ def network(name: str, *rules: Rule, image_size: int = 0, head: str = "linear"):
         backbone, None, "", head=head, class_count=5, dropout=0.0, head_width=16, seed=0, old_class_count=7
     )
     model = built.module.to(memory_format=torch.channels_last)
-    chosen = (*rules, *built.rules((("head", "trainable", 0), ("*", "frozen", 0))))
-    apply_freeze(model, chosen, 0)
-    set_modes(model, chosen, False, 0)
+    freeze = FreezeMap(model, (*rules, *built.freeze_map(Trainable()).rules)).at(0)
+    freeze.apply()
+    freeze.modes()
     size = image_size or backbone.preprocessing.image_size
     noise = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     return model, noise.contiguous(memory_format=torch.channels_last)

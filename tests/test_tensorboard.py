@@ -22,7 +22,9 @@ from conftest import (
     finetune,
     finish,
     kill_after_progress,
+    resume_in,
     small_recipe,
+    start_in,
     train_run,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,7 +32,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from finetune.base.events import Begun, Example, Pictures
 from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.report.image_grids import confusion_sheet, example_sheet
-from finetune.runs import start as launch
 from finetune.store.run_folder import RunFolder
 from finetune.watch.tensorboard import EventFile, TensorBoard, Writer, principal_components
 
@@ -46,7 +47,7 @@ def events(run: RunFolder) -> EventAccumulator:
 
 def tracked_run(path: Path, recipe=None, die_after_steps: int = 0) -> DyingTerminal:
     terminal = DyingTerminal(die_after_steps)
-    launch.start(path, "test", recipe or small_recipe(), Numerics(), Machine("cpu"), SETTINGS, terminal)
+    start_in(path, "test", recipe or small_recipe(), Numerics(), Machine("cpu"), SETTINGS, terminal)
     return terminal
 
 
@@ -129,8 +130,8 @@ def test_a_resume_doubles_nothing_and_leaves_no_hole(tmp_path, tracked):
     with pytest.raises(Killed):
         tracked_run(run.path, die_after_steps=8)  # saved at 6 and 7, told up to 8
     with pytest.raises(Killed):
-        launch.resume(run, Machine("cpu"), DyingTerminal(11), settings={})
-    launch.resume(run, Machine("cpu"), DyingTerminal(), settings={})
+        resume_in(run, Machine("cpu"), DyingTerminal(11), settings={})
+    resume_in(run, Machine("cpu"), DyingTerminal(), settings={})
     ours, theirs = events(run), events(tracked)
     assert len(list(run.tensorboard.glob("events*"))) == 3
     for tag in ("val/loss", "val/accuracy", "train/epoch_loss"):
@@ -148,9 +149,9 @@ def test_a_run_that_is_begun_anew_in_its_folder_doubles_nothing(tmp_path):
     run = RunFolder(tmp_path / "run")
     with pytest.raises(Killed):
         settings = dataclasses.replace(SETTINGS, save_every_steps=0)
-        launch.start(run.path, "test", small_recipe(), Numerics(), Machine("cpu"), settings, DyingTerminal(5))
+        start_in(run.path, "test", small_recipe(), Numerics(), Machine("cpu"), settings, DyingTerminal(5))
     assert not run.has_checkpoint() and steps_of(events(run), "train/loss")
-    launch.resume(run, Machine("cpu"), DyingTerminal(), settings={})
+    resume_in(run, Machine("cpu"), DyingTerminal(), settings={})
     steps = steps_of(events(run), "train/loss")
     assert all(before < after for before, after in itertools.pairwise(steps)) and steps[-1] == 14
 

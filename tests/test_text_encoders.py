@@ -19,6 +19,7 @@ from conftest import (
     finish,
     read,
     resume_run,
+    start_in,
     train_run,
 )
 from conftest import finetune as run_finetune
@@ -40,7 +41,6 @@ from finetune.cli import main
 from finetune.data.tokens import PADDING
 from finetune.export.hf_folder import export_folder
 from finetune.export.weights import export
-from finetune.models.freeze import apply_freeze, set_modes
 from finetune.models.pretrained import find_pretrained
 from finetune.store.restore import trained_network
 from finetune.store.run_folder import RunFolder
@@ -76,7 +76,7 @@ def lacking_modules(folder) -> set[str]:
 def test_what_trains_is_exactly_what_the_pretrained_file_lacks(folders, texts, family):
     recipe = text_recipe(texts, folders[family], pooling="stock")
     network, *_ = network_of(recipe)
-    names = apply_freeze(network.module, network.rules(recipe.trainable.rules), 0)
+    names = network.freeze_map(recipe.trainable).at(0).apply()
     assert {name.rpartition(".")[0] for name in names} == LACKING[family] == lacking_modules(folders[family])
 
 
@@ -118,9 +118,9 @@ def test_a_family_trains_resumes_without_its_folder_and_its_export_loads_into_tr
 def test_the_encoder_runs_once_and_padding_does_not_show_in_its_features(folders, texts, family, pooling):
     recipe = text_recipe(texts, folders[family], pooling=pooling)
     network, backbone, data = network_of(recipe)
-    rules = network.rules(recipe.trainable.rules)
-    apply_freeze(network.module, rules, 0)
-    set_modes(network.module, rules, False, 0)
+    freeze = network.freeze_map(recipe.trainable).at(0)
+    freeze.apply()
+    freeze.modes()
     found = cut(network.module, backbone, torch.device("cpu"))
     assert found.width == 48
     order = data.pipeline.lengths.argsort()
@@ -174,7 +174,7 @@ def test_a_bert_without_a_pooler_trains_one_when_stock_pooling_is_asked_for_and_
     assert pooling_of(folder, texts) == "mean"
     recipe = text_recipe(texts, folder, pooling="stock")
     network, *_ = network_of(recipe)
-    names = apply_freeze(network.module, network.rules(recipe.trainable.rules), 0)
+    names = network.freeze_map(recipe.trainable).at(0).apply()
     assert {name.rpartition(".")[0] for name in names} == {"bert.pooler.dense", "classifier"}
     run = train_run(tmp_path / "run", recipe)
     assert read(run)["frozen"]["features_kept"]
@@ -191,7 +191,7 @@ def test_a_folder_that_was_trained_to_classify_keeps_all_but_its_last_layer(tmp_
     recipe = text_recipe(texts, folder)
     network, backbone, _ = network_of(recipe)
     assert backbone.options["pooling"] == "stock" and network.new_paths == ()
-    names = apply_freeze(network.module, network.rules(recipe.trainable.rules), 0)
+    names = network.freeze_map(recipe.trainable).at(0).apply()
     assert set(names) == {"classifier.weight", "classifier.bias"}
 
 
@@ -204,9 +204,8 @@ def test_training_inside_the_encoder_says_that_nothing_is_kept(tmp_path, folders
     recipe = dataclasses.replace(recipe, trainable=finetune.Trainable(rules=rules))
     terminal = DyingTerminal()
     from finetune.recipe.execution import Machine, Numerics, Settings
-    from finetune.runs import start as launch
 
-    run, _ = launch.start(tmp_path / "run", "x", recipe, Numerics(), Machine("cpu"), Settings(), terminal)
+    run, _ = start_in(tmp_path / "run", "x", recipe, Numerics(), Machine("cpu"), Settings(), terminal)
     assert any(
         "not kept, the backbone runs in every epoch, because of a model of transformers" in line
         for line in terminal.lines

@@ -16,6 +16,7 @@ from conftest import (
     kill_after_progress,
     read,
     resume_run,
+    start_in,
     train_run,
     train_with_deaths,
 )
@@ -29,7 +30,6 @@ from finetune.data.tokens import PADDING
 from finetune.export.weights import export
 from finetune.features.cache import cache_folder
 from finetune.recipe.execution import Machine, Numerics, Settings
-from finetune.runs import start as launch
 from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
 
@@ -68,7 +68,7 @@ def labels_csv(path, count=600):
 
 def said_by_start(path, recipe, **numerics):
     terminal = DyingTerminal()
-    run, _ = launch.start(path, "x", recipe, Numerics(**numerics), Machine("cpu"), Settings(), terminal)
+    run, _ = start_in(path, "x", recipe, Numerics(**numerics), Machine("cpu"), Settings(), terminal)
     return run, terminal.lines
 
 
@@ -295,11 +295,15 @@ def test_another_runs_weights_predict_the_same_numbers_though_those_here_have_an
     recipe = text_recipe(other, encoder, task="regression", epochs=1, lr=1e-9, pooling="mean", table=table)
     second = train_run(tmp_path / "second", recipe, init_from=f"{first.path}:latest")
     (before, old), (after, new) = (
-        (network.module.eval(), state["data"]["scale"])
+        (network.module.eval(), state.data.scale)
         for network, state in (trained_network(run, "latest") for run in (first, second))
     )
     assert new[0] > old[0] + 50
-    tokens = backbone_of_run(first, read(first)).preprocessing.tokenize(["the hammer saw", "cat dog cow"]).batch([0, 1])
+    tokens = (
+        backbone_of_run(first, trained_network(first, "latest")[1])
+        .preprocessing.tokenize(["the hammer saw", "cat dog cow"])
+        .batch([0, 1])
+    )
     with torch.inference_mode():
         torch.testing.assert_close(after(tokens) * new[1] + new[0], before(tokens) * old[1] + old[0], rtol=1e-4, atol=0)
 

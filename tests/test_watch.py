@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import resume_in, start_in
 from rich.console import Console
 from terminal import ESCAPES, run_in_terminal
 
@@ -21,10 +22,9 @@ from finetune.errors import RunError, StoppedEarly
 from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.recipe.heads import AnyTable
 from finetune.report.examples import examples_of
-from finetune.runs import start as launch
 from finetune.runs.evaluate import evaluate
 from finetune.store.run_folder import RunFolder
-from finetune.tasks.evaluation import KEPT_FEATURES, Outcomes
+from finetune.tasks.evaluation import KEPT_FEATURES, Evaluation
 from finetune.tasks.losses import ClassificationTask, MultiLabelTask, RegressionTask
 from finetune.training.step import gradient_norm
 from finetune.watch import trackers as start
@@ -69,7 +69,7 @@ def watched_run(path: Path, monkeypatch, watcher, terminal=None, **options) -> D
     monkeypatch.setattr(start, "_tensorboard", lambda run: watcher)
     terminal = terminal or DyingTerminal()
     settings = Settings(save_every_steps=5, log_every_steps=1, track="tensorboard")
-    launch.start(path, "test", options.pop("recipe", small_recipe()), Numerics(), Machine("cpu"), settings, terminal)
+    start_in(path, "test", options.pop("recipe", small_recipe()), Numerics(), Machine("cpu"), settings, terminal)
     return terminal
 
 
@@ -109,7 +109,7 @@ def test_a_watcher_is_told_of_everything_in_order(tmp_path, monkeypatch):
 def test_watchers_are_told_how_a_run_ends_however_it_ends(tmp_path):
     def ended(error: BaseException | None) -> list[str]:
         watcher = Noting()
-        with pytest.raises(type(error)), start.watching(RunFolder(tmp_path), [], [], 0, DyingTerminal()) as watch:
+        with pytest.raises(type(error)), start.watching(DyingTerminal(), RunFolder(tmp_path), [], [], 0) as watch:
             watch.add("noting", lambda: watcher)
             raise error
         return [f"{told[1].status}: {told[1].text}" if told[0] == "end" else told[0] for told in watcher.told]
@@ -183,10 +183,10 @@ def test_worst_and_best_are_those_of_all_batches():
     task, generator = ClassificationTask(4), torch.Generator().manual_seed(0)
     logits = torch.randn(300, 4, generator=generator)
     targets = torch.randint(4, (300,), generator=generator)
-    outcomes = Outcomes(task, torch.device("cpu"), 300)
+    evaluation = Evaluation(task, torch.device("cpu"), 300)
     for batch in torch.randperm(300, generator=generator).split(7):
-        outcomes.add(batch, logits[batch], targets[batch])
-    plain = outcomes.to_plain(load_digits())
+        evaluation.add(batch, logits[batch], targets[batch])
+    plain = evaluation.record(load_digits()).to_plain()
     order = torch.nn.functional.cross_entropy(logits, targets, reduction="none").argsort(descending=True)
     assert [row["index"] for row in plain["worst"]] == order[:48].tolist()
     assert [row["index"] for row in plain["best"]] == order.flip(0)[:12].tolist()
@@ -196,27 +196,27 @@ def test_worst_and_best_are_those_of_all_batches():
 
 
 def test_several_labels_and_numbers_are_described_in_their_own_terms():
-    outcomes = Outcomes(MultiLabelTask(3), torch.device("cpu"), 1)
-    outcomes.add(torch.tensor([5]), torch.tensor([[2.0, -1.0, 1.0]]), torch.tensor([[1, 1, 0]]))
-    (sample,) = outcomes.to_plain(load_digits())["worst"]
+    evaluation = Evaluation(MultiLabelTask(3), torch.device("cpu"), 1)
+    evaluation.add(torch.tensor([5]), torch.tensor([[2.0, -1.0, 1.0]]), torch.tensor([[1, 1, 0]]))
+    (sample,) = evaluation.record(load_digits()).to_plain()["worst"]
     assert (sample["true"], sample["predicted"]) == ([0, 1], [0, 2])
     example = examples_of([sample], ["a", "b", "c"], None)[0]
     assert (example.true, example.predicted, example.picture) == ("a, b", "a, c", b"")
-    outcomes = Outcomes(RegressionTask(10.0, 2.0), torch.device("cpu"), 1)
-    outcomes.add(torch.tensor([5]), torch.tensor([[1.0]]), torch.tensor([0.5]))
-    (sample,) = outcomes.to_plain(load_digits())["worst"]
+    evaluation = Evaluation(RegressionTask(10.0, 2.0), torch.device("cpu"), 1)
+    evaluation.add(torch.tensor([5]), torch.tensor([[1.0]]), torch.tensor([0.5]))
+    (sample,) = evaluation.record(load_digits()).to_plain()["worst"]
     assert (sample["true"], sample["predicted"]) == (11.0, 12.0)
 
 
 def test_features_are_of_samples_evenly_spread_over_the_batches():
     layer = torch.nn.Linear(3, 2)
     count = 3 * KEPT_FEATURES + 10
-    outcomes = Outcomes(ClassificationTask(2), torch.device("cpu"), count)
+    evaluation = Evaluation(ClassificationTask(2), torch.device("cpu"), count)
     rows = torch.arange(count)[:, None].expand(-1, 3).float()
-    with outcomes.listening(layer), torch.inference_mode():
+    with evaluation.listening(layer), torch.inference_mode():
         for batch in torch.arange(count).split(17):
-            outcomes.add(batch, layer(rows[batch]), torch.zeros(len(batch), dtype=torch.int64))
-    features = outcomes.features()
+            evaluation.add(batch, layer(rows[batch]), torch.zeros(len(batch), dtype=torch.int64))
+    features = evaluation.features()
     assert features.indices.tolist() == list(range(0, count, 4)) and len(features.indices) <= KEPT_FEATURES
     assert features.rows[:, 0].tolist() == list(range(0, count, 4))
     assert not layer._forward_pre_hooks
@@ -229,7 +229,7 @@ def test_a_validation_file_that_cannot_be_written_is_said_and_the_run_goes_on(tm
     monkeypatch.setattr("finetune.watch.watch.write_json", full)
     terminal = DyingTerminal()
     settings = Settings(save_every_steps=5, log_every_steps=1)
-    launch.start(tmp_path / "run", "test", small_recipe(), Numerics(), Machine("cpu"), settings, terminal)
+    start_in(tmp_path / "run", "test", small_recipe(), Numerics(), Machine("cpu"), settings, terminal)
     said = [line for line in terminal.lines if "validation.json" in line]
     assert said == ["validation.json: OSError: [Errno 28] No space left on device; the run goes on without it"]
     assert_equal_runs(RunFolder(tmp_path / "run"), unwatched)
@@ -348,6 +348,6 @@ def test_a_resume_told_to_track_otherwise_does_so(tmp_path, monkeypatch):
     monkeypatch.setattr(start, "_tensorboard", lambda run: made.append(run) or Noting())
     run = train_run(tmp_path / "run", small_recipe(epochs=1), save_every_steps=0)
     assert not made
-    launch.resume(run, Machine("cpu"), DyingTerminal(), settings={"track": "tensorboard"}, epochs=2, lr=1e-3)
+    resume_in(run, Machine("cpu"), DyingTerminal(), settings={"track": "tensorboard"}, epochs=2, lr=1e-3)
     assert made == [run]
     assert [line["epoch"] for line in metrics_lines(run) if "val/loss" in line] == [1, 2]

@@ -18,7 +18,12 @@ def test_the_wheel_runs_a_shipped_recipe_by_name_far_from_the_repository(tmp_pat
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT))
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"finetune/recipes/vgg_head.py", "finetune/bundled/vgg.safetensors", "finetune/bundled/vgg.md"} <= set(names)
+    assert {
+        "finetune/py.typed",
+        "finetune/recipes/vgg_head.py",
+        "finetune/bundled/vgg.safetensors",
+        "finetune/bundled/vgg.md",
+    } <= set(names)
     of_texts = ("recipes/bert_head.py", "bundled/messages.csv", "bundled/bert/model.safetensors", "bundled/bert.md")
     assert {f"finetune/{name}" for name in of_texts} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]

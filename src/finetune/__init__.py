@@ -1,7 +1,9 @@
 """finetune: train a new head on a frozen, pretrained backbone; lose nothing when the machine dies."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from finetune.base.signals import StopRequest
 from finetune.errors import FinetuneError, RunError, StoppedEarly, UsageError
 from finetune.recipe.heads import ImageTable, ImageTraining, TextTable, Training, image_head, text_head
 from finetune.recipe.spec import (
@@ -20,6 +22,10 @@ from finetune.recipe.spec import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
     from finetune.api import FinishedRun
 
 __version__ = "0.1.0"
@@ -38,6 +44,7 @@ __all__ = [
     "RunError",
     "Schedule",
     "Stop",
+    "StopRequest",
     "StoppedEarly",
     "TextTable",
     "Texts",
@@ -54,22 +61,32 @@ __all__ = [
 # What follows imports torch when it is called, not before.
 
 
-def load(path):
+def load(path: "str | Path") -> "nn.Module":
     """The model of an export, rebuilt and in eval mode; see `finetune.export.load.load`."""
     from finetune.export.load import load as load_export
 
     return load_export(path)
 
 
-def fit(recipe: Recipe, run: str = "", *, name: str = "notebook", **options: Any) -> "FinishedRun":
+def fit(
+    recipe: Recipe,
+    run: "str | Path" = "",
+    *,
+    name: str = "notebook",
+    trackers: Sequence[object] = (),
+    stop: StopRequest | None = None,
+    **options: object,
+) -> "FinishedRun":
     """Train a recipe; see `finetune.api.fit`."""
     from finetune import api
 
-    return api.fit(recipe, run, name=name, **options)
+    return api.fit(recipe, run, name=name, trackers=trackers, stop=stop, **options)
 
 
-def resume(run: str = "", **options: Any) -> "FinishedRun":
+def resume(
+    run: "str | Path" = "", *, trackers: Sequence[object] = (), stop: StopRequest | None = None, **options: object
+) -> "FinishedRun":
     """Go on with a run; see `finetune.api.resume`."""
     from finetune import api
 
-    return api.resume(run, **options)
+    return api.resume(run, trackers=trackers, stop=stop, **options)

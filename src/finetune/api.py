@@ -4,15 +4,26 @@ import dataclasses
 import difflib
 import html
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
+from finetune.base.events import Best
 from finetune.base.formatting import best_text
+from finetune.base.signals import StopRequest
 from finetune.errors import RunError, UsageError
 from finetune.options import ResumeOptions, RunOptions
 from finetune.recipe.spec import Recipe
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+
+    from finetune.store.state import Progress
+    from finetune.training.context import RunContext
+
+Options = TypeVar("Options", RunOptions, ResumeOptions)
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ class FinishedRun:
 
     folder: Path
     status: str
-    best: dict[str, Any]
+    best: Best
 
     @property
     def report(self) -> Path:
@@ -59,7 +70,7 @@ class FinishedRun:
         export(RunFolder(self.folder), "best", path)
         return path
 
-    def show_report(self, height_pixels: int = 600) -> Any:
+    def show_report(self, height_pixels: int = 600) -> "HTML":
         """The report within the notebook.
 
         Raises:
@@ -87,13 +98,25 @@ class FinishedRun:
         return f"<table>{cells}</table>"
 
 
-def fit(recipe: Recipe, run: str | Path = "", *, name: str = "notebook", **options: Any) -> FinishedRun:
+def fit(
+    recipe: Recipe,
+    run: str | Path = "",
+    *,
+    name: str = "notebook",
+    trackers: Sequence[object] = (),
+    stop: StopRequest | None = None,
+    **options: object,
+) -> FinishedRun:
     """Train a recipe. With `run`, the same call goes on where the last one ended: after a crash, run the cell again.
 
     Args:
         recipe: as a recipe function, `image_head` or `text_head` returns it; it may be made in a notebook's cell.
         run: the run's folder; default: the next free runs/NAME-N, a new one with each call.
         name: of the recipe, for that folder.
+        trackers: objects with some of the methods of `finetune.base.events.Tracker` (begin, logged, validated, ...),
+            which are told what happens. What they raise ends the run, which can be resumed, and reaches the caller.
+        stop: whoever holds it can ask the run to stop, from any thread: `stop.ask("by the button")`. The step is
+            finished, the state saved, and StoppedEarly raised.
         options: those of `finetune RECIPE --help` that every run has, with _ in place of -: device="cpu",
             save_every_minutes=5, notify=("slack://...",), cache=False.
 
@@ -106,28 +129,47 @@ def fit(recipe: Recipe, run: str | Path = "", *, name: str = "notebook", **optio
             "image_head(images=..., backbone=...)"
         )
     given = _given(RunOptions, "RECIPE", run, {"resume": bool(run)} | options)
+    _check_handed_in(trackers, stop)
     from finetune import commands
 
-    return commands.train(name, (), recipe, given, [], _conclude)
+    return commands.train(name, (), recipe, given, [], _conclude, trackers=trackers, stop=stop)
 
 
-def resume(run: str | Path = "", **options: Any) -> FinishedRun:
+def resume(
+    run: str | Path = "",
+    *,
+    trackers: Sequence[object] = (),
+    stop: StopRequest | None = None,
+    **options: object,
+) -> FinishedRun:
     """Go on with a run as if it had never stopped.
 
     Args:
         run: its folder; default: the newest unfinished below runs/.
+        trackers, stop: as of `fit`.
         options: those of `finetune resume --help`, with _ in place of -: epochs=30, device="cuda", from_="...".
 
     Raises:
         FinetuneError: as the command line would say it.
     """
     given = _given(ResumeOptions, "resume", run, options)
+    _check_handed_in(trackers, stop)
     from finetune import commands
 
-    return commands.resume(given, _conclude)
+    return commands.resume(given, _conclude, trackers=trackers, stop=stop)
 
 
-def _given(kind: type, command: str, run: str | Path, options: dict[str, Any]) -> Any:
+def _check_handed_in(trackers: object, stop: object) -> None:
+    if isinstance(trackers, str) or not isinstance(trackers, Sequence):
+        raise UsageError(
+            f"trackers: {trackers!r} is no list; give trackers=[...] objects with methods like validated, and names "
+            'like "tensorboard" by track="tensorboard"'
+        )
+    if stop is not None and not isinstance(stop, StopRequest):
+        raise UsageError(f"stop: {type(stop).__name__} is no finetune.StopRequest; make one: stop=StopRequest()")
+
+
+def _given(kind: type[Options], command: str, run: str | Path, options: dict[str, object]) -> Options:
     """Options, checked as those of the command line are, and by the same parser."""
     from finetune.cli import parse
 
@@ -150,9 +192,10 @@ def _given(kind: type, command: str, run: str | Path, options: dict[str, Any]) -
     return dataclasses.replace(parse(kind, command, "", words), run=str(run))
 
 
-def _conclude(run: Any, progress: Any, terminal: Any) -> FinishedRun:
+def _conclude(context: "RunContext", progress: "Progress") -> FinishedRun:
+    run = context.run
     if run.url:
-        terminal.say(f"{run}: a copy of it lies in {run.path}")
+        context.say(f"{run}: a copy of it lies in {run.path}")
     if progress.status not in ("finished", "stopped early"):
         raise RunError(f"run {run} is {progress.status} at step {progress.step}; go on with finetune.resume")
     return FinishedRun(run.path, progress.status, progress.best)

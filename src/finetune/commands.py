@@ -2,26 +2,35 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from finetune.base.formatting import best_text, json_line, parse_size, printable
+from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal, make_console
 from finetune.errors import UsageError, reader_is_gone
-from finetune.recipe.execution import Machine, Numerics, Settings, determining_config
+from finetune.options import (
+    EvaluateOptions,
+    ExportOptions,
+    MachineOptions,
+    PredictOptions,
+    ReportOptions,
+    ResumeOptions,
+    RunOptions,
+)
+from finetune.recipe.execution import Machine, Numerics, Settings, determining_config, split_config
 from finetune.recipe.scripts import local_modules
 from finetune.recipe.serialize import differences
 from finetune.recipe.spec import Recipe
-from finetune.store.remote import open_run
-from finetune.store.run_folder import RunFolder, newest_unfinished
+from finetune.store.run_folder import newest_unfinished
 from finetune.watch.remote_trackers import check_notify_urls, check_services, notify_urls
 
 if TYPE_CHECKING:
     from finetune.store.state import Progress
+    from finetune.training.context import RunContext
 
 Result = TypeVar("Result")
-Conclude = Callable[[RunFolder, "Progress", Terminal], Result]
+Conclude = Callable[["RunContext", "Progress"], Result]
 
 
 def make_terminal(quiet: bool) -> Terminal:
@@ -34,100 +43,118 @@ def check_workers(workers: int | None) -> int | None:
     return workers
 
 
-def make_machine(options: Any) -> Machine:
+def make_machine(options: MachineOptions) -> Machine:
     if options.cache_limit:
         parse_size(options.cache_limit)
-    workers, notify = check_workers(options.workers), notify_urls(options.notify)
-    check_services(["notify"] if notify else [])
-    check_notify_urls(notify)
-    return Machine(options.device, workers, options.worker_start, options.cache_limit, notify)
+    return Machine(options.device, check_workers(options.workers), options.worker_start, options.cache_limit)
 
 
-def train_recipe(path: Path, recipe: Recipe, options: Any, words: list[str]) -> int:
+def checked_notify_urls(options: MachineOptions) -> tuple[str, ...]:
+    """Where messages go, if they can."""
+    urls = notify_urls(options.notify)
+    check_services(["notify"] if urls else [])
+    check_notify_urls(urls)
+    return urls
+
+
+def train_recipe(path: Path, recipe: Recipe, options: RunOptions, words: list[str]) -> int:
     """`finetune RECIPE`; `words`: to repeat it."""
     train(path.stem, tuple(local_modules(path)), recipe, options, words, finish)
     return 0
 
 
 def train(
-    name: str, code: tuple[Path, ...], recipe: Recipe, options: Any, words: list[str], conclude: Conclude[Result]
+    name: str,
+    code: tuple[Path, ...],
+    recipe: Recipe,
+    options: RunOptions,
+    words: Sequence[str],
+    conclude: Conclude[Result],
+    *,
+    trackers: Sequence[object] = (),
+    stop: StopRequest | None = None,
 ) -> Result:
     """Begin a run, or go on with it if `options.resume` is given and there is one.
 
     Args:
         name: of the recipe.
         code: files to keep with the run.
-        options: as in `options.RunOptions`.
         words: to type after `finetune` to repeat it.
         conclude: told how it ended; what it returns is returned.
+        trackers, stop: see `RunContext`.
     """
-    from finetune.runs import start as launch
+    from finetune.runs.context import open_context
+    from finetune.runs.resume import resume as resume_in
+    from finetune.runs.start import Plan, start
 
-    terminal = make_terminal(options.quiet)
     numerics = Numerics(options.precision, options.deterministic, options.backbone_precision or "", options.cache)
-    saving = options.given()
-    machine = make_machine(options)
+    given, machine = options.given(), make_machine(options)
     settings = Settings(
-        **{"track": "tensorboard"} | saving, log_every_steps=options.log_every_steps, report=options.report
+        **{"track": "tensorboard"} | given, log_every_steps=options.log_every_steps, report=options.report
     )
     check_services(settings.trackers)
-    opened = open_run(options.run, terminal.say) if options.run else nullcontext()
-    with opened as run:
+    terminal, notify = make_terminal(options.quiet), checked_notify_urls(options)
+    with open_context(options.run, terminal, settings, notify, trackers, stop) as context:
+        run = context.folder
         if run is not None and run.exists() and options.resume:
-            found = differences(run.read_recipe()["config"], determining_config(recipe, numerics))
+            found = differences(run.read_recipe().config, determining_config(recipe, numerics))
             if found:
                 raise UsageError(
                     f"--run {run} --resume: holds another run: {'; '.join(found)}; "
                     "give its own values, or another --run"
                 )
-            return conclude(run, launch.resume(run, machine, terminal, settings=saving), terminal)
+            return conclude(context, resume_in(context, machine, settings=given))
         if run is not None and run.exists() and run.has_checkpoint():
             raise UsageError(f"--run {run}: already holds a run; add --resume to go on with it, or give another folder")
-        run, progress = launch.start(
-            None if run is None else run.path,
-            name,
+        plan = Plan(
             recipe,
             numerics,
             machine,
-            settings,
-            terminal,
+            name,
             code=code,
             init_from=options.init_from,
             copy_frozen=options.frozen == "copy",
             skip_broken=options.skip_broken,
-            url="" if run is None else run.url,
-            command=words,
+            command=tuple(words),
         )
-        return conclude(run, progress, terminal)
+        return conclude(context, start(plan, context))
 
 
-def resume_run(options: Any) -> int:
+def resume_run(options: ResumeOptions) -> int:
     """`finetune resume`."""
     resume(options, finish)
     return 0
 
 
-def resume(options: Any, conclude: Conclude[Result]) -> Result:
-    """Go on with a run; see `train`. `options` as in `options.ResumeOptions`."""
-    from finetune.runs import start as launch
+def resume(
+    options: ResumeOptions,
+    conclude: Conclude[Result],
+    *,
+    trackers: Sequence[object] = (),
+    stop: StopRequest | None = None,
+) -> Result:
+    """Go on with a run; see `train`."""
+    from finetune.runs.context import open_context
+    from finetune.runs.resume import resume as resume_in
 
-    terminal = make_terminal(options.quiet)
-    with open_run(options.run or str(newest_unfinished().path), terminal.say) as run:
-        progress = launch.resume(
-            run,
-            make_machine(options),
-            terminal,
+    run = options.run or str(newest_unfinished().path)
+    machine, terminal, notify = make_machine(options), make_terminal(options.quiet), checked_notify_urls(options)
+    with open_context(run, terminal, Settings(), notify, trackers, stop) as context:
+        progress = resume_in(
+            context,
+            machine,
             settings=options.given(),
             epochs=options.epochs,
             lr=options.lr,
             from_file=Path(options.from_) if options.from_ else None,
             place=options.images or options.texts,
         )
-        return conclude(run, progress, terminal)
+        return conclude(context, progress)
 
 
-def finish(run: RunFolder, progress: "Progress", terminal: Terminal) -> None:
+def finish(context: "RunContext", progress: "Progress") -> None:
     """Say how it ended and what to type next. The last line is the run folder, for scripts."""
+    run, terminal = context.run, context.terminal
     terminal.say(f"\n{progress.status}: {best_text(progress.best)}")
     terminal.say("\nnext:")
     longer = 2 * max(progress.epoch, 1)
@@ -139,10 +166,10 @@ def finish(run: RunFolder, progress: "Progress", terminal: Terminal) -> None:
         f"finetune evaluate {run}": "figures by class, confusion matrix",
         f"finetune resume {run} --epochs {longer}": "train longer; after a crash, without --epochs",
     }
-    data = run.read_recipe()["config"]["data"]
-    if data.get("images") == "digits":
+    recipe, _ = split_config(run.read_recipe().config)
+    if recipe.data.place == "digits":
         hints["finetune vgg_head --images FOLDER"] = "your own images, one sub-folder a class"
-    if data.get("texts") == "messages":
+    if recipe.data.place == "messages":
         hints["finetune bert_head --texts FILE"] = "your own texts: a csv with a text and a label in each row"
     width = max(map(len, hints))
     fits = width + 4 + max(map(len, hints.values())) <= terminal.console.width
@@ -161,10 +188,11 @@ def _say_aside(text: str) -> None:
     print(printable(text), file=sys.stderr)
 
 
-def export_run(options: Any) -> int:
+def export_run(options: ExportOptions) -> int:
     """`finetune export`."""
     from finetune.export.hf_folder import export_folder
     from finetune.export.weights import FORMATS, copy_checkpoint, export
+    from finetune.store.remote import open_run
 
     with open_run(options.run, _say_aside) as run:
         if not options.weights_only:
@@ -172,8 +200,7 @@ def export_run(options: Any) -> int:
             return 0
         if options.format == "hf":
             output = Path(options.output) if options.output else run.path / "hf"
-            report = export_folder(run, options.from_, output, options.half)
-            print(report.text(), file=sys.stderr)
+            print(export_folder(run, options.from_, output, options.half).text(), file=sys.stderr)
             print(output)
             return 0
         if options.half:
@@ -182,13 +209,12 @@ def export_run(options: Any) -> int:
         allowed = [f".{options.format}"] if options.format else FORMATS
         if output.suffix not in allowed:
             raise UsageError(f"--output {output}: must end in {' or '.join(allowed)}")
-        report = export(run, options.from_, output)
-        print(report.text(), file=sys.stderr)
+        print(export(run, options.from_, output).text(), file=sys.stderr)
         print(output)
         return 0
 
 
-def predict_files(options: Any) -> int:
+def predict_files(options: PredictOptions) -> int:
     """`finetune predict`."""
     from finetune.export.predict import predict
 
@@ -207,9 +233,10 @@ def predict_files(options: Any) -> int:
     )
 
 
-def evaluate_run(options: Any) -> int:
+def evaluate_run(options: EvaluateOptions) -> int:
     """`finetune evaluate`."""
     from finetune.runs.evaluate import evaluate, show
+    from finetune.store.remote import open_run
 
     workers = check_workers(options.workers)
     with open_run(options.run, _say_aside, writes=False) as run:
@@ -222,9 +249,10 @@ def evaluate_run(options: Any) -> int:
     return 0
 
 
-def write_report_of_run(options: Any) -> int:
+def write_report_of_run(options: ReportOptions) -> int:
     """`finetune report`."""
     from finetune.report.page import report_run
+    from finetune.store.remote import open_run
 
     if options.output and Path(options.output).suffix.lower() != ".html":
         raise UsageError(f"--output {options.output}: must end in .html")

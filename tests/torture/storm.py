@@ -33,11 +33,13 @@ def install():
                 place[0] = before
         setattr(owner, name, outer)
 
-    from finetune import features, launch, train
-    within(features.Features, "fill", "f")
-    within(launch, "train", "t")
-    within(train, "validate", "v")
-    within(train, "write_checkpoint", "s")
+    from finetune.features import kept
+    from finetune.runs import start
+    from finetune.training import context, session
+    within(kept.Features, "fill", "f")
+    within(start, "train", "t")
+    within(session, "validate", "v")
+    within(context, "write_checkpoint", "s")
 
 if os.environ.get("STORM_PLACE") and any("finetune" in word for word in sys.orig_argv):
     install()

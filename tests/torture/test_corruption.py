@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Killed, assert_equal_values, comparable, metrics_lines, small_recipe, train_run
+from conftest import Killed, assert_equal_values, comparable, metrics_lines, read, small_recipe, train_run
 
 from finetune.base.files import BadFile
 from finetune.cli import main
@@ -99,7 +99,7 @@ class Bench:
             return ""
         # Whoever reads a checkpoint now must get a good one, and the same weights as without the damage.
         for file in ("latest.pt", "best.pt"):
-            ours, theirs = (checkpoint.read_checkpoint(one.checkpoints / file, one.read_recipe()["id"]) for one in (run, self.unbroken))  # fmt: skip
+            ours, theirs = (read(one, file) for one in (run, self.unbroken))
             if file == "best.pt" and "best starts anew" in text:
                 continue
             assert_equal_values(comparable(ours), comparable(theirs), file)
@@ -135,7 +135,7 @@ class Bench:
             run = RunFolder(self.folder / "copy")
             shutil.rmtree(run.path, ignore_errors=True)
             train_run(run.path, RECIPE)
-            ours, theirs = (checkpoint.read_checkpoint(one.checkpoints / "latest.pt", one.read_recipe()["id"]) for one in (run, self.unbroken))  # fmt: skip
+            ours, theirs = (read(one) for one in (run, self.unbroken))
             assert_equal_values(comparable(ours), comparable(theirs))
             # What was damaged is good again: the next run must not meet it.
             return "" if len(entry.read_bytes()) == len(good) else "not made again"

@@ -12,7 +12,7 @@ from power_loss import SCENARIOS, Disk, Operation, Recorder, lay_out
 from finetune import RunError
 from finetune.store import checkpoint
 from finetune.store.run_folder import RunFolder
-from finetune.training import loop as train
+from finetune.training import context
 
 
 def recorded_run(folder: Path, monkeypatch) -> tuple[RunFolder, list[Operation]]:
@@ -22,10 +22,10 @@ def recorded_run(folder: Path, monkeypatch) -> tuple[RunFolder, list[Operation]]
 
     def write(place, state, **options):
         path = real(place, state, **options)
-        recorder.note("saved", step=state["step"])
+        recorder.note("saved", step=state.progress.step)
         return path
 
-    monkeypatch.setattr(train, "write_checkpoint", write)
+    monkeypatch.setattr(context, "write_checkpoint", write)
     with recorder.recording():
         run = train_run(folder / "run", small_recipe(epochs=2), save_every_steps=1)
     return run, recorder.operations
@@ -53,7 +53,7 @@ def replay(run: RunFolder, operations: list[Operation], folder: Path, every: int
     Returns:
         Scenario -> moments looked at.
     """
-    run_id = run.read_recipe()["id"]
+    run_id = run.read_recipe().id
     disk, chance, saved, looked = Disk(), random.Random(1), 0, dict.fromkeys(SCENARIOS, 0)
     for number, operation in enumerate(operations):
         disk.apply(operation)
@@ -70,18 +70,18 @@ def replay(run: RunFolder, operations: list[Operation], folder: Path, every: int
             if not saved:
                 # Nothing was saved yet: the recipe is whole or not there at all.
                 if found.exists():
-                    assert found.read_recipe()["id"] == run_id, where
+                    assert found.read_recipe().id == run_id, where
                 continue
-            assert found.read_recipe()["id"] == run_id, where
+            assert found.read_recipe().id == run_id, where
             good = checkpoint.newest_good(found.checkpoints, run_id)
-            assert good is not None and good[1]["step"] >= saved, where
+            assert good is not None and good[1].progress.step >= saved, where
             latest = checkpoint.read_checkpoint(found.checkpoints / "latest.pt", run_id)
-            assert latest["step"] >= saved, where
+            assert latest.progress.step >= saved, where
             # The best so far is there under its name, or can be had from a numbered file.
-            best_step = latest["best_metric"].get("step")
+            best_step = latest.progress.best.get("step")
             if best_step:
                 best = checkpoint.read_checkpoint(found.checkpoints / "best.pt", run_id)
-                assert best["step"] <= best_step or best["step"] > latest["step"], where
+                assert best.progress.step <= best_step or best.progress.step > latest.progress.step, where
     return looked
 
 

@@ -2,12 +2,16 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import deterministic
 
 from finetune.errors import UsageError
 
+# torch makes this a property of the module, which no type checker knows.
+FILLS = "fill_uninitialized_memory"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -30,14 +34,28 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def set_numerics(deterministic: bool) -> None:
+def set_numerics(is_deterministic: bool) -> None:
     """Deterministic algorithms or fast ones. Must come before CUDA starts."""
-    if deterministic:
+    if is_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Filling fresh memory would only help against reading what was never written, and costs time.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic
+        setattr(deterministic, FILLS, False)
+    torch.use_deterministic_algorithms(is_deterministic)
+    torch.backends.cudnn.benchmark = not is_deterministic
+
+
+@contextlib.contextmanager
+def numerics_put_back() -> Iterator[None]:
+    """What `set_numerics` sets within the block is afterwards as it was, but for CUDA's own workspace."""
+    was_on = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, fills = torch.backends.cudnn.benchmark, getattr(deterministic, FILLS)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
+        torch.backends.cudnn.benchmark = benchmark
+        setattr(deterministic, FILLS, fills)
 
 
 def to_device(inputs: Tensor, device: torch.device) -> Tensor:
@@ -45,6 +63,11 @@ def to_device(inputs: Tensor, device: torch.device) -> Tensor:
     if inputs.dim() != 4:
         return inputs.to(device, non_blocking=True)
     return inputs.to(device, memory_format=torch.channels_last, non_blocking=True)
+
+
+def module_to_device(module: nn.Module, device: torch.device) -> nn.Module:
+    """A network on the device, in the memory format that convolutions are fastest in."""
+    return module.to(device).to(memory_format=torch.channels_last)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""What is told to whoever watches a run: plain values, at a few moments. Nothing that a watcher does comes back."""
+"""What is told to whoever watches a run: plain values, at a few moments."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ class Begun:
     Attributes:
         run_id: of the run; the same at each resume.
         run: the run as a person names it and types it: its folder or URL.
-        folder: where its files lie.
+        folder: where its files lie; None = it has none.
         config: every resolved value, nested; as in recipe.json.
         facts: label to text, as in the table at the start.
         step: optimizer steps done; 0 at a fresh start.
@@ -41,7 +41,7 @@ class Begun:
 
     run_id: str
     run: str
-    folder: Path
+    folder: Path | None
     config: dict[str, object]
     facts: dict[str, str]
     step: int
@@ -53,7 +53,7 @@ class Begun:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return self.folder.name if self.folder else ""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ class Pictures:
 
 
 class Tracker(Protocol):
-    """Somebody who watches. Any method may fail: that is said once, and the tracker is told no more."""
+    """Somebody who watches. Any method may fail: that is said once, and the tracker is told no more; of one that was
+    handed in from Python it reaches the caller."""
 
     name: str
 

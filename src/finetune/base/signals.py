@@ -15,10 +15,10 @@ POLITE_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGBREAK")
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop, and why.
+    """A request to stop a run, once somebody asks, and why. Any thread may ask; the run saves and stops after its step.
 
     Args:
-        go_on: what to type to go on.
+        go_on: what to type to go on; "" = nothing was saved.
     """
 
     def __init__(self, go_on: str = ""):
@@ -31,11 +31,21 @@ class StopRequest:
 
     def ask(self, reason: str) -> None:
         """Take note of a reason, like "by SIGTERM"; the first one counts."""
-        self.reason = self.reason or reason
+        self.reason = self.reason or reason or "on request"
+
+    @contextmanager
+    def in_run(self, go_on: str) -> Iterator[None]:
+        """Say what to type to go on with the run that the block is."""
+        before, self.go_on = self.go_on, go_on
+        try:
+            yield
+        finally:
+            self.go_on = before
 
     def stopped(self, where: str) -> StoppedEarly:
-        """The error that ends the run."""
-        return StoppedEarly(f"stopped {self.reason} {where}; go on with: {self.go_on}")
+        """Make the error that ends the run."""
+        hint = f"; go on with: {self.go_on}" if self.go_on else ""
+        return StoppedEarly(f"stopped {self.reason} {where}{hint}")
 
 
 def _polite_signals() -> list[signal.Signals]:
@@ -58,9 +68,19 @@ def exit_on_signals() -> None:
 
 
 @contextmanager
-def listen_for_signals(go_on: str) -> Iterator[StopRequest]:
-    """Turn polite signals into a request while the block runs. Outside the main thread: no signals, no request."""
-    request = StopRequest(go_on)
+def listen_for_signals(go_on: str, request: StopRequest | None = None) -> Iterator[StopRequest]:
+    """Turn polite signals into a request while the block runs. Outside the main thread: no signals, no request.
+
+    Args:
+        go_on: what to type to go on.
+        request: the one to ask, which others may ask too; None = a new one.
+    """
+    request = request or StopRequest()
+    with request.in_run(go_on):
+        yield from _listening(request)
+
+
+def _listening(request: StopRequest) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -15,7 +15,7 @@ from finetune.data.digits import load_digits
 from finetune.data.folder import open_folder
 from finetune.data.order import key, keyed_generator, stratified_split
 from finetune.data.preprocess import Preprocessing
-from finetune.data.source import Source
+from finetune.data.source import ImageSource, Source
 from finetune.data.table import TABLE_SUFFIXES, Columns, open_table
 from finetune.errors import UsageError
 
@@ -26,7 +26,7 @@ def open_images(
     columns: Columns = Columns(),
     classes: Sequence[str] | None = None,
     allow_outside: bool = False,
-) -> Source:
+) -> ImageSource:
     """The data set that `--images` names: `digits`, `glyphs`, a folder, or a csv, tsv or jsonl file.
 
     Args:
@@ -84,7 +84,7 @@ class ImagePipeline:
         seed: with epoch and sample index, the key of every random draw.
     """
 
-    source: Source
+    source: ImageSource
     preprocessing: Preprocessing
     augment: str
     mixup: float

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
         inputs: of those that are good, on the CPU; None where none is.
     """
 
-    where: list[dict[str, Any]]
+    where: list[dict[str, object]]
     errors: list[str]
     inputs: Tensor | None
 
@@ -108,7 +108,15 @@ class ImageInputs:
 # ---- Texts --------------------------------------------------------------------------------------------------------
 
 
-def texts_in(inputs: Iterable[str], text_column: str = "", allow_outside: bool = False) -> list[dict[str, Any]]:
+class TextInput(TypedDict):
+    """A text, and the file and line that it is from; "" where there is none."""
+
+    file: str
+    line: int | str
+    text: str
+
+
+def texts_in(inputs: Iterable[str], text_column: str = "", allow_outside: bool = False) -> list[TextInput]:
     """The texts meant: of a table the rows, of a folder every .txt file below it, a .txt file as a whole; anything else
     is a text itself.
 
@@ -118,7 +126,7 @@ def texts_in(inputs: Iterable[str], text_column: str = "", allow_outside: bool =
     Raises:
         UsageError: a file that does not exist or cannot be read, or a folder without texts.
     """
-    found: list[dict[str, Any]] = []
+    found: list[TextInput] = []
     for name in inputs:
         path, is_name = Path(name), len(name.split()) == 1
         suffix = path.suffix.lower()
@@ -156,7 +164,7 @@ def _is(what: Callable[[Path], bool], name: str) -> bool:
 class TextInputs:
     """Texts, prepared for the network."""
 
-    texts: list[dict[str, Any]]
+    texts: list[TextInput]
     tokenization: Tokenization
     noun: ClassVar[str] = "text"
     fields: ClassVar[list[str]] = ["file", "line", "text"]

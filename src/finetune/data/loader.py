@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from finetune.data.batch import Batch, Request
 from finetune.data.contents import Contents
@@ -36,7 +37,7 @@ class _PipelineDataset(Dataset):
 class _Requests:
     """The DataLoader's sampler: whatever was put into it last. Lets one set of workers serve every epoch."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requests: Iterable[Request] = ()
 
     def __iter__(self) -> Iterator[Request]:
@@ -93,7 +94,7 @@ class Loader:
         return DataLoader(
             _PipelineDataset(self._pipeline),
             batch_size=None,
-            sampler=self._requests,  # type: ignore[arg-type]
+            sampler=self._requests,
             num_workers=self._workers,
             multiprocessing_context=multiprocessing.get_context(method),
             worker_init_fn=_prepare_worker,
@@ -109,7 +110,7 @@ class Loader:
         # frame. At exit they would be sent the one SIGTERM that they ignore, and be waited for.
         iterator = None if self._loader is None else self._loader._iterator
         self._loader = None
-        if iterator is not None:
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
             iterator._shutdown_workers()
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:

@@ -4,7 +4,6 @@ export and a prediction do the same."""
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ class Preprocessing:
     mean: list[float]
     std: list[float]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse what no picture can be prepared with: it may come from a file that somebody else wrote."""
         sizes, triples = (self.image_size, self.resize_size), (self.mean, self.std)
         if not all(type(size) is int and 1 <= size <= LARGEST_IMAGE for size in sizes) or sizes[1] < sizes[0]:
@@ -80,7 +79,7 @@ class Preprocessing:
         with keyed_generator("split"):
             return torch.randn(count, 3, self.image_size, self.image_size)
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, object]:
         return dataclasses.asdict(self)
 
     @property

@@ -136,7 +136,8 @@ class TextSource:
         return self.names[index]
 
 
-Source = ArraySource | FileSource | TextSource
+ImageSource = ArraySource | FileSource
+Source = ImageSource | TextSource
 
 
 def digest_of(content: bytes) -> int:
@@ -179,7 +180,7 @@ def check_inside(folder: Path, paths: Sequence[str], what: str, noun: str = "ima
 
 
 def encode_labels(
-    labels: Sequence[str] | Sequence[tuple[str, ...]],
+    labels: Sequence[str | tuple[str, ...]],
     parts: Sequence[int] | None,
     classes: Sequence[str] | None,
     what: str,
@@ -225,7 +226,7 @@ def encode_labels(
 def make_file_source(
     folder: Path,
     paths: Sequence[str],
-    labels: Sequence[str] | Sequence[tuple[str, ...]],
+    labels: Sequence[str | tuple[str, ...]],
     parts: Sequence[int] | None,
     classes: Sequence[str] | None,
     what: str,
@@ -255,7 +256,7 @@ def make_file_source(
 def _fingerprint(
     folder: Path,
     paths: Sequence[str],
-    labels: Sequence[str] | Sequence[tuple[str, ...]],
+    labels: Sequence[str | tuple[str, ...]],
     parts: Sequence[int] | None,
 ) -> str:
     """A hash over path, size, part and labels of every file."""

@@ -8,7 +8,7 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from finetune.data.source import PART_NAMES, FileSource, check_inside, make_file_source
 from finetune.errors import UsageError, one_line
@@ -34,7 +34,7 @@ class Columns:
     separator: str = ""
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """(line number, column name to value) of each row; of a parquet file the number of the row.
 
     Raises:
@@ -64,7 +64,7 @@ def _undecodable_line(path: Path) -> int:
     return 0
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     if importlib.util.find_spec("pyarrow") is None:
         raise UsageError(f"{path}: parquet files need pyarrow; install with: pip install pyarrow, or give a csv")
     import pyarrow
@@ -81,7 +81,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UsageError(f"{path}: cannot be read ({one_line(error)}); save it anew") from None
 
 
-def _csv_rows(path: Path, stream) -> Iterator[tuple[int, dict[str, str]]]:
+def _csv_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
     header = stream.readline()
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
     stream.seek(0)
@@ -105,7 +105,7 @@ def _csv_rows(path: Path, stream) -> Iterator[tuple[int, dict[str, str]]]:
         raise UsageError(f"{path} line {begins}: {error}; check the quotes from there on") from None
 
 
-def _json_rows(path: Path, stream) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -155,7 +155,7 @@ class Row:
     where: str
     line: int
     column: str
-    content: Any
+    content: object
     label: str | tuple[str, ...] | None
     part: int | None
 
@@ -222,7 +222,7 @@ def open_table(
         UsageError: a line cannot be read, lacks a value, or names an image for the second time; names it.
     """
     lines: dict[str, int] = {}
-    labels: list[Any] = []
+    labels: list[str | tuple[str, ...]] = []
     parts: list[int] = []
     for row in sample_rows(path, columns, IMAGE_COLUMNS, "--image-column"):
         image = posixpath.normpath(_image_of(row))
@@ -232,6 +232,7 @@ def open_table(
                 "remove one line, or join their labels and give --separator"
             )
         lines[image] = row.line
+        assert row.label is not None, "the table is read with its labels"
         labels.append(row.label)
         if row.part is not None:
             parts.append(row.part)
@@ -241,7 +242,7 @@ def open_table(
     return make_file_source(path.parent, list(lines), labels, given_parts, classes, f"--images {path}")
 
 
-def plain_value(value: Any, where: str) -> Any:
+def plain_value(value: object, where: str) -> object:
     """A value as every format would give it: bytes as text, no number as nothing.
 
     Raises:
@@ -255,7 +256,7 @@ def plain_value(value: Any, where: str) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _labels(value: Any, separator: str, where: str, column: str) -> str | tuple[str, ...]:
+def _labels(value: object, separator: str, where: str, column: str) -> str | tuple[str, ...]:
     value = plain_value(value, where)
     if isinstance(value, dict):
         raise UsageError(f"{where}: column {column!r} holds a dict; give a column of labels: --label-column")

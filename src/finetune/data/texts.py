@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,10 @@ TEXT_SUFFIXES = (".txt",)
 LARGEST_FILE_BYTES = 1 << 26
 # So much of a text stands for it in a message.
 SHOWN_CHARACTERS = 40
+
+
+# One, several, or none.
+Label = str | tuple[str, ...] | None
 
 
 class BrokenText(RunError):
@@ -60,6 +63,8 @@ def open_texts(
     what, path = f"--texts {texts}", Path(os.path.expanduser(texts))
     if texts == BUNDLED:  # a folder of that name is ./messages
         path = bundled_file()
+    labels: Sequence[Label]
+    parts: list[int] | None
     if path.is_dir():
         if columns != Columns():
             raise UsageError(f"{what}: columns and --separator belong to a table; leave them out")
@@ -70,8 +75,8 @@ def open_texts(
         rows = list(sample_rows(path, columns, TEXT_COLUMNS, "--text-column", labelled=kind != "distillation"))
         contents = [text_of(row.content, row.where) for row in rows]
         names = [f"line {row.line}" for row in rows]  # not the file's name: it may be moved
-        labels, parts, ignored = [row.label for row in rows], [row.part for row in rows], 0
-        parts = parts if columns.split else None
+        labels, ignored = [row.label for row in rows], 0
+        parts = [row.part for row in rows if row.part is not None] if columns.split else None
     elif kind == "distillation" and path.is_file():
         contents = [line for line in read_text(path).splitlines() if line.strip()]
         names = [f"text {number}" for number in range(1, len(contents) + 1)]
@@ -108,7 +113,7 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path} line {line}: is not UTF-8; save the file as UTF-8") from None
 
 
-def text_of(content: Any, where: str) -> str:
+def text_of(content: object, where: str) -> str:
     """What a table holds in its text column; what is missing is "".
 
     Raises:
@@ -121,7 +126,12 @@ def text_of(content: Any, where: str) -> str:
 
 
 def _targets(
-    kind: str, labels: list[Any], parts: list[int] | None, classes: Sequence[str] | None, names: list[str], what: str
+    kind: str,
+    labels: Sequence[Label],
+    parts: list[int] | None,
+    classes: Sequence[str] | None,
+    names: list[str],
+    what: str,
 ) -> tuple[Tensor, list[str]]:
     """Targets and classes as in `TextSource`."""
     if kind == "distillation":
@@ -129,7 +139,8 @@ def _targets(
     if kind == "regression":
         numbers = [_number(label, name, what) for label, name in zip(labels, names, strict=True)]
         return torch.tensor(numbers, dtype=torch.float64), []
-    targets, found = encode_labels(labels, parts, classes, what, "text")
+    # Only what is to be distilled has no labels.
+    targets, found = encode_labels([label for label in labels if label is not None], parts, classes, what, "text")
     if classes is None and kind == "classification" and len(found) > 20 and all(map(_is_fraction, found)):
         raise UsageError(
             f"{what}: {len(found)} labels, all of them numbers ({', '.join(found[:3])}, ...): to predict numbers, give "
@@ -145,17 +156,17 @@ def _is_fraction(label: str) -> bool:
         return False
 
 
-def _number(label: Any, name: str, what: str) -> float:
+def _number(label: Label, name: str, what: str) -> float:
     try:
-        value = float(label)
-    except (TypeError, ValueError):
+        value = float(label) if isinstance(label, str) else math.nan
+    except ValueError:
         value = math.nan
     if not math.isfinite(value):
         raise UsageError(f"{what}, {name}: {label!r} is no number, and --task regression predicts numbers; mend it")
     return value
 
 
-def _fingerprint(texts: list[str], labels: list[Any], parts: list[int] | None) -> str:
+def _fingerprint(texts: list[str], labels: Sequence[Label], parts: list[int] | None) -> str:
     """A hash over every text, its label and part."""
     listing = hashlib.sha256()
     for row, (text, label) in enumerate(zip(texts, labels, strict=True)):

@@ -10,14 +10,17 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.base.files import BadFile, make_folders, write_atomically
+from finetune.base.files import BadFile, Sink, make_folders, write_atomically
 from finetune.errors import RunError, UsageError, one_line
+
+if TYPE_CHECKING:  # imported where texts are tokenized
+    from tokenizers import Tokenizer
 
 PADDING = -1
 TOKENIZER_FILE, SETTINGS_FILE = KEPT_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -36,7 +39,7 @@ def hash_of_files(files: dict[str, str]) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer(content: str, max_length: int) -> Any:
+def _tokenizer(content: str, max_length: int) -> "Tokenizer":
     """Raises: BadFile: it cannot be read."""
     from tokenizers import Tokenizer
 
@@ -47,6 +50,10 @@ def _tokenizer(content: str, max_length: int) -> Any:
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     return tokenizer
+
+
+def _write_text(content: str, stream: Sink) -> None:
+    stream.write(content.encode("utf-8"))
 
 
 def _chunks(texts: list[str]) -> Iterator[list[str]]:
@@ -115,7 +122,7 @@ class Tokenization:
     sha256: str
     files: dict[str, str] | None = dataclasses.field(default=None, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse what no text can be prepared with: it may come from a file that somebody else wrote."""
         lengths = (self.max_length, self.most_tokens)
         if not all(type(length) is int and FEWEST_TOKENS <= length <= LONGEST_TEXT_TOKENS for length in lengths):
@@ -123,7 +130,7 @@ class Tokenization:
         if type(self.vocabulary_size) is not int or self.vocabulary_size < 1 or not isinstance(self.sha256, str):
             raise ValueError("vocabulary_size must be a number above 0, sha256 a text")
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, object]:
         names = ("max_length", "most_tokens", "vocabulary_size", "sha256")
         return {name: getattr(self, name) for name in names}
 
@@ -147,7 +154,7 @@ class Tokenization:
         assert self.files is not None, "read() comes first"
         make_folders(folder)
         for name, content in self.files.items():
-            write_atomically(folder / name, lambda stream, content=content: stream.write(content.encode("utf-8")))
+            write_atomically(folder / name, functools.partial(_write_text, content))
 
     def read(self, folder: Path) -> "Tokenization":
         """The same with the files that `write` kept.

@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from finetune.base.formatting import size_text
 from finetune.base.memory import CGROUPS, limits
 from finetune.doctor.probe import NoAnswer
+
+if TYPE_CHECKING:  # imported when packages are looked at
+    from packaging.requirements import Requirement
 
 LITTLE_MEMORY_BYTES = 2_000_000_000
 LITTLE_SHARED_BYTES = 512_000_000
@@ -57,11 +60,11 @@ class Findings:
 # ---- Packages -------------------------------------------------------------------------------------------------------
 
 
-def requirements() -> dict[str, list[Any]]:
+def requirements() -> "dict[str, list[Requirement]]":
     """Extra -> what it needs; "" = what finetune itself needs."""
     from packaging.requirements import Requirement
 
-    needed: dict[str, list[Any]] = {}
+    needed: dict[str, list[Requirement]] = {}
     for line in importlib.metadata.requires("finetune") or []:
         requirement = Requirement(line)
         extra = re.search(r"extra == ['\"]([^'\"]+)['\"]", line)
@@ -87,7 +90,7 @@ def module_name(package: str) -> str:
     return usual if usual in names or not names else names[0]
 
 
-def package_facts(needed: list[Any], answers: Mapping[str, Future]) -> list[dict[str, Any]]:
+def package_facts(needed: "list[Requirement]", answers: Mapping[str, Future[dict[str, str]]]) -> list[dict[str, str]]:
     """{"name", "needs", "version", "failure"} each; "version" "" = not installed, "failure" = why it cannot be used.
 
     Args:
@@ -108,13 +111,15 @@ def package_facts(needed: list[Any], answers: Mapping[str, Future]) -> list[dict
     return rows
 
 
-def install_command(rows: list[dict[str, Any]]) -> str:
+def install_command(rows: list[dict[str, str]]) -> str:
     """What would install those that are missing or too old; "" = nothing to do."""
     wanted = [f"'{row['name']}{row['needs']}'" for row in rows if not row["version"] or row["failure"]]
     return f"pip install -U {' '.join(wanted)}" if wanted else ""
 
 
-def look_at_versions(needed: list[Any], answers: Mapping[str, Future], findings: Findings) -> dict[str, Any]:
+def look_at_versions(
+    needed: "list[Requirement]", answers: Mapping[str, Future[dict[str, str]]], findings: Findings
+) -> dict[str, str | None]:
     rows = package_facts(needed, answers)
     for row in rows:
         if not row["version"] or row["failure"]:
@@ -130,8 +135,10 @@ def look_at_versions(needed: list[Any], answers: Mapping[str, Future], findings:
     }
 
 
-def look_at_extras(needed: dict[str, list[Any]], answers: Mapping[str, Future], findings: Findings) -> dict[str, Any]:
-    facts = {}
+def look_at_extras(
+    needed: "dict[str, list[Requirement]]", answers: Mapping[str, Future[dict[str, str]]], findings: Findings
+) -> dict[str, dict[str, object]]:
+    facts: dict[str, dict[str, object]] = {}
     for extra, requirements_of in needed.items():
         rows = package_facts(requirements_of, answers)
         broken = [row for row in rows if row["version"] and row["failure"]]
@@ -163,7 +170,9 @@ def pci_gpus(folder: Path = PCI) -> dict[str, int]:
     return found
 
 
-def look_at_devices(torch_answer: Future, nvml_answer: Future, findings: Findings) -> dict[str, Any]:
+def look_at_devices(
+    torch_answer: Future[dict[str, Any]], nvml_answer: Future[dict[str, Any]], findings: Findings
+) -> dict[str, Any]:
     """Raises NoAnswer: torch crashes."""
     try:
         nvml = nvml_answer.result()
@@ -266,7 +275,7 @@ def _quota(folder: Path) -> float | None:
     return quota / period if quota > 0 and period > 0 else None
 
 
-def look_at_cpu(torch_answer: Future, findings: Findings) -> dict[str, Any]:
+def look_at_cpu(torch_answer: Future[dict[str, Any]], findings: Findings) -> dict[str, Any]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = cpu_limit()
     try:

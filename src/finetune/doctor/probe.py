@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from finetune.errors import one_line
 
@@ -79,7 +79,7 @@ def torch_facts() -> dict[str, Any]:
         "rocm_build": torch.version.hip,
         "cudnn": _cudnn_text(torch.backends.cudnn.version()),
         "cuda": cuda,
-        "cuda_failure": " ".join([why_not, *(one_line(warning.message) for warning in warned)]).strip(),
+        "cuda_failure": " ".join([why_not, *(one_line(cast(Warning, one.message)) for one in warned)]).strip(),
         "mps": torch.backends.mps.is_available(),
         "mps_build": "yes" if torch.backends.mps.is_built() else "",
         "threads": torch.get_num_threads(),
@@ -136,7 +136,7 @@ def nvml_facts() -> dict[str, Any]:
     except pynvml.NVMLError as error:
         return {"failure": one_line(error), "devices": []}
     cuda = pynvml.nvmlSystemGetCudaDriverVersion()
-    facts = {"failure": "", "driver": _text(pynvml.nvmlSystemGetDriverVersion())}
+    facts: dict[str, Any] = {"failure": "", "driver": _text(pynvml.nvmlSystemGetDriverVersion())}
     facts["cuda"] = f"{cuda // 1000}.{cuda % 1000 // 10}"
     facts["devices"] = [_nvml_device(index) for index in range(pynvml.nvmlDeviceGetCount())]
     return facts

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +30,9 @@ from finetune.doctor.checks import (
 from finetune.doctor.disk import look_at_disk
 from finetune.doctor.probe import NoAnswer, ask
 from finetune.errors import one_line
+
+if TYPE_CHECKING:  # imported when packages are looked at
+    from packaging.requirements import Requirement
 
 BUILDS = {"CUDA": "cuda_build", "cuDNN": "cudnn", "ROCm": "rocm_build", "Apple's MPS": "mps_build"}
 STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
@@ -78,10 +81,10 @@ def examine(as_json: bool) -> int:
 def look_around() -> Report:
     """Everything that there is to look at. What takes long is asked for first and answered meanwhile."""
     report = Report()
-    needed: dict[str, list[Any]] = {"": []}
+    needed: dict[str, list[Requirement]] = {"": []}
     with ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2)) as pool:
         torch_answer, nvml_answer = pool.submit(ask, "torch"), pool.submit(ask, "nvml")
-        answers: dict[str, Future] = {}
+        answers: dict[str, Future[dict[str, str]]] = {}
 
         def ask_for_imports(findings: Findings) -> list[str]:
             needed.update(requirements())
@@ -123,8 +126,8 @@ def show(report: Report, console: Console) -> None:
     findings.add_column(no_wrap=True)
     findings.add_column(overflow="fold")
     for finding in sorted(report.findings, key=lambda finding: list(STYLES).index(finding["level"])):
-        text = Text.assemble((f"{finding['about']}: ", "dim"), _clean(finding["text"]))
-        findings.add_row(Text(finding["level"], STYLES[finding["level"]]), text)
+        said = Text.assemble((f"{finding['about']}: ", "dim"), _clean(finding["text"]))
+        findings.add_row(Text(finding["level"], STYLES[finding["level"]]), said)
     console.print(findings)
     problems, notes = report.count("problem"), report.count("note")
     words = [

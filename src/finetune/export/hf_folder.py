@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from finetune.models import hub, text_encoders
 from finetune.models.heads import NO_HEAD
 from finetune.models.snippets import folder_lines, is_stock
 from finetune.store.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Marks a folder as an export of ours, which a later one may replace.
 RECORD_FILE = "finetune.json"
@@ -80,9 +83,11 @@ def export_folder(run: RunFolder, which: str, output: Path, half: bool) -> Folde
         model = _write(trained, folder, half)
         pooling = trained.backbone.options["pooling"] if trained.recipe.model.head == NO_HEAD else ""
 
+        padding = int(model.config.pad_token_id or 0)
+
         def compute(model: nn.Module, tokens: Tensor) -> Tensor:
             mask = tokens != PADDING
-            tokens = tokens.masked_fill(~mask, model.config.pad_token_id or 0)
+            tokens = tokens.masked_fill(~mask, padding)
             output = model(input_ids=tokens, attention_mask=mask.long())
             return text_encoders.pooled(output.last_hidden_state, mask, pooling) if pooling else output.logits
 
@@ -129,7 +134,7 @@ def _check_possible(trained: Trained) -> None:
     )
 
 
-def _write(trained: Trained, folder: Path, half: bool) -> nn.Module:
+def _write(trained: Trained, folder: Path, half: bool) -> "PreTrainedModel":
     """Write the folder; return what transformers loads from it."""
     from transformers import AutoTokenizer
 
@@ -138,7 +143,8 @@ def _write(trained: Trained, folder: Path, half: bool) -> nn.Module:
     is_encoder = trained.recipe.model.head == NO_HEAD
     model = _encoder(trained) if is_encoder else _classifier(trained)
     with hub.refusing(f"export {folder.name}: transformers cannot write it"):
-        model.to(torch.float16 if half else torch.float32).save_pretrained(folder)
+        nn.Module.to(model, torch.float16 if half else torch.float32)  # in place
+        model.save_pretrained(folder)
     files = tokenization.files or {}
     settings = json.loads(files[SETTINGS_FILE]) | {"model_max_length": tokenization.max_length}
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
@@ -151,9 +157,9 @@ def _write(trained: Trained, folder: Path, half: bool) -> nn.Module:
         return type(model).from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
 
 
-def _classifier(trained: Trained) -> nn.Module:
+def _classifier(trained: Trained) -> "PreTrainedModel":
     """The stock classification model, its labels named."""
-    classes, task = trained.state["data"]["classes"], trained.recipe.task.kind
+    classes, task = trained.state.data.classes, trained.recipe.task.kind
     names = dict(enumerate(classes)) or {0: "value"}
     numbers = {name: number for number, name in names.items()}
     labels = {"id2label": names, "label2id": numbers, "problem_type": PROBLEMS[task]}
@@ -164,12 +170,15 @@ def _classifier(trained: Trained) -> nn.Module:
     return model
 
 
-def _encoder(trained: Trained) -> nn.Module:
+def _encoder(trained: Trained) -> "PreTrainedModel":
     """The stock encoder, without a pooler."""
+    from transformers import PreTrainedModel
+
     with hub.refusing("the config of this backbone cannot be used"):
         network = text_encoders.build(trained.backbone.options, 1)
-    prefix = network.base_model_prefix
+    prefix = str(network.base_model_prefix)
     encoder = network.get_submodule(prefix)
+    assert isinstance(encoder, PreTrainedModel)
     _fill(encoder, {name.removeprefix(f"{prefix}."): value for name, value in trained.tensors.items()})
     return encoder
 

@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.base.files import BadFile, read_json, sha256_of_file
+from finetune.base.migrate import Steps, migrate
+from finetune.base.plain import Fields
 from finetune.data.preprocess import Preprocessing
 from finetune.data.tokens import Tokenization, tokenizer_folder
 from finetune.errors import FinetuneError, RunError, UsageError, one_line
@@ -15,29 +17,29 @@ from finetune.models.weights import load_state, read_weights
 from finetune.recipe.spec import TASKS
 
 SCHEMA_VERSION = 3
+# From the schema that is the key to the next one; 3 is the first that outlives a version of the kit.
+MIGRATIONS: Steps = {}
 
 
 def read_description(file: Path) -> dict[str, Any]:
     """The JSON beside an export.
 
     Raises:
-        RunError: missing, damaged, or of another schema.
+        RunError: missing, damaged, or of a schema that cannot be read.
     """
     path = file.with_suffix(".json")
     description = read_json(path, "description of the export")
     needed = {"task", "classes", "architecture", "preprocessing", "sha256", "files"}
-    if not isinstance(description, dict) or "schema_version" not in description:
-        raise BadFile(f"{path} does not describe an export; keep the .json that was written with it")
-    if description["schema_version"] != SCHEMA_VERSION:
-        raise RunError(
-            f"{path} has schema {description['schema_version']}, this finetune reads {SCHEMA_VERSION}; export it again "
-            "with this version"
-        )
-    classes = description.get("classes")
-    good = needed <= set(description) and isinstance(description["files"], dict) and isinstance(classes, list)
-    good = good and all(isinstance(one, str) for one in (description["sha256"], *description["files"].values()))
-    good = good and description["task"] in list(TASKS)  # a list: the value may not even be hashable
-    if not good or not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+    instead = "export it again with this version"
+    description = migrate(description, str(path), SCHEMA_VERSION, MIGRATIONS, instead)
+    try:
+        fields = Fields(description, str(path))
+        fields.text("sha256"), fields.values("files", str)
+        classes, task = fields.items("classes", str), fields.text("task")
+        good = needed <= set(description) and task in TASKS and len(set(classes)) == len(classes)
+    except BadFile:
+        good = False
+    if not good:
         raise BadFile(f"{path} does not describe an export; keep the .json that was written with it")
     return description
 

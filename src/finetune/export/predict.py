@@ -2,7 +2,7 @@
 
 import csv
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from finetune.base.device import pick_device, to_device
+from finetune.base.device import module_to_device, pick_device, to_device
 from finetune.base.formatting import json_line, printable
 from finetune.data.inputs import ImageInputs, TextInputs, image_files, texts_in
 from finetune.data.tokens import Tokenization
@@ -46,7 +46,7 @@ def predict(
         raise UsageError(f"--top-k {top_k} --batch-size {batch_size}: both must be 1 or more")
     device = pick_device(device_name)
     model, description = load_described(file)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = module_to_device(model, device)
     classes = description["classes"]
     if description["task"] == "distillation":
         raise UsageError(f"{file}: is an encoder without a head, which predicts nothing; train one: finetune bert_head")
@@ -97,10 +97,13 @@ def progress_bar() -> Progress:
 def compute(model: nn.Module, inputs: Tensor, task: Task) -> Tensor:
     """(batch, classes) probabilities, of several labels each on its own; or (batch,) numbers; on the CPU."""
     outputs = model(inputs)
-    return (task.values(outputs) if isinstance(task, RegressionTask) else task.probabilities(outputs)).cpu()
+    if isinstance(task, RegressionTask):
+        return task.values(outputs).cpu()
+    assert isinstance(task, Classifying), "nothing else predicts"
+    return task.probabilities(outputs).cpu()
 
 
-def prediction(output: Tensor, classes: list[str], top_k: int, task: Task) -> dict[str, Any]:
+def prediction(output: Tensor, classes: list[str], top_k: int, task: Task) -> dict[str, object]:
     """What is predicted of a sample, as a value."""
     if not isinstance(task, Classifying):
         return {"value": output.item()}
@@ -115,11 +118,11 @@ def prediction(output: Tensor, classes: list[str], top_k: int, task: Task) -> di
     return {**top[0], "top": top}
 
 
-def write_json_line(row: dict[str, Any]) -> None:
+def write_json_line(row: dict[str, object]) -> None:
     print(json_line(row))
 
 
-def csv_writer(fields: list[str], top_k: int):
+def csv_writer(fields: list[str], top_k: int) -> Callable[[dict[str, Any]], None]:
     """A function that writes a row as csv; the header comes first.
 
     Args:

@@ -3,13 +3,13 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.data.batch import Request
 from finetune.data.open import open_source, split_data
+from finetune.data.source import TextSource
 from finetune.data.tokens import Tokenization
 from finetune.errors import FinetuneError, RunError
 from finetune.models.backbones import Backbone
@@ -19,6 +19,7 @@ from finetune.recipe.execution import Numerics, split_config
 from finetune.recipe.spec import Recipe
 from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
+from finetune.store.state import CheckpointState
 from finetune.training.dataset import open_data
 
 COMPARED_SAMPLES = 16
@@ -46,7 +47,7 @@ class Trained:
     numerics: Numerics
     backbone: Backbone
     network: Network
-    state: dict[str, Any]
+    state: CheckpointState
     tensors: dict[str, Tensor]
     samples: Tensor
     outputs: Tensor
@@ -56,11 +57,11 @@ class Trained:
 def trained_tensors(run: RunFolder, which: str) -> Trained:
     """A checkpoint's network, ready to be written."""
     network, state = trained_network(run, which)
-    recipe, numerics = split_config(state["config"])
+    recipe, numerics = split_config(state.config)
     backbone = backbone_of_run(run, state)
     tensors = folded_state(network.module)
     samples = comparison_samples(recipe, backbone, state)
-    if scale := state["data"]["scale"]:
+    if scale := state.data.scale:
         rescale(tensors, network.last_layer_path, scale)
     folded = bool(scale) or any(True for _ in standardised_layers(network.module))
     outputs = own_outputs(network.module.eval(), samples, scale)
@@ -74,15 +75,16 @@ def own_outputs(module: nn.Module, samples: Tensor, scale: Sequence[float]) -> T
     return outputs * scale[1] + scale[0] if scale else outputs
 
 
-def comparison_samples(recipe: Recipe, backbone: Backbone, state: dict[str, Any]) -> Tensor:
+def comparison_samples(recipe: Recipe, backbone: Backbone, state: CheckpointState) -> Tensor:
     """Network inputs to compare on: of the validation set; where the data is not at hand any more, some of no
     meaning."""
     preprocessing = backbone.preprocessing
     try:
         if not isinstance(preprocessing, Tokenization):
-            data = open_data(recipe, backbone, state["data"]["skipped"])
+            data = open_data(recipe, backbone, state.data.skipped)
             return data.pipeline.fetch(Request(data.split.validation[:COMPARED_SAMPLES].tolist())).inputs
         source = open_source(recipe.data, recipe.task.kind)  # to tokenize all of it would take long
+        assert isinstance(source, TextSource)
         chosen = split_data(source, recipe).validation[:COMPARED_SAMPLES].tolist()
         return preprocessing.tokenize([source.texts[index] for index in chosen]).batch(list(range(len(chosen))))
     except FinetuneError:
@@ -103,7 +105,7 @@ def hold_against(
     Raises:
         RunError: it does not give the run's outputs.
     """
-    scale = trained.state["data"]["scale"]
+    scale = trained.state.data.scale
     largest = max(trained.outputs.abs().max().item(), 1.0)
     if scale:  # numbers around a mean: what counts is how far they lie from it, as well as float32 can say it
         largest = max((trained.outputs - scale[0]).abs().max().item(), scale[1]) + FLOAT32_SHARE * abs(scale[0])

@@ -114,21 +114,21 @@ def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "task": recipe.task.kind,
-        "classes": state["data"]["classes"],
+        "classes": state.data.classes,
         "architecture": {
             "backbone": backbone.name,
             "options": backbone.options,
             "head": recipe.model.head,
             "head_paths": network.head_paths,
             "head_width": recipe.model.head_width,
-            "outputs": state["data"]["outputs"],
+            "outputs": state.data.outputs,
             "old_classes": network.old_class_count,
             "stock": is_stock(recipe, backbone),
         },
         "preprocessing": preprocessing.to_plain(),
         "preprocessing_text": how,
-        "metrics": state["metrics"]["last_validation"],
-        "checkpoint": {"which": which, "step": state["step"]},
+        "metrics": state.progress.last_validation,
+        "checkpoint": {"which": which, "step": state.progress.step},
         "source_run": run.path.resolve().name,
         "precision_trained": trained.numerics.precision,
     }
@@ -161,7 +161,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def copy_checkpoint(run: RunFolder, which: str, output: Path | None) -> Path:
     """Copy a whole checkpoint (optimizer, generators and all) out of a run, after checking it."""
     source = run.checkpoints / f"{which}.pt"
-    read_checkpoint(source, run.read_recipe()["id"])
+    read_checkpoint(source, run.read_recipe().id)
     target = output or run.path / f"checkpoint-{which}.pt"
     if target.is_dir():
         raise UsageError(f"--output {target}: is a folder; name a file")

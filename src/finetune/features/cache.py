@@ -16,7 +16,8 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock, Timeout
 
-from finetune.base.files import read_safetensors_header
+from finetune.base.files import BadFile, read_safetensors_header
+from finetune.base.plain import Fields
 
 FOLDER_VARIABLE = "FINETUNE_CACHE"
 SUFFIX = ".safetensors"
@@ -70,9 +71,9 @@ class Entry:
     def describe(self) -> tuple[str, str]:
         """What it is of, and how many rows; for people."""
         try:
-            header = read_safetensors_header(self.path)
-            return str(header["__metadata__"]["about"]), f"{header['rows']['shape'][0]:,}"
-        except (OSError, ValueError, LookupError, TypeError):
+            header = Fields(read_safetensors_header(self.path), str(self.path))
+            return header.fields("__metadata__").text("about"), f"{header.fields('rows').items('shape', int)[0]:,}"
+        except (OSError, ValueError, LookupError, BadFile):
             return "damaged", ""
 
     def _fill_lock(self) -> FileLock:

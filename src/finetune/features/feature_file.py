@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from finetune.base.files import BadFile, read_safetensors_header
+from finetune.base.plain import Fields
 
 BLOCK_BYTES = 1 << 20
 # Blocks are whole batches of the pass that fills them, and short enough that little is lost with one.
@@ -27,6 +28,9 @@ LARGEST_BLOCK_ROWS = 4_096
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 SCHEMA = "finetune rows 1"
 WRITTEN = 1 << 32  # above the 32 bits of a checksum: 0 = not written
+# Digests, times and checksums; and rows, as they lie on the disk.
+Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 
 def rows_per_block(row_bytes: int) -> int:
@@ -90,13 +94,15 @@ def read_layout(path: Path) -> Layout:
         BadFile: not a file of rows.
     """
     try:
-        header = read_safetensors_header(path)
-        dtype = next(dtype for dtype, name in DTYPES.items() if name == header["rows"]["dtype"])
-        layout = Layout(*header["rows"]["shape"], dtype, header["__metadata__"]["about"])
+        header = Fields(read_safetensors_header(path), str(path))
+        rows, metadata = header.fields("rows"), header.fields("__metadata__")
+        dtype = next(dtype for dtype, name in DTYPES.items() if name == rows.text("dtype"))
+        count, width = rows.items("shape", int)
+        layout = Layout(count, width, dtype, metadata.text("about"))
         whole = path.stat().st_size == layout.file_bytes
-    except (ValueError, LookupError, TypeError, StopIteration) as error:
+    except (BadFile, ValueError, LookupError, TypeError, StopIteration) as error:
         raise BadFile(f"{path} is not a file of rows ({error!r})") from None
-    if not whole or header["__metadata__"]["schema"] != SCHEMA:
+    if not whole or metadata.text("schema") != SCHEMA:
         raise BadFile(f"{path} is not a whole file of rows, or one of another version")
     return layout
 
@@ -143,20 +149,20 @@ class RowFile:
                 raise BadFile(f"{self.path} was cut off while it was in use")
             done += count
 
-    def _write_at(self, content: np.ndarray, position: int) -> None:
+    def _write_at(self, content: Numbers | Bytes, position: int) -> None:
         self._stream.seek(position)
-        rest = memoryview(np.ascontiguousarray(content)).cast("B")
+        rest = np.ascontiguousarray(content).data.cast("B")
         while rest:
             rest = rest[self._stream.write(rest) :]
 
-    def _read_table(self, position: int, count: int) -> np.ndarray:
+    def _read_table(self, position: int, count: int) -> Numbers:
         table = np.empty(count, dtype="<i8")
-        self._read_into(memoryview(table).cast("B"), position)
+        self._read_into(table.data.cast("B"), position)
         return table
 
     # ---- Blocks -----------------------------------------------------------------------------------------------
 
-    def _slice(self, block: int) -> slice:
+    def _slice(self, block: int) -> "slice[int, int, int]":
         return slice(block * self.layout.block_rows, min((block + 1) * self.layout.block_rows, self.layout.count))
 
     def rows_of(self, block: int) -> range:
@@ -170,7 +176,7 @@ class RowFile:
         """The blocks that are not written."""
         return [block for block in range(self.layout.blocks) if not self.is_written(block)]
 
-    def write(self, block: int, rows: Tensor, digests: np.ndarray, changed_ns: np.ndarray) -> None:
+    def write(self, block: int, rows: Tensor, digests: Numbers, changed_ns: Numbers) -> None:
         """Write a whole block: its checksums come last."""
         part, values = self._slice(block), _bytes_of(rows)
         self.digests[part], self.changed_ns[part] = digests, changed_ns
@@ -197,11 +203,11 @@ class RowFile:
     def read_block(self, block: int, into: Tensor) -> bool:
         """Read a block into the first rows of a tensor; False if it is not what was written."""
         values = _bytes_of(into[: len(self.rows_of(block))])
-        self._read_into(memoryview(values).cast("B"), self._rows_at + self._slice(block).start * self.layout.row_bytes)
+        self._read_into(values.data.cast("B"), self._rows_at + self._slice(block).start * self.layout.row_bytes)
         return bool(self.checksums[0, block] == _checksum(values))
 
     def read_row(self, row: int, into: Tensor) -> None:
-        self._read_into(memoryview(_bytes_of(into)).cast("B"), self._rows_at + row * self.layout.row_bytes)
+        self._read_into(_bytes_of(into).data.cast("B"), self._rows_at + row * self.layout.row_bytes)
 
     def sync(self) -> None:
         os.fsync(self._stream.fileno())
@@ -220,13 +226,13 @@ def written_blocks(path: Path, layout: Layout) -> int:
     return int((checksums.reshape(2, layout.blocks) != 0).all(0).sum())
 
 
-def _bytes_of(rows: Tensor) -> np.ndarray:
+def _bytes_of(rows: Tensor) -> Bytes:
     """The bytes of a tensor, shared; numpy has no bfloat16."""
     return rows.view(torch.uint8).numpy()
 
 
-def _checksum(values: np.ndarray) -> int:
-    return zlib.crc32(memoryview(values).cast("B")) | WRITTEN
+def _checksum(values: Numbers | Bytes) -> int:
+    return zlib.crc32(values.data.cast("B")) | WRITTEN
 
 
 def _found_or_made(path: Path, layout: Layout) -> Layout:
@@ -296,7 +302,7 @@ class RowReader:
         self._used_at[slots] = self._clock
         return self._memory[torch.from_numpy(slots * self._rows + places)]
 
-    def _fetch(self, wanted: np.ndarray) -> None:
+    def _fetch(self, wanted: Numbers) -> None:
         """Bring blocks into memory, in the place of those that were not used for longest."""
         self._clock += 1
         present = self._slot_of_block[wanted]

@@ -7,11 +7,10 @@ of about equal length are in one batch.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +68,7 @@ class Pass:
     compute: Callable[[Tensor], Tensor]
     width: int
     dtype: torch.dtype
-    identity: dict[str, Any]
+    identity: Mapping[str, object]
     source: Source
     loader: Loader
     about: str
@@ -98,7 +97,7 @@ class KeptRows:
     def _key(self) -> str:
         chosen = hashlib.sha256(self.samples.numpy().astype("<i8").tobytes()).hexdigest()
         rows = {"block": self.layout.block_rows, "batch": BATCH_ROWS, "type": str(self.layout.dtype)}
-        parts = self.run.identity | {"schema": SCHEMA, "rows": rows, "samples": chosen, "view": self.view}
+        parts = {**self.run.identity, "schema": SCHEMA, "rows": rows, "samples": chosen, "view": self.view}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
@@ -138,7 +137,8 @@ class KeptRows:
 
     def _changed_blocks(self, terminal: Terminal, stop: StopRequest) -> list[int]:
         """The blocks of image files that have another content now. Only files with another time are read."""
-        file, source, changed, said = self.file, self.run.source, [], False
+        file, source, said = self.file, self.run.source, False
+        changed: list[int] = []
         if not isinstance(source, FileSource):
             return changed
         for block in range(self.layout.blocks):
@@ -208,7 +208,7 @@ class KeptRows:
             rows = torch.arange(numbers.start, numbers.stop)
             if self.run.lengths is not None:
                 rows = rows[self.run.lengths[self.samples[rows]].argsort(stable=True)]
-            yield from rows.split(BATCH_ROWS)
+            yield from torch.split(rows, BATCH_ROWS)
 
     def _digest_of_broken(self, index: int, reason: str) -> int:
         """Of a file that cannot be decoded, to know it again; `UNREADABLE` where it cannot even be read.

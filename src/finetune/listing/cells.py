@@ -3,7 +3,6 @@
 import datetime
 import math
 import time
-from typing import Any
 
 from finetune.base.formatting import number_text, printable
 from finetune.listing.found import FoundRun
@@ -11,7 +10,7 @@ from finetune.listing.found import FoundRun
 STATE_STYLES = {"running": "bold green", "resumable": "yellow", "new": "yellow", "damaged": "bold red"}
 
 
-def to_plain(run: FoundRun) -> dict[str, Any]:
+def to_plain(run: FoundRun) -> dict[str, object]:
     """A run for `--json`."""
     owner = run.owner
     return {
@@ -31,7 +30,7 @@ def to_plain(run: FoundRun) -> dict[str, Any]:
     }
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """A value without the numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}

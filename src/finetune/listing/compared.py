@@ -1,7 +1,6 @@
 """Two runs side by side: what was different, and what came of it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -54,7 +53,7 @@ class Comparison:
     """
 
     runs: tuple[FoundRun, FoundRun]
-    options: dict[str, tuple[Any, Any]]
+    options: dict[str, tuple[object, object]]
     same_data: bool | None
     same_frozen: bool | None
     epochs: dict[int, dict[str, tuple[float | None, float | None]]]
@@ -74,7 +73,7 @@ class Comparison:
         frozen = same(one.frozen_sha256, other.frozen_sha256)
         return cls((one, other), options, same(one.fingerprint, other.fingerprint), frozen, epochs)
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, object]:
         """For `--json`."""
         return {
             "runs": [to_plain(run) for run in self.runs],

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.base.events import Best
+from finetune.base.files import BadFile
 from finetune.base.lock import LOCK_FILE, OWNER_FILE, Owner, is_held, owner_from_text
 from finetune.errors import RunError, UsageError
 from finetune.recipe.serialize import flatten
-from finetune.store.run_folder import RunFolder, peek
+from finetune.store.run_folder import RunFolder, RunRecord, peek
 
 STATES = ("running", "resumable", "new", "damaged", "stopped early", "finished")
 LARGEST_RECIPE_BYTES, LARGEST_OWNER_LETTERS = 1 << 24, 1 << 12
@@ -38,7 +40,7 @@ class FoundRun:
         owner: the process that runs it, if it is known.
         options: name -> value: of the recipe, and how it is run.
         epochs_done, epochs: whole ones, and to be done; None = not known.
-        best: {"metric", "value", "step", "epoch"} of the best validation, or {}.
+        best: the best validation, if there was one.
         seconds: of training, until the last line of its log; None = no line.
         files: (device, inode) -> bytes on the disk.
         changed: seconds of the epoch; 0 = not known.
@@ -53,7 +55,7 @@ class FoundRun:
     step: int = 0
     epochs_done: int | None = None
     epochs: int | None = None
-    best: dict[str, Any] = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
     seconds: float | None = None
     files: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
     changed: float = 0.0
@@ -149,10 +151,10 @@ def describe(path: Path) -> FoundRun:
         values["files"], values["changed"] = _files(path)
         values["seconds"] = training_seconds(run.metrics_file)
         record = _read_recipe(run)
-        values["options"] = flatten(record["config"]) | flatten(record["settings"]) | {"init_from": record["init_from"]}
-        epochs = record["config"].get("epochs")
+        values["options"] = flatten(record.config) | flatten(record.settings) | {"init_from": record.init_from}
+        epochs = record.config.get("epochs")
         values["epochs"] = epochs if isinstance(epochs, int) and epochs > 0 else None
-        values |= _progress(run, record["id"], values["epochs"])
+        values |= _progress(run, record.id, values["epochs"])
     except (RunError, OSError, RecursionError) as error:
         values |= {"state": "damaged", "note": _why(error)}
         if run.begun_file.exists():  # until its recipe is there
@@ -170,7 +172,7 @@ def _why(error: Exception) -> str:
     return str(error) if isinstance(error, RunError) else f"its recipe is damaged ({error!r}); restore it from a copy"
 
 
-def _read_recipe(run: RunFolder) -> dict[str, Any]:
+def _read_recipe(run: RunFolder) -> RunRecord:
     if run.exists() and run.recipe_file.stat().st_size > LARGEST_RECIPE_BYTES:
         raise RunError(f"recipe of the run {run.recipe_file} is too large for one; restore it from a copy")
     if not run.exists() and _is_there(run.recipe_file):
@@ -192,34 +194,23 @@ def _progress(run: RunFolder, run_id: str, epochs: int | None) -> dict[str, Any]
         return {"epochs_done": 0}
     try:
         state = peek(path)
-    except RunError as error:
+    except BadFile as error:
         raise RunError(f"{error}; an older checkpoint may be good: finetune resume {run}") from None
-    if state.get("run_id") != run_id:
+    if state.run_id != run_id:
         raise RunError(f"{path} is of another run than recipe.json says; restore it from a copy")
-    status = {"running": "resumable"}.get(state["status"], state["status"])
-    try:
-        extensions = state["scheduler"]["extensions"]
-        values = {
-            "state": status,
-            "step": int(state["step"]),
-            "epochs_done": int(state["epoch"]),
-            "epochs": int(extensions[-1]["epochs"]) if extensions else epochs,
-            "best": _best(state["best_metric"]),
-            "fingerprint": str(state["data"]["fingerprint"]),
-            "frozen_sha256": str(state["frozen"]["sha256"]),
-        }
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
-        raise RunError(f"{path} does not say how far it is ({error!r}); restore it from a copy") from None
+    progress = state.progress
+    status = {"running": "resumable"}.get(progress.status, progress.status)
     if status not in STATES:
         raise RunError(f"{path} has the status {status!r}, which is none; restore it from a copy")
-    return values
-
-
-def _best(best: dict[str, Any]) -> dict[str, Any]:
-    if not best:
-        return {}
-    numbers = {name: int(best[name]) for name in ("step", "epoch")}
-    return {"metric": str(best["metric"]), "value": float(best["value"])} | numbers
+    return {
+        "state": status,
+        "step": progress.step,
+        "epochs_done": progress.epoch,
+        "epochs": progress.extensions[-1]["epochs"] if progress.extensions else epochs,
+        "best": progress.best,
+        "fingerprint": state.data.fingerprint,
+        "frozen_sha256": state.frozen.sha256,
+    }
 
 
 NOBODY_KNOWN = Owner(0, "", "", "")

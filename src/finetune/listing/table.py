@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -21,6 +21,9 @@ from finetune.listing.cells import STATE_STYLES, ago_text, best_cell, epochs_tex
 from finetune.listing.found import STATES, FoundRun, differing
 from finetune.recipe.spec import LOWER_IS_BETTER
 
+if TYPE_CHECKING:
+    from _typeshed import SupportsRichComparison
+
 GAP = "  "
 INDENT = 4
 # A longer name is shortened, the more the narrower the terminal is.
@@ -36,7 +39,7 @@ def _natural(text: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if number % 2 else (1, 0, part) for number, part in enumerate(parts)]
 
 
-def _best_first(run: FoundRun) -> tuple:
+def _best_first(run: FoundRun) -> tuple[object, ...]:
     """Runs without a best come last; of several metrics, each has its own stretch."""
     if not run.best:
         return (1,)
@@ -48,7 +51,7 @@ def _best_first(run: FoundRun) -> tuple:
     return 0, run.best["metric"], value, _natural(run.name)
 
 
-SORT_KEYS: dict[str, Callable[[FoundRun], Any]] = {
+SORT_KEYS: "dict[str, Callable[[FoundRun], SupportsRichComparison]]" = {
     "name": lambda run: _natural(run.name),
     "state": lambda run: (STATES.index(run.state), -run.changed),
     "best": _best_first,
@@ -97,6 +100,9 @@ def _columns(runs: list[FoundRun], longest_name: int) -> list[list[Column]]:
         is_top = bool(run.best) and rivals[run.best["metric"]] > 1 and run.best["value"] == tops[run.best["metric"]]
         return Text(best_cell(run, with_metric=len(tops) > 1), "bold" if is_top else "")
 
+    def option(name: str) -> Callable[[FoundRun], str]:
+        return lambda run: value_text(run.options.get(name))
+
     def column(label: str, text: Callable[[FoundRun], str], on_right: bool = True) -> Column:
         return Column(label, [Text(text(run)) for run in runs], on_right)
 
@@ -110,7 +116,7 @@ def _columns(runs: list[FoundRun], longest_name: int) -> list[list[Column]]:
         [column("time", lambda run: duration_text(run.seconds))],
         [column("size", lambda run: size_text(run.size_bytes))],
         [column("changed", lambda run: ago_text(run.changed))],
-        [column(printable(name), lambda run, name=name: value_text(run.options.get(name))) for name in options],
+        [column(printable(name), option(name)) for name in options],
     ]
 
 

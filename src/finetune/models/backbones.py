@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,16 @@ class Backbone:
     def reads_texts(self) -> bool:
         return isinstance(self.preprocessing, Tokenization)
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, object]:
         """What `backbone_from_plain` makes it from again."""
         return {"name": self.name, "options": self.options, "preprocessing": self.preprocessing.to_plain()}
 
 
-def backbone_from_plain(plain: dict[str, Any]) -> Backbone:
+def backbone_from_plain(plain: Mapping[str, Any]) -> Backbone:
     """The backbone that a run or an export describes; nothing is looked up. A text encoder's tokenizer is a file of its
     own: `Tokenization.read`."""
     name, options = plain["name"], plain["options"]
+    build: Callable[[int], nn.Module]
     if "pooling" in options:
         build = functools.partial(text_encoders.build, options)
         return Backbone(name, build, Tokenization(**plain["preprocessing"]), text_encoders.STOCK_LINES, options)
@@ -82,7 +83,7 @@ def backbone_from_plain(plain: dict[str, Any]) -> Backbone:
     return Backbone(name, build, preprocessing, stock_lines, options)
 
 
-def backbone_of_export(description: dict[str, Any]) -> Backbone:
+def backbone_of_export(description: Mapping[str, Any]) -> Backbone:
     """The backbone that an export's JSON describes."""
     architecture = description["architecture"]
     plain = {"name": architecture["backbone"], "options": architecture["options"]}
@@ -162,7 +163,7 @@ def default_member(name: str) -> WeightsEnum:
     return next((member for member in (default, *members(name)) if not member_options(name, member)), default)
 
 
-def member_options(name: str, member: WeightsEnum) -> dict[str, Any]:
+def member_options(name: str, member: WeightsEnum) -> dict[str, object]:
     """What the builder must be told for these weights: a vision transformer is built for one image size."""
     smallest = member.meta["min_size"][0]
     return {"image_size": smallest} if name.startswith("vit_") and smallest != 224 else {}
@@ -185,11 +186,11 @@ def torchvision_backbone(name: str, member: WeightsEnum) -> Backbone:
     )
 
 
-def _arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
+def _arguments(name: str, options: dict[str, object]) -> dict[str, object]:
     return ({"init_weights": False} if name in NO_OWN_INITIALISATION else {}) | options
 
 
-def _build_torchvision(name: str, options: dict[str, Any], class_count: int) -> nn.Module:
+def _build_torchvision(name: str, options: dict[str, object], class_count: int) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, num_classes=class_count, **_arguments(name, options))
 
 
@@ -199,7 +200,9 @@ def check_image_size(backbone: Backbone, image_size: int) -> None:
     Raises:
         UsageError: says which it can.
     """
-    if image_size == backbone.preprocessing.image_size and "config" not in backbone.options:
+    own = backbone.preprocessing
+    assert isinstance(own, Preprocessing), "it reads texts"
+    if image_size == own.image_size and "config" not in backbone.options:
         return  # what torchvision's own weights were trained at
     model = build_shapes(backbone.build, 2).eval()
     model.training = True  # the root's own switch: auxiliary heads want to be fed as well
@@ -213,7 +216,7 @@ def check_image_size(backbone: Backbone, image_size: int) -> None:
         return True
 
     if not fits(image_size):
-        sizes = sorted({*CANDIDATE_SIZES, backbone.preprocessing.image_size})
+        sizes = sorted({*CANDIDATE_SIZES, own.image_size})
         allowed = [str(size) for size in sizes if fits(size)]
         can = f"it can take {', '.join(allowed)}" if allowed else "nor any other size: give another backbone"
         raise UsageError(f"--image-size {image_size}: {backbone.name} cannot take it; {can}")

@@ -34,116 +34,145 @@ class Rule:
     from_epoch: int = 0
 
 
-@dataclass(frozen=True)
-class FreezeMap:
-    """The rules, and whether BatchNorm layers that train also go on learning their statistics."""
-
-    rules: tuple[Rule, ...]
-    batchnorm: bool = False
-
-
 def _matches(pattern: str, path: str) -> bool:
     parts = path.split(".")
     return any(fnmatchcase(".".join(parts[:length]), pattern) for length in range(1, len(parts) + 1))
 
 
-def phase_of(rules: Sequence[Rule], epoch: int) -> int:
-    """How many thaws have happened by `epoch`: 0 before the first."""
-    return len({rule.from_epoch for rule in rules if rule.trainable and 0 < rule.from_epoch <= epoch})
+class FreezeMap:
+    """Which modules of a network train, and from which epoch on. Everything that asks, asks `at(epoch)`.
 
-
-def check_rules(model: nn.Module, rules: Sequence[Rule]) -> None:
-    """Every rule must match some module and every parameter's module some rule.
-
-    Raises:
-        UsageError: naming the rule and the nearest paths, or the first module that no rule covers.
+    Args:
+        module: the network.
+        rules: in order; the first match wins.
+        batchnorm: whether BatchNorm layers that train also go on learning their statistics.
     """
-    paths = [path for path, _ in model.named_modules() if path]
-    for rule in rules:
-        if rule.pattern != "*" and not any(_matches(rule.pattern, path) for path in paths):
-            nearest = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.0)
-            raise UsageError(f"freeze rule {rule.pattern!r} matches no module; the nearest are {', '.join(nearest)}")
-    for path, module in model.named_modules():
-        if any(True for _ in module.parameters(recurse=False)) and _first_match(rules, path) is None:
-            raise UsageError(f"no freeze rule covers module {path!r}; end the list with ('*', frozen)")
+
+    def __init__(self, module: nn.Module, rules: Sequence[Rule], batchnorm: bool = False):
+        self.module, self.rules, self.batchnorm = module, tuple(rules), batchnorm
+
+    def check(self) -> None:
+        """Every rule must match some module and every parameter's module some rule.
+
+        Raises:
+            UsageError: naming the rule and the nearest paths, or the first module that no rule covers.
+        """
+        paths = [path for path, _ in self.module.named_modules() if path]
+        for rule in self.rules:
+            if rule.pattern != "*" and not any(_matches(rule.pattern, path) for path in paths):
+                nearest = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.0)
+                raise UsageError(
+                    f"freeze rule {rule.pattern!r} matches no module; the nearest are {', '.join(nearest)}"
+                )
+        for path, module in self.module.named_modules():
+            if any(True for _ in module.parameters(recurse=False)) and self._rule_of(path) is None:
+                raise UsageError(f"no freeze rule covers module {path!r}; end the list with ('*', frozen)")
+
+    def at(self, epoch: int) -> "Freeze":
+        """What is frozen in an epoch, counted from 0."""
+        return Freeze(self, epoch)
+
+    def thaws_before(self, epoch: int) -> int:
+        """How many thaws have happened by `epoch`: 0 before the first."""
+        return len({rule.from_epoch for rule in self.rules if rule.trainable and 0 < rule.from_epoch <= epoch})
+
+    def trains(self, path: str, epoch: int) -> bool:
+        """Whether the module at `path` trains in an epoch."""
+        rule = self._rule_of(path)
+        return rule is not None and rule.trainable and epoch >= rule.from_epoch
+
+    def _rule_of(self, path: str) -> Rule | None:
+        return next((rule for rule in self.rules if rule.pattern == "*" or _matches(rule.pattern, path)), None)
 
 
-def _first_match(rules: Sequence[Rule], path: str) -> Rule | None:
-    return next((rule for rule in rules if rule.pattern == "*" or _matches(rule.pattern, path)), None)
+@dataclass(frozen=True)
+class Freeze:
+    """The freeze map in one epoch."""
+
+    map: FreezeMap
+    epoch: int
+
+    @property
+    def number(self) -> int:
+        """Thaws before it: the phases of training are counted so."""
+        return self.map.thaws_before(self.epoch)
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module, bool]]:
+        """(path, module, whether it trains)."""
+        for path, module in self.map.module.named_modules():
+            yield path, module, self.map.trains(path, self.epoch)
+
+    def apply(self) -> list[str]:
+        """Set `requires_grad` of every parameter, and let go of old gradients.
+
+        Returns:
+            Names of the parameters that train, in the network's order.
+
+        Raises:
+            UsageError: nothing trains.
+        """
+        trainable = []
+        for path, module, trains in self._modules():
+            for name, parameter in module.named_parameters(path, recurse=False):
+                parameter.requires_grad_(trains)
+                parameter.grad = None
+                if trains:
+                    trainable.append(name)
+        if not trainable:
+            raise UsageError(
+                f"nothing trains in epoch {self.epoch}: no freeze rule marks a module with parameters trainable"
+            )
+        return trainable
+
+    def modes(self) -> list[str]:
+        """Put each module in train mode if its own path matches a trainable rule, else in eval mode.
+
+        Called before each stretch of training: `model.train()` is never trusted.
+
+        Returns:
+            Paths of the modules held in eval mode.
+        """
+        held = []
+        for path, module, trains in self._modules():
+            # The flag is set on the module alone; `module.train(mode)` would set it on everything below.
+            module.training = trains and (self.map.batchnorm or not isinstance(module, _BatchNorm))
+            if path and not module.training:
+                held.append(path)
+        # torchvision computes auxiliary heads only while the root is in train mode; its other modules have their own
+        # flag.
+        root = self.map.module
+        if has_auxiliary_heads(root):
+            auxiliary = (value for name, value in root.named_parameters() if name.lower().startswith("aux"))
+            root.training |= any(value.requires_grad for value in auxiliary)
+        return held
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Parameters and buffers of every frozen module, by name: what a checkpoint need not hold."""
+        tensors: dict[str, Tensor] = {}
+        for path, module, trains in self._modules():
+            if not trains:
+                tensors |= {name: value.detach() for name, value in module.named_parameters(path, recurse=False)}
+                if not isinstance(module, Standardised):  # measured on the data, wherever it stands
+                    tensors |= dict(module.named_buffers(path, recurse=False))
+        kept = self.map.module.state_dict()  # some buffers are computed from the config and never saved
+        return {name: value for name, value in tensors.items() if name in kept}
+
+    def changeable(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold, by name: everything trainable, and every buffer that can change."""
+        frozen = self.frozen()
+        return {name: value for name, value in self.map.module.state_dict().items() if name not in frozen}
+
+    def sha256(self) -> str:
+        """Over the frozen tensors."""
+        return hash_tensors(self.frozen())
 
 
-def _is_trainable(rules: Sequence[Rule], path: str, epoch: int) -> bool:
-    rule = _first_match(rules, path)
-    return rule is not None and rule.trainable and epoch >= rule.from_epoch
-
-
-def apply_freeze(model: nn.Module, rules: Sequence[Rule], epoch: int) -> list[str]:
-    """Set `requires_grad` of every parameter as the rules say for `epoch`.
-
-    Returns:
-        Names of the parameters that train, in the model's order.
-
-    Raises:
-        UsageError: nothing trains.
-    """
-    trainable = []
-    for path, module in model.named_modules():
-        trains = _is_trainable(rules, path, epoch)
-        for name, parameter in module.named_parameters(path, recurse=False):
-            parameter.requires_grad_(trains)
-            parameter.grad = None
-            if trains:
-                trainable.append(name)
-    if not trainable:
-        raise UsageError(f"nothing trains in epoch {epoch}: no freeze rule marks a module with parameters trainable")
-    return trainable
-
-
-def set_modes(model: nn.Module, rules: Sequence[Rule], batchnorm: bool, epoch: int) -> list[str]:
-    """Put each module in train mode if its own path matches a trainable rule, else in eval mode.
-
-    Called before each stretch of training: `model.train()` is never trusted.
-
-    Returns:
-        Paths of the modules held in eval mode.
-    """
-    held = []
-    for path, module in model.named_modules():
-        # The flag is set on the module alone; `module.train(mode)` would set it on everything below.
-        module.training = _is_trainable(rules, path, epoch) and (batchnorm or not isinstance(module, _BatchNorm))
-        if path and not module.training:
-            held.append(path)
-    # torchvision computes auxiliary heads only while the root is in train mode; its other modules have their own flag.
-    if has_auxiliary_heads(model):
-        auxiliary = (value for name, value in model.named_parameters() if name.lower().startswith("aux"))
-        model.training |= any(value.requires_grad for value in auxiliary)
-    return held
-
-
-def learning_statistics(model: nn.Module) -> list[Tensor]:
+def learning_statistics(module: nn.Module) -> list[Tensor]:
     """The running statistics that a forward pass would move, as modes are set now."""
     return [
-        buffer for module in model.modules() if isinstance(module, _BatchNorm) and module.training
-        for buffer in module.buffers(recurse=False)
+        buffer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.training
+        for buffer in layer.buffers(recurse=False)
     ]  # fmt: skip
-
-
-def frozen_tensors(model: nn.Module, rules: Sequence[Rule], epoch: int) -> dict[str, Tensor]:
-    """Parameters and buffers of every module that is frozen in `epoch`: what a checkpoint need not hold."""
-    tensors = {}
-    for path, module in model.named_modules():
-        if not _is_trainable(rules, path, epoch):
-            tensors |= {name: value.detach() for name, value in module.named_parameters(path, recurse=False)}
-            if not isinstance(module, Standardised):  # measured on the data, wherever it stands
-                tensors |= dict(module.named_buffers(path, recurse=False))
-    kept = model.state_dict()  # some buffers are computed from the config and never saved
-    return {name: value for name, value in tensors.items() if name in kept}
-
-
-def changeable_tensors(model: nn.Module, rules: Sequence[Rule], epoch: int) -> dict[str, Tensor]:
-    """What a checkpoint must hold: everything trainable, and every buffer that can change."""
-    frozen = frozen_tensors(model, rules, epoch)
-    return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:

@@ -6,7 +6,7 @@ weight and bias, so that what is shipped is a plain `nn.Linear` (or, for Squeeze
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +167,8 @@ def attach_head(
         plain = nn.Conv2d(width, class_count, 1) if isinstance(first, nn.Conv2d) else nn.Linear(width, class_count)
         head = nn.Sequential(first, nn.ReLU(), nn.Dropout(dropout), plain)
     elif kind == "append":
-        old_classes = old.out_channels if isinstance(old, nn.Conv2d) else old.out_features
+        # Of a linear layer, whoever made it: what a module has besides its own is of no known type.
+        old_classes = old.out_channels if isinstance(old, nn.Conv2d) else cast(int, old.out_features)
         last = StandardisedConv2d if isinstance(old, nn.Conv2d) else StandardisedLinear
         head = nn.Sequential(old, last(old_classes, class_count, dropout, measured=measured))
     elif kind == NO_HEAD:
@@ -189,7 +190,7 @@ def standardised_layers(model: nn.Module) -> Iterator[tuple[str, Standardised]]:
 
 
 @torch.no_grad()
-def standardise(model: nn.Module, batches: Iterable[Tensor], forward: Callable[[Tensor], Any] | None = None) -> None:
+def standardise(model: nn.Module, batches: Iterable[Tensor], forward: Callable[[Tensor], object] | None = None) -> None:
     """Measure mean and deviation of what enters each standardised layer, and store them in its buffers.
 
     One pass in eval mode; sums in float64.
@@ -199,15 +200,15 @@ def standardise(model: nn.Module, batches: Iterable[Tensor], forward: Callable[[
         forward: runs a batch through the model; None = the model itself.
     """
     forward = forward or model
-    sums: dict[str, list] = {}
+    sums: dict[str, tuple[int, Tensor, Tensor]] = {}
     hooks = []
     layers = {path: layer for path, layer in standardised_layers(model) if layer.measured}
 
-    def hook_for(path: str):
-        def add(_module, inputs):
+    def hook_for(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             features = layers[path].by_feature(inputs[0].cpu().double())  # MPS has no float64
             count, total, squares = sums.get(path, (0, 0.0, 0.0))
-            sums[path] = [count + len(features), total + features.sum(0), squares + features.square().sum(0)]
+            sums[path] = count + len(features), total + features.sum(0), squares + features.square().sum(0)
 
         return add
 

@@ -137,7 +137,7 @@ def hash_of_folder(folder: Path) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def only_logits(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
+def only_logits(_module: nn.Module, _inputs: object, output: Any) -> Tensor:
     """A forward hook: a hook, not a wrapper, for a wrapper would change the names of all parameters."""
     return output.logits
 

@@ -54,11 +54,12 @@ def _preprocessing(folder: Path, config: Any) -> Preprocessing:
     given = processor.to_dict()
     size = given.get("size") or {}
     crop = given.get("crop_size") if given.get("do_center_crop") else None
-    edge = size.get("shortest_edge")
+    # Numbers, if its file is as it should be: `Preprocessing` refuses all else.
+    edge: Any = size.get("shortest_edge")
     keep_proportions = edge is not None
     if edge is None:
         edge = size.get("height")
-    image_size = (crop or {}).get("height", edge)
+    image_size: Any = (crop or {}).get("height", edge)
     if (fraction := given.get("crop_pct")) and keep_proportions:
         # ConvNeXt's rule: small pictures are cut out of a larger one, large ones squeezed.
         image_size, keep_proportions = edge, edge < 384

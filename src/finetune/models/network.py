@@ -9,12 +9,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finetune.base.files import BadFile, copy_file, link_or_copy, read_json, sha256_of_file, write_json
+from finetune.base.plain import Fields
 from finetune.data.order import keyed_generator
 from finetune.data.tokens import PADDING
 from finetune.errors import RunError, UsageError, one_line
 from finetune.models import hub, huggingface, text_encoders
 from finetune.models.backbones import Backbone
-from finetune.models.freeze import Rule, in_eval
+from finetune.models.freeze import FreezeMap, Rule, in_eval
 from finetune.models.heads import (
     NO_HEAD,
     attach_head,
@@ -26,6 +27,7 @@ from finetune.models.heads import (
 )
 from finetune.models.shapes import build_shapes
 from finetune.models.weights import Weights, load_backbone_weights, locate, read_weights, stock_names
+from finetune.recipe.spec import Trainable
 
 # Of the largest output: so much may rounding move where a text stands in a larger batch.
 PADDING_SHARE = 1e-3
@@ -61,8 +63,8 @@ class Network:
         """Of the head, if there is one."""
         return self.module.get_submodule(self.last_layer_path) if self.head_kind != NO_HEAD else None
 
-    def rules(self, rules: tuple[tuple[str, str, int], ...]) -> tuple[Rule, ...]:
-        """The recipe's freeze rules with "head" replaced by the paths of what trains of it.
+    def freeze_map(self, trainable: Trainable) -> FreezeMap:
+        """A recipe's freeze rules, with "head" replaced by the paths of what trains of it.
 
         Raises:
             UsageError: a state that is neither "trainable" nor "frozen".
@@ -70,14 +72,15 @@ class Network:
         # The old layer under an appended head stays as it is.
         heads = [f"{self.head_paths[-1]}.1"] if self.head_kind == "append" else self.head_paths
         heads = [*self.new_paths, *(heads if self.head_kind != NO_HEAD else [])]
-        for pattern, state, _ in rules:
+        for pattern, state, _ in trainable.rules:
             if state not in ("trainable", "frozen"):
                 raise UsageError(f"freeze rule {pattern!r}: {state!r} is not allowed; give 'trainable' or 'frozen'")
-        return tuple(
+        rules = [
             Rule(path, state == "trainable", epoch)
-            for pattern, state, epoch in rules
+            for pattern, state, epoch in trainable.rules
             for path in (heads if pattern == "head" else [pattern])
-        )
+        ]
+        return FreezeMap(self.module, rules, trainable.batchnorm)
 
 
 def build_network(
@@ -199,7 +202,7 @@ def store_frozen(
         link: whether to keep a hard link where a reference would do; not in a folder that is uploaded.
     """
     folder.mkdir(exist_ok=True)
-    record = {"kind": "none", "file": "", "reference": "", "sha256": ""}
+    record: dict[str, str] = {"kind": "none", "file": "", "reference": "", "sha256": ""}
     if weights is not None:
         # A cache is never overwritten; a file of the user's may be, and a hard link with it.
         place = copy_file if copy or not weights.reference else link_or_copy
@@ -221,7 +224,7 @@ def store_frozen(
         link_or_copy(temporary, path)
         temporary.unlink()
         record |= {"kind": "tensors", "file": path.name, "sha256": sha256_of_file(path)}
-    write_json(folder / "frozen.json", record)
+    write_json(folder / "frozen.json", {**record})
 
 
 def load_frozen(folder: Path) -> tuple[str, dict[str, Tensor] | None]:
@@ -230,21 +233,23 @@ def load_frozen(folder: Path) -> tuple[str, dict[str, Tensor] | None]:
     Raises:
         RunError: the file is gone, or holds other bytes.
     """
-    record = read_json(folder / "frozen.json", "record of the frozen weights")
-    if record["kind"] == "none":
-        return "none", None
-    if record["file"]:
-        path = folder / record["file"]
+    record_file = folder / "frozen.json"
+    fields = Fields(read_json(record_file, "record of the frozen weights"), str(record_file))
+    kind, sha256 = fields.text("kind"), fields.text("sha256")
+    if kind == "none":
+        return kind, None
+    if file := fields.text("file"):
+        path = folder / file
         if path.parent != folder:
-            raise BadFile(f"{folder / 'frozen.json'} names {record['file']}, which lies outside {folder}; restore it")
+            raise BadFile(f"{record_file} names {file}, which lies outside {folder}; restore it")
         if not path.exists():
-            raise RunError(f"frozen weights {path} are gone; put the file with sha256 {record['sha256']} there")
+            raise RunError(f"frozen weights {path} are gone; put the file with sha256 {sha256} there")
         found = hub.hash_of_folder(path) if path.is_dir() else sha256_of_file(path)
     else:
-        path, found = locate(record["reference"])
-    if found != record["sha256"]:
+        path, found = locate(fields.text("reference"))
+    if found != sha256:
         raise RunError(
-            f"frozen weights {path} are not those of this run: sha256 {found}, expected {record['sha256']}; "
+            f"frozen weights {path} are not those of this run: sha256 {found}, expected {sha256}; "
             "put the right file there"
         )
-    return record["kind"], read_weights(path)
+    return kind, read_weights(path)

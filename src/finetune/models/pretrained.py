@@ -10,7 +10,6 @@ from finetune.data.source import TextSource
 from finetune.data.tokens import Tokenization
 from finetune.errors import UsageError
 from finetune.models.backbones import Backbone, check_image_size
-from finetune.models.freeze import check_rules
 from finetune.models.network import Network, build_network, check_padding
 from finetune.models.student import student_of
 from finetune.models.weights import Weights, choose_teacher, choose_text_weights, choose_weights, read_weights
@@ -20,6 +19,7 @@ from finetune.recipe.spec import Distillation, Recipe, Texts
 def find_pretrained(recipe: Recipe) -> tuple[Backbone, Weights | None]:
     """The recipe's backbone, prepared for its data, and its weights: None for random ones."""
     model = recipe.model
+    weights: Weights | None
     if isinstance(recipe.task, Distillation):
         backbone, weights = choose_teacher(model.backbone)
     elif isinstance(recipe.data, Texts):
@@ -35,14 +35,15 @@ def sized(backbone: Backbone, recipe: Recipe) -> Backbone:
     Raises:
         UsageError: the architecture cannot take it, or is of the other kind.
     """
-    if backbone.reads_texts != isinstance(recipe.data, Texts):
-        raise UsageError(f"--backbone {backbone.name}: does not go with {recipe.data.option} {recipe.data.place}")
-    if isinstance(backbone.preprocessing, Tokenization):
-        length = recipe.data.max_length or backbone.preprocessing.max_length
-        return dataclasses.replace(backbone, preprocessing=backbone.preprocessing.at(length))
-    size = recipe.data.image_size or backbone.preprocessing.image_size
+    data, preprocessing = recipe.data, backbone.preprocessing
+    if isinstance(data, Texts) and isinstance(preprocessing, Tokenization):
+        length = data.max_length or preprocessing.max_length
+        return dataclasses.replace(backbone, preprocessing=preprocessing.at(length))
+    if isinstance(data, Texts) or isinstance(preprocessing, Tokenization):
+        raise UsageError(f"--backbone {backbone.name}: does not go with {data.option} {data.place}")
+    size = data.image_size or preprocessing.image_size
     check_image_size(backbone, size)
-    return dataclasses.replace(backbone, preprocessing=backbone.preprocessing.at(size))
+    return dataclasses.replace(backbone, preprocessing=preprocessing.at(size))
 
 
 def new_network(
@@ -72,7 +73,7 @@ def new_network(
         head_width=recipe.model.head_width,
         seed=recipe.seed,
     )
-    check_rules(network.module, network.rules(recipe.trainable.rules))
+    network.freeze_map(recipe.trainable).check()
     if backbone.reads_texts:
         check_padding(network, backbone, f"--backbone {backbone.name}")
     return network

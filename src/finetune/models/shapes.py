@@ -1,6 +1,6 @@
 """A network without values: for looking at names and shapes, and at what it can take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -10,11 +10,17 @@ from torch.overrides import TorchFunctionMode
 class _EmptyOnMeta(TorchFunctionMode):
     """Parameters are made without memory. Not everything as `torch.device("meta")` does: some builders compute."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        given = dict(kwargs or {})
         if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+            given["device"] = "meta"
+        return func(*args, **given)
 
 
 def build_shapes(build: Callable[[int], nn.Module], class_count: int) -> nn.Module:

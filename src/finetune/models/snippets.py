@@ -1,5 +1,6 @@
 """Lines of Python that load an export without this kit."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ def is_stock(recipe: Recipe, backbone: Backbone) -> bool:
     return recipe.model.head in ("linear", "keep") and backbone.options.get("pooling", "stock") == "stock"
 
 
-def loading_lines(file: Path, description: dict[str, Any]) -> str:
+def loading_lines(file: Path, description: Mapping[str, Any]) -> str:
     """Lines of Python that load the file without this kit, where that is possible."""
     architecture = description["architecture"]
     if file.suffix == ".onnx":

@@ -8,6 +8,7 @@ off: the row is what enters it.
 The suffix runs the very modules of the model, so parameters, optimizer and checkpoint know nothing of the cut.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -224,7 +225,7 @@ def _split_traced(model: nn.Module, images: Tensor) -> tuple[Split, Tensor]:
 def _split_off_head(model: nn.Module, samples: Tensor) -> tuple[Split, Tensor]:
     """Rows are what enters the modules that train. The suffix is the stock forward with a stub in the encoder's place:
     its outputs have the right shapes, and what matters of them is put in where it enters what trains."""
-    encoder = model.get_submodule(model.base_model_prefix)
+    encoder = model.get_submodule(str(model.base_model_prefix))
     # A pooler without pretrained weights trains with the head, though it is the encoder that calls it.
     pooler = getattr(encoder, "pooler", None)
     live = [path for path, part in encoder.named_children() if _is_live(part)]
@@ -251,7 +252,7 @@ def _split_off_head(model: nn.Module, samples: Tensor) -> tuple[Split, Tensor]:
         if tuple(tuple(value.shape[1:]) for value in shorter) != shapes:
             raise CannotSplit(f"what enters {', '.join(places)} is as long as the text")
 
-    def encoded(count: int) -> Any:
+    def encoded(count: int) -> object:
         stub = {
             name: value.new_zeros(()).expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value
             for name, value in output.items()
@@ -269,7 +270,9 @@ def _split_off_head(model: nn.Module, samples: Tensor) -> tuple[Split, Tensor]:
     return Split(lambda batch: _to_rows(take(batch)), suffix, places, shapes), _to_rows(values)
 
 
-def _entered_first(model: nn.Module, encoder: nn.Module, samples: Tensor) -> tuple[tuple[str, ...], Any]:
+def _entered_first(
+    model: nn.Module, encoder: nn.Module, samples: Tensor
+) -> tuple[tuple[str, ...], "OrderedDict[str, object]"]:
     """Paths of the trained modules that are fed by frozen ones only, and what the encoder returns."""
     paths = {
         module: path
@@ -277,7 +280,7 @@ def _entered_first(model: nn.Module, encoder: nn.Module, samples: Tensor) -> tup
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     }
     entered: list[str] = []
-    outputs: list[Any] = []
+    outputs: list[OrderedDict[str, object]] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if not inputs[0].requires_grad:
@@ -293,7 +296,7 @@ def _entered_first(model: nn.Module, encoder: nn.Module, samples: Tensor) -> tup
 
 
 @contextmanager
-def _entering(modules: Sequence[nn.Module], hook: Callable[[nn.Module, Any], Any]) -> Iterator[None]:
+def _entering(modules: Sequence[nn.Module], hook: Callable[[nn.Module, tuple[Tensor, ...]], object]) -> Iterator[None]:
     """Within the block `hook` sees, or replaces, the inputs of `modules`."""
     # Before the hooks of others: what they see is what the module gets.
     handles = [module.register_forward_pre_hook(hook, prepend=True) for module in modules]
@@ -305,7 +308,7 @@ def _entering(modules: Sequence[nn.Module], hook: Callable[[nn.Module, Any], Any
 
 
 @contextmanager
-def _replaced(module: nn.Module, compute: Callable[[], Any]) -> Iterator[None]:
+def _replaced(module: nn.Module, compute: Callable[[], object]) -> Iterator[None]:
     """Within the block the module does nothing and returns what `compute` gives."""
     module.forward = lambda *_args, **_kwargs: compute()
     try:

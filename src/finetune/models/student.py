@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ def student_of(
     config = teacher.options["config"]
     config = config | {name: 0.0 for name in DROPOUTS if name in config}
     tokenization = teacher.preprocessing
+    assert isinstance(tokenization, Tokenization), "a teacher reads texts"
     if layers:
         config, tensors = _fewer_layers(config, tensors, layers)
     if vocabulary_size:
@@ -64,7 +66,9 @@ def _place(kept: Tensor, token: int) -> int:
     return int((kept == token).nonzero()[0])
 
 
-def _fewer_layers(config: dict, tensors: dict[str, Tensor], count: int) -> tuple[dict, dict[str, Tensor]]:
+def _fewer_layers(
+    config: dict[str, Any], tensors: dict[str, Tensor], count: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Evenly spread layers, the first among them."""
     found = sorted({int(match[2]) for name in tensors if (match := LAYER.search(name))})
     option = text_encoders.layers_option(config)

@@ -9,8 +9,9 @@ import functools
 import inspect
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,8 @@ def _names_in(folder: Path) -> set[str]:
     for path in hub.weight_files(folder):
         with hub.refusing(f"--backbone {folder}: its weights cannot be read"):
             is_safe = path.suffix == ".safetensors"
-            names |= set(read_safetensors_header(path) if is_safe else load_plain(path, mapped=True))
+            found = read_safetensors_header(path) if is_safe else load_plain(path, mapped=True)
+            names |= set(cast(Iterable[str], found))  # what is none is refused like any other
     return names
 
 
@@ -248,9 +250,10 @@ class PooledClassifier(nn.Module):
         super().__init__()
         self.base_model_prefix = prefix
         self.pooling = pooling
-        self.config = encoder.config
+        config: Any = encoder.config  # transformers' own
+        self.config = config
         self.add_module(prefix, encoder)
-        self.classifier = nn.Linear(encoder.config.hidden_size, class_count)
+        self.classifier = nn.Linear(config.hidden_size, class_count)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Tensor:
         """Tokens and mask (batch, length) int64, and what else a tokenizer gives, to what the last layer makes of the
@@ -292,7 +295,7 @@ def build(options: dict[str, Any], output_count: int) -> nn.Module:
             model = stock_class().from_config(config, dtype=torch.float32, trust_remote_code=False)
             model.register_forward_hook(hub.only_logits)
         else:
-            encoder_class = AutoModel._model_mapping[type(config)]
+            encoder_class: Any = AutoModel._model_mapping[type(config)]
             has_pooler = "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters
             switch = {"add_pooling_layer": False} if has_pooler else {}
             encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **switch)

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.error import URLError
 
 import torch
@@ -236,7 +236,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         return hub.read_tensors(path, _stock_class(path))
     try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
+        content: object = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
     except UNREADABLE as error:
         raise BadFile(f"{path} cannot be read ({one_line(error)}); restore it") from None
     if isinstance(content, Mapping) and {"schema_version", "frozen", "optimizer"} <= set(content):
@@ -257,7 +257,7 @@ def _stock_class(folder: Path) -> Any:
     return AutoModelForImageClassification if is_of_images else text_encoders.stock_class()
 
 
-def _is_state_dict(value: Any) -> bool:
+def _is_state_dict(value: object) -> TypeGuard[dict[str, Tensor]]:
     return (
         isinstance(value, Mapping)
         and bool(value)
@@ -328,7 +328,7 @@ def load_backbone_weights(model: nn.Module, state: dict[str, Tensor], head: list
 
 
 def load_state(
-    model: nn.Module, state: Mapping[str, Tensor], metadata: Any, source: str
+    model: nn.Module, state: Mapping[str, Tensor], metadata: object, source: str
 ) -> tuple[list[str], list[str]]:
     """`load_state_dict` that tells torchvision's modules which version a state dict is of.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from finetune.errors import RunError, UsageError
 from finetune.recipe.serialize import from_plain, spec_from_plain, to_plain
@@ -81,14 +81,12 @@ class Machine:
         workers: processes that fetch batches ahead; None = as many as there are cores to decode image files, up to 8.
         worker_start: how they start.
         cache_limit: how much of the disk new features may take, as in "20GB"; "" = a quarter of what is free.
-        notify: URLs that messages are sent to. They hold passwords, so they are never saved nor shown.
     """
 
     device: str = "auto"
     workers: int | None = None
     worker_start: str = "auto"
     cache_limit: str = ""
-    notify: tuple[str, ...] = field(default=(), repr=False)
 
 
 TRACKERS = ("tensorboard", "wandb")

@@ -147,7 +147,7 @@ def _metric_chart(data: RunData, number: int, names: Sequence[str]) -> Chart:
 
 def confusion_chart(validation: Validation) -> Chart | None:
     """None where there is no matrix, or one that nobody could read."""
-    matrix = validation.confusion
+    matrix = validation.record.confusion
     if not matrix or len(matrix) > LARGEST_MATRIX:
         return None
     right, total = sum(row[number] for number, row in enumerate(matrix)), sum(map(sum, matrix))
@@ -169,7 +169,7 @@ def confusion_chart(validation: Validation) -> Chart | None:
 
 def calibration_chart(validation: Validation) -> Chart | None:
     """None where there are no probabilities."""
-    error, bins = validation.calibration_error, validation.calibration
+    error, bins = validation.record.calibration_error, validation.record.calibration
     if error is None or not bins:
         return None
     decisions = int(sum(bin["count"] for bin in bins))

@@ -4,8 +4,9 @@ import os
 import shlex
 import subprocess
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from finetune.base.plain import Fields
 from finetune.errors import FinetuneError
 from finetune.models.backbones import backbone_from_plain
 from finetune.models.heads import NO_HEAD
@@ -28,6 +29,15 @@ def typed(words: Sequence[str]) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def configured(data: RunData, part: str, name: str) -> str:
+    """A word of the run's config.
+
+    Raises:
+        BadFile: there is none.
+    """
+    return Fields(data.config, f"config in {data.run.recipe_file}").fields(part).text(name)
+
+
 def commands_of(data: RunData) -> list[Command]:
     """Repeat, resume; where there is something to judge and to export, also that."""
     run, checkpoint = str(data.run), data.checkpoint
@@ -39,7 +49,7 @@ def commands_of(data: RunData) -> list[Command]:
         commands.append(Command(typed(["finetune", "resume", run]), "go on where it stopped, bit for bit"))
     if not data.best:
         return commands
-    predicts = data.config["task"]["kind"] != "distillation"
+    predicts = configured(data, "task", "kind") != "distillation"
     if predicts:
         meaning = "figures by class, on the test part if there is one"
         commands.append(Command(typed(["finetune", "evaluate", run]), meaning))
@@ -47,7 +57,7 @@ def commands_of(data: RunData) -> list[Command]:
     if _has_folder(data):
         commands.append(Command(typed(["finetune", "export", run, "--format", "hf"]), "a folder for transformers"))
     if predicts:
-        inputs = "a text" if data.config["data"]["kind"] == "texts" else "IMAGE_OR_FOLDER"
+        inputs = "a text" if configured(data, "data", "kind") == "texts" else "IMAGE_OR_FOLDER"
         words = ["finetune", "predict", str(data.run.path / "model.pt"), inputs]
         commands.append(Command(typed(words), "use the export"))
     return commands
@@ -55,11 +65,11 @@ def commands_of(data: RunData) -> list[Command]:
 
 def _repeat(data: RunData) -> tuple[str, str]:
     """The command of the run, as it was typed; of a run that does not know it, its recipe."""
-    words = data.record.get("command")
-    if isinstance(words, list) and words and all(isinstance(word, str) for word in words):
+    words = data.record.command
+    if words:
         return typed(["finetune", *words]), "repeat the run"
-    file = data.run.code / f"{data.record['name']}.py"
-    recipe = str(file) if file.is_file() else data.record["name"]
+    file = data.run.code / f"{data.record.name}.py"
+    recipe = str(file) if file.is_file() else data.record.name
     return typed(["finetune", recipe]), "repeat the run; options that were given are in recipe.json"
 
 
@@ -71,10 +81,10 @@ def _is_stock(data: RunData) -> bool:
 
 def _has_folder(data: RunData) -> bool:
     """Whether `export --format hf` has a class for it."""
-    if data.checkpoint is None or data.config["data"]["kind"] != "texts":
+    if data.checkpoint is None or configured(data, "data", "kind") != "texts":
         return False
     try:
-        return data.config["model"]["head"] == NO_HEAD or _is_stock(data)
+        return configured(data, "model", "head") == NO_HEAD or _is_stock(data)
     except (FinetuneError, *NOT_AS_WRITTEN):
         return False
 
@@ -90,21 +100,21 @@ def loading_of(data: RunData) -> list[Command]:
         own = lines.partition("\n\n")[2]  # where no stock class takes the weights
         found = [Command(own, WITH_KIT)] if own else [*found, Command(lines, "without it: in stock libraries")]
         if _has_folder(data):
-            lines = folder_lines(data.run.path / "hf", data.config["model"]["head"] != NO_HEAD)
+            lines = folder_lines(data.run.path / "hf", configured(data, "model", "head") != NO_HEAD)
             found.append(Command(lines, "in transformers, after finetune export --format hf"))
     except (FinetuneError, *NOT_AS_WRITTEN):
         pass  # a backbone that this version does not know: the export itself says so
     return found
 
 
-def _description(data: RunData, checkpoint: Checkpoint) -> dict[str, Any]:
+def _description(data: RunData, checkpoint: Checkpoint) -> dict[str, object]:
     """Of an export's JSON what `loading_lines` reads."""
     backbone = checkpoint.backbone
     return {
         "architecture": {
             "backbone": backbone["name"],
             "options": backbone["options"],
-            "head": data.config["model"]["head"],
+            "head": configured(data, "model", "head"),
             "outputs": checkpoint.outputs,
             "stock": _is_stock(data),
         },

@@ -83,4 +83,5 @@ def _take_line(line: bytes, points: dict[str, tuple[list[int], list[float]]]) ->
         steps, values = points.setdefault(name, ([], []))
         while steps and steps[-1] >= step:
             steps.pop(), values.pop()
-        steps.append(step), values.append(value)
+        steps.append(step)
+        values.append(value)

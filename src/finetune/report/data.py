@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-
+from finetune.base.events import Best
 from finetune.base.files import BadFile, read_json
-from finetune.base.safe_load import load_plain
+from finetune.base.plain import Fields, Plain
 from finetune.errors import RunError
 from finetune.recipe.spec import LOWER_IS_BETTER
 from finetune.report.curves import Curve, read_curves
 from finetune.store.checkpoint import LATEST, newest_good
-from finetune.store.run_folder import RunFolder
-from finetune.tasks.metrics import ClassCounts
+from finetune.store.run_folder import RunFolder, RunRecord, peek
+from finetune.store.state import CheckpointState
+from finetune.tasks.evaluation import ClassRow, EvaluationRecord
 
 EVENTS = ("resume", "extend", "thaw")
 NOT_AS_WRITTEN = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError)
@@ -46,7 +45,7 @@ class Checkpoint:
 
     Attributes:
         status: "running", "finished" or "stopped early".
-        best: {"metric", "value", "step", "epoch"} of the best validation, or {}.
+        best: the best validation, if there was one.
         frozen_tensors, trained_tensors: how many parameters of the network.
         trained_parameters: numbers in the latter.
         outputs: numbers that the network gives for a sample.
@@ -56,7 +55,7 @@ class Checkpoint:
     step: int
     epoch: int
     status: str
-    best: dict[str, Any]
+    best: Best
     events: list[Event]
     classes: list[str]
     outputs: int
@@ -66,54 +65,50 @@ class Checkpoint:
     frozen_tensors: int
     trained_tensors: int
     trained_parameters: int
-    backbone: dict[str, Any]
+    backbone: Plain
     versions: dict[str, str]
 
 
-def _checkpoint_from_plain(state: dict[str, Any], run_id: str) -> Checkpoint:
+def _checkpoint_of(state: CheckpointState, run_id: str) -> Checkpoint:
     """Raises one of `NOT_AS_WRITTEN` for what is no checkpoint of that run."""
-    if state["run_id"] != run_id:
+    if state.run_id != run_id:
         raise ValueError("of another run")
-    data, best = state["data"], state["best_metric"]
-    if best:
-        best = {"metric": str(best["metric"]), "value": float(best["value"])} | {
-            name: int(best[name]) for name in ("step", "epoch")
-        }
-    trained = state["frozen"]["trainable"]
+    progress, data = state.progress, state.data
+    trained = state.frozen.trainable
     return Checkpoint(
-        int(state["step"]),
-        int(state["epoch"]),
-        str(state["status"]),
-        best,
-        _events(state["history"]),
-        [str(name) for name in data["classes"]],
-        int(data["outputs"]),
-        str(data["fingerprint"]),
-        int(data["train_samples"]),
-        int(data["validation_samples"]),
-        len(state["frozen"]["parameters"]),
+        progress.step,
+        progress.epoch,
+        progress.status,
+        progress.best,
+        _events(progress.history),
+        data.classes,
+        data.outputs,
+        data.fingerprint,
+        data.train_samples,
+        data.validation_samples,
+        len(state.frozen.parameters),
         len(trained),
-        sum(state["model"][name].numel() for name in trained),
-        state["network"]["backbone"],
-        {str(name): str(value) for name, value in state["versions"].items() if value != ""},
+        sum(state.model[name].numel() for name in trained),
+        state.network.backbone,
+        {name: str(value) for name, value in state.versions.items() if value != ""},
     )
 
 
-def _events(history: Sequence[dict[str, Any]]) -> list[Event]:
+def _events(history: Sequence[Plain]) -> list[Event]:
     """All but the start."""
-    found = [one for one in history if one["event"] in EVENTS]
+    found = [Fields(one, "history") for one in history if one["event"] in EVENTS]
     return [
-        Event(number, one["event"], int(one["step"]), int(one["epoch"]) + 1, _event_text(one))
+        Event(number, one.text("event"), one.integer("step"), one.integer("epoch") + 1, _event_text(one))
         for number, one in enumerate(found, start=1)
     ]
 
 
-def _event_text(event: dict[str, Any]) -> str:
-    if event["event"] == "thaw":
+def _event_text(event: Fields) -> str:
+    if event.text("event") == "thaw":
         return "thawed: more of the network trains from here on"
-    if event["event"] == "extend":
-        rate = f", lr {event['lr']:g}" if event.get("lr") else ""
-        return f"extended to {event['epochs']} epochs{rate}"
+    if event.text("event") == "extend":
+        lr = event.number("lr") if "lr" in event else 0.0
+        return f"extended to {event.integer('epochs')} epochs{f', lr {lr:g}' if lr else ''}"
     return "resumed from the checkpoint of this step"
 
 
@@ -124,16 +119,16 @@ def _newest_checkpoint(run: RunFolder, run_id: str) -> tuple[Checkpoint | None, 
     not as it was written, others are looked at.
     """
     try:
-        return _checkpoint_from_plain(load_plain(run.checkpoints / LATEST, mapped=True), run_id), []
+        return _checkpoint_of(peek(run.checkpoints / LATEST), run_id), []
     except FileNotFoundError:
         if not run.has_checkpoint():
             return None, ["There is no checkpoint yet: of this run only its recipe and its log are known."]
-    except (BadFile, *NOT_AS_WRITTEN):
+    except (RunError, *NOT_AS_WRITTEN):
         pass
     try:
         found = newest_good(run.checkpoints, run_id)
         if found is not None:
-            newest = _checkpoint_from_plain(found[1], run_id)
+            newest = _checkpoint_of(found[1], run_id)
             return newest, [f"checkpoints/{LATEST} is missing or damaged; this is as of {found[0].name}."]
     except (RunError, *NOT_AS_WRITTEN):
         pass
@@ -144,71 +139,40 @@ def _newest_checkpoint(run: RunFolder, run_id: str) -> tuple[Checkpoint | None, 
 
 
 @dataclass(frozen=True)
-class ClassRow:
-    """Figures of a class, as `finetune evaluate` has them."""
-
-    name: str
-    precision: float
-    recall: float
-    f1: float
-    samples: int
-
-
-@dataclass(frozen=True)
 class Validation:
-    """What the best validation made of its samples; see `finetune.tasks.evaluation.Outcomes.to_plain`.
+    """What the best validation made of its samples.
 
     Attributes:
-        facts: label to text.
+        facts: label to text, as in the table at the start.
         classes: a row a class; [] where there are none.
         mistakes: (true class, predicted class, count), the most frequent first.
-        calibration: {"count", "confidence", "accuracy"} a bin.
-        worst, best: samples as they stand in the file.
     """
 
     step: int
     epoch: int
-    samples: int
     facts: dict[str, str]
-    figures: dict[str, float]
+    record: EvaluationRecord
     classes: list[ClassRow]
-    confusion: list[list[int]] | None
     mistakes: list[tuple[str, str, int]]
-    calibration: list[dict[str, float]]
-    calibration_error: float | None
-    worst: list[dict[str, Any]] = field(default_factory=list)
-    best: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _validation_from_plain(plain: dict[str, Any], names: Sequence[str] | None) -> Validation:
-    """Raises one of `NOT_AS_WRITTEN` for what is none.
+def _validation_from_plain(plain: Plain, names: Sequence[str] | None) -> Validation:
+    """Raises one of `NOT_AS_WRITTEN`, or BadFile, for what is none.
 
     Args:
         names: of the classes; None = not known, numbers must do.
     """
-    counts, rows = plain["classes"], []
-    if counts is not None:
-        tallied = ClassCounts(*(torch.tensor(counts[name]).long() for name in ("hits", "predicted", "actual")))
-        names = [f"class {number}" for number in range(len(tallied.hits))] if names is None else names
-        columns = [column.tolist() for column in (tallied.precision(), tallied.recall(), tallied.f1(), tallied.actual)]
-        rows = [ClassRow(*row) for row in zip(names, *columns, strict=True)]
-    confusion = plain["confusion"]
-    if confusion is not None and {len(rows)} != {len(confusion), *map(len, confusion)}:
+    fields, record = Fields(plain, "validation"), EvaluationRecord.from_plain(plain)
+    rows = record.class_rows(names)
+    if record.confusion is not None and {len(rows)} != {len(record.confusion), *map(len, record.confusion)}:
         raise ValueError("a matrix of another size")
-    error = plain["calibration_error"]
     return Validation(
-        int(plain["step"]),
-        int(plain["epoch"]),
-        int(plain["samples"]),
-        {str(label): str(text) for label, text in plain["facts"].items()},
-        {str(name): float(value) for name, value in plain["figures"].items()},
+        fields.integer("step"),
+        fields.integer("epoch"),
+        fields.values("facts", str),
+        record,
         rows,
-        None if confusion is None else [[int(count) for count in row] for row in confusion],
-        [(rows[true].name, rows[predicted].name, int(count)) for true, predicted, count in plain["mistakes"]],
-        [{name: float(bin[name]) for name in ("count", "confidence", "accuracy")} for bin in plain["calibration"]],
-        None if error is None else float(error),
-        list(plain["worst"]),
-        list(plain["best"]),
+        [(rows[true].name, rows[predicted].name, count) for true, predicted, count in record.mistakes],
     )
 
 
@@ -230,7 +194,7 @@ def _best_validation(
         return None, [f"{path.name} is of another run, and left out."]
     try:
         found = _validation_from_plain(plain, checkpoint.classes if checkpoint else None)
-    except NOT_AS_WRITTEN:
+    except (BadFile, *NOT_AS_WRITTEN):
         raise BadFile(f"validation of the run {path} is not as finetune writes it; restore it, or delete it") from None
     best_step = checkpoint.best.get("step") if checkpoint else None
     if found.step == best_step:
@@ -256,20 +220,20 @@ class RunData:
     """
 
     run: RunFolder
-    record: dict[str, Any]
+    record: RunRecord
     checkpoint: Checkpoint | None
     curves: dict[str, Curve]
     validation: Validation | None
     notices: list[str]
 
     @property
-    def config(self) -> dict[str, Any]:
-        return self.record["config"]
+    def config(self) -> Plain:
+        return self.record.config
 
     @property
-    def best(self) -> dict[str, Any]:
-        """{"metric", "value", "step", "epoch"} of the best validation, or {}."""
-        return self.checkpoint.best if self.checkpoint else {}
+    def best(self) -> Best:
+        """The best validation, if there was one."""
+        return self.checkpoint.best if self.checkpoint else Best()
 
     @property
     def events(self) -> list[Event]:
@@ -313,10 +277,10 @@ def gather(run: RunFolder) -> RunData:
         RunError: there is no run, or recipe.json or validation.json is damaged.
     """
     record = run.read_recipe()
-    checkpoint, notices = _newest_checkpoint(run, record["id"])
+    checkpoint, notices = _newest_checkpoint(run, record.id)
     curves = read_curves(run.metrics_file)
     if not curves:
         notices.append(f"{run.metrics_file.name} is missing or empty, so there are no curves.")
     has_validated = bool(checkpoint.best) if checkpoint else any(name.startswith("val/") for name in curves)
-    validation, more = _best_validation(run, record["id"], checkpoint, has_validated)
+    validation, more = _best_validation(run, record.id, checkpoint, has_validated)
     return RunData(run, record, checkpoint, curves, validation, notices + more)

@@ -1,13 +1,13 @@
 """Samples of a validation as a person sees them: small pictures, beginnings of texts, names of classes."""
 
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
 from finetune.base.events import Example
-from finetune.data.source import Source, TextSource
+from finetune.base.plain import Fields
+from finetune.data.source import ImageSource, Source, TextSource
 from finetune.tasks.evaluation import class_names
 
 PICTURE_PIXELS = 160
@@ -16,35 +16,43 @@ SMALL_PIXELS = 112
 TEXT_CHARACTERS = 400
 
 
-def examples_of(samples: Sequence[dict[str, Any]], classes: Sequence[str], source: Source | None) -> list[Example]:
+def examples_of(
+    samples: Sequence[Mapping[str, object]], classes: Sequence[str], source: Source | None
+) -> list[Example]:
     """Make samples of validation.json ready to be shown.
 
     Args:
         samples: its "worst" or "best".
         classes: names by number; [] where numbers are predicted.
         source: the data, to fetch pictures and texts from; None = it is not there any more, names must do.
+
+    Raises:
+        BadFile: one is not as it is written.
     """
-    return [_example(sample, classes, source) for sample in samples]
+    return [_example(Fields(sample, "a sample"), classes, source) for sample in samples]
 
 
-def _example(sample: dict[str, Any], classes: Sequence[str], source: Source | None) -> Example:
-    def words(value: Any) -> str:
-        if value is None:
+def _example(sample: Fields, classes: Sequence[str], source: Source | None) -> Example:
+    def words(name: str) -> str:
+        if sample.plain[name] is None:
             return ""
-        return class_names(value, classes) if isinstance(value, list) else f"{value:.6g}"
+        if isinstance(sample.plain[name], list):
+            return class_names(sample.items(name, int), classes)
+        return f"{sample.number(name):.6g}"
 
+    index = sample.integer("index")
     return Example(
-        sample["name"],
-        sample["loss"],
-        words(sample["true"]),
-        words(sample["predicted"]),
-        tuple((classes[number], probability) for number, probability in sample["probabilities"]),
-        b"" if source is None or isinstance(source, TextSource) else picture_of(source, sample["index"]),
-        source.texts[sample["index"]][:TEXT_CHARACTERS] if isinstance(source, TextSource) else "",
+        sample.text("name"),
+        sample.number("loss"),
+        words("true"),
+        words("predicted"),
+        tuple((classes[number], probability) for number, probability in sample.items("probabilities", list)),
+        b"" if source is None or isinstance(source, TextSource) else picture_of(source, index),
+        source.texts[index][:TEXT_CHARACTERS] if isinstance(source, TextSource) else "",
     )
 
 
-def picture_of(source: Source, index: int) -> bytes:
+def picture_of(source: ImageSource, index: int) -> bytes:
     """A PNG, at most 160 pixels wide and high; nothing where the file cannot be read any more."""
     try:
         image = Image.fromarray(source.read(index)[0].permute(1, 2, 0).numpy())

@@ -12,10 +12,11 @@ COLUMNS = 4
 CELL_PIXELS, LABEL_PIXELS = 168, 44
 # Of a matrix: longer names are cut, more classes have no names at all.
 NAME_CHARACTERS, NAMED_CLASSES = 16, 40
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 WHITE, INK, WRONG, RIGHT = "white", "#1f2933", "#b42318", "#1a7f37"
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _font(size: int) -> Font:
     return ImageFont.load_default(size)
 
 
@@ -66,13 +67,13 @@ def confusion_sheet(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> 
             draw.text(middle, f"{int(counts[row, column])}", WHITE if share > 0.4 else INK, font, anchor="mm")
     if named:
         for number, name in enumerate(names):
-            middle = margin + number * cell + cell / 2
-            draw.text((margin - 6, middle), name, INK, font, anchor="rm")
-            _draw_upwards(sheet, name, font, int(middle), margin - 6)
+            centre = margin + number * cell + cell / 2
+            draw.text((margin - 6, centre), name, INK, font, anchor="rm")
+            _draw_upwards(sheet, name, font, int(centre), margin - 6)
     return np.asarray(sheet)
 
 
-def _draw_upwards(sheet: Image.Image, text: str, font: ImageFont.FreeTypeFont, middle: int, bottom: int) -> None:
+def _draw_upwards(sheet: Image.Image, text: str, font: Font, middle: int, bottom: int) -> None:
     """Text that reads from the bottom to the top, its end at `bottom`."""
     width, height = int(font.getlength(text)) + 2, 18
     strip = Image.new("RGB", (width, height), WHITE)

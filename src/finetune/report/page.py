@@ -7,14 +7,14 @@ escaped by the template.
 import base64
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 from markupsafe import Markup
 
 from finetune import __version__
 from finetune.base.events import Example
-from finetune.base.files import make_folders, write_atomically
+from finetune.base.files import BadFile, make_folders, write_atomically
 from finetune.base.formatting import number_text, printable
 from finetune.base.lock import is_held
 from finetune.data.open import open_source
@@ -29,7 +29,7 @@ from finetune.report.charts import (
     curve_charts,
     metric_text,
 )
-from finetune.report.commands import commands_of, loading_of
+from finetune.report.commands import commands_of, configured, loading_of
 from finetune.report.data import NOT_AS_WRITTEN, ClassRow, RunData, Validation, gather
 from finetune.report.examples import examples_of
 from finetune.store.run_folder import RunFolder
@@ -77,9 +77,10 @@ def best_and_worst(data: RunData, source: Source | None) -> list[list[Example]]:
     if data.validation is None:
         return [[], []]
     classes = data.checkpoint.classes if data.checkpoint else [row.name for row in data.validation.classes]
+    record = data.validation.record
     try:
-        return [examples_of(samples, classes, source) for samples in (data.validation.best, data.validation.worst)]
-    except NOT_AS_WRITTEN as error:
+        return [examples_of(samples, classes, source) for samples in (record.best, record.worst)]
+    except (BadFile, *NOT_AS_WRITTEN) as error:
         raise RunError(
             f"validation of the run {data.run.validation_file} names samples or classes that its data has not "
             f"({one_line(error)}); restore it, or delete it"
@@ -156,7 +157,7 @@ def render(data: RunData, best: Sequence[Example], worst: Sequence[Example], sta
         events=data.events,
         history=_history(data),
         validation=validation,
-        noun=data.config["data"]["kind"],
+        noun=configured(data, "data", "kind"),
         outcome=_outcome(validation),
         classes=_shown_classes(validation),
         confusion=confusion_chart(validation) if validation else None,
@@ -168,7 +169,7 @@ def render(data: RunData, best: Sequence[Example], worst: Sequence[Example], sta
     )
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: object) -> object:
     """What an expression in the template puts into the page: of text all but its ends of lines as in a terminal."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
@@ -198,9 +199,9 @@ def _figures(data: RunData) -> list[tuple[str, str]]:
     found = [(capitalised(metric_text(name)), number_text(value)) for name, value in data.best_figures().items()]
     validation = data.validation
     if validation is not None and validation.step == data.best.get("step"):
-        if validation.calibration_error is not None:
-            found.append(("Calibration error", number_text(validation.calibration_error)))
-        found.append(("Samples that validate", f"{validation.samples:,}"))
+        if validation.record.calibration_error is not None:
+            found.append(("Calibration error", number_text(validation.record.calibration_error)))
+        found.append(("Samples that validate", f"{validation.record.samples:,}"))
     return found
 
 
@@ -232,7 +233,7 @@ def _facts(data: RunData) -> list[tuple[str, str]]:
     return [(capitalised(label), text) for label, text in facts.items()]
 
 
-def _history(data: RunData) -> dict[str, Any] | None:
+def _history(data: RunData) -> dict[str, object] | None:
     """The validations as a table: the newest ones, and the best."""
     names = [f"val/{name}" for name in (*data.metrics, "loss") if f"val/{name}" in data.curves]
     if not names:
@@ -257,7 +258,7 @@ def _history(data: RunData) -> dict[str, Any] | None:
 
 def _outcome(validation: Validation | None) -> str:
     """Its figures in words."""
-    figures = validation.figures if validation else {}
+    figures = validation.record.figures if validation else {}
     return ", ".join(f"{metric_text(name)} {number_text(value)}" for name, value in figures.items())
 
 
@@ -267,9 +268,9 @@ def _shown_classes(validation: Validation | None) -> list[ClassRow]:
     return rows if len(rows) <= SHOWN_ROWS else sorted(rows, key=lambda row: (row.f1, row.recall))[:SHOWN_ROWS]
 
 
-def _samples(data: RunData, best: Sequence[Example], worst: Sequence[Example]) -> dict[str, Any]:
+def _samples(data: RunData, best: Sequence[Example], worst: Sequence[Example]) -> dict[str, object]:
     """The best and the worst ones, ready for the template; of few samples none is both."""
-    count = data.validation.samples if data.validation else len(worst) + len(best)
+    count = data.validation.record.samples if data.validation else len(worst) + len(best)
     worst, best = worst[: min(SHOWN_WORST, -(-count // 2))], best[: min(SHOWN_BEST, count // 2)]
     shown = [*worst, *best]
     has_data = any(one.picture or one.text for one in shown)
@@ -283,9 +284,10 @@ def _samples(data: RunData, best: Sequence[Example], worst: Sequence[Example]) -
     }
 
 
-def _sample(example: Example) -> dict[str, Any]:
+def _sample(example: Example) -> dict[str, object]:
     picture = example.picture
     width, height = (int.from_bytes(picture[place : place + 4], "big") for place in (16, 20))  # of a PNG
+    numbers: tuple[str, ...]
     try:
         true, predicted = float(example.true), float(example.predicted)
     except ValueError:

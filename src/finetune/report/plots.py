@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from markupsafe import escape
@@ -21,13 +21,16 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from finetune.report.curves import Curve
 from finetune.report.data import Event
 
+if TYPE_CHECKING:  # older versions have no such name
+    from matplotlib.typing import RcKeyType
+
 # Shares of a row at which the colour of a cell changes.
 HEAT_STEPS = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
 HEATS = tuple(f"{kind}-{step}" for kind in ("hit", "miss", "on-hit", "on-miss") for step in range(len(HEAT_STEPS) + 1))
 # Variables of the page's style sheet, which follow light and dark. To matplotlib each is a colour, replaced in the end.
 VARIABLES = ("ink", "muted", "rule", "paper", "train", "val", "other", *HEATS)
 COLOURS = {name: f"#0a0b{number:02x}" for number, name in enumerate(VARIABLES)}
-SETTINGS: dict[str, Any] = {
+SETTINGS: "dict[RcKeyType, object]" = {
     "svg.fonttype": "none",
     "svg.hashsalt": "finetune",
     "path.simplify": False,
@@ -205,28 +208,29 @@ def _draw_line(axes: Axes, line: Line) -> None:
     if line.is_faint:
         axes.plot(curve.steps, curve.values, color=colour, linewidth=1.0, alpha=0.45)
         return
-    dashes = {"dashes": (3, 1.5)} if line.colour == "other" else {}
+    dashes: dict[str, Any] = {"dashes": (3, 1.5)} if line.colour == "other" else {}
     axes.plot(curve.steps, curve.values, color=colour, linewidth=1.7, solid_joinstyle="round", **dashes)
     if len(curve.steps) == 1:
         axes.plot(curve.steps, curve.values, "o", color=colour, markersize=5)
     if line.best:
-        ring = {"marker": "o", "markersize": 7, "markerfacecolor": COLOURS["paper"], "markeredgewidth": 1.7}
-        axes.plot(*([number] for number in line.best), color=colour, **ring)
+        ring: dict[str, Any] = {"marker": "o", "markersize": 7, "markeredgewidth": 1.7}
+        axes.plot(*([number] for number in line.best), color=colour, markerfacecolor=COLOURS["paper"], **ring)
 
 
 def _draw_epochs(axes: Axes, end: int, steps_per_epoch: int, above: float) -> None:
     """Numbers of whole epochs above the axes, by that share of their height, each where it ends."""
     for epoch in MaxNLocator(6, steps=(1, 2, 3, 5, 10), integer=True).tick_values(0, end / steps_per_epoch):
         if 0 <= epoch <= end / steps_per_epoch * 1.001 and epoch == int(epoch):
-            place = {"transform": axes.get_xaxis_transform(), "ha": "center", "color": COLOURS["muted"]}
-            axes.text(epoch * steps_per_epoch, 1 + above, f"{epoch:,.0f}", **place)
+            across, colour = axes.get_xaxis_transform(), COLOURS["muted"]
+            text = f"{epoch:,.0f}"
+            axes.text(epoch * steps_per_epoch, 1 + above, text, transform=across, ha="center", color=colour)
 
 
 def _draw_events(axes: Axes, events: Sequence[Event], end: int, above: float) -> None:
     """A dashed line for each, its number above; of those that stand too near to each other the first and the last."""
     lines = [[(event.step, 0.0), (event.step, 1.0)] for event in events]
     across = axes.get_xaxis_transform()
-    style = {"colors": COLOURS["muted"], "linewidths": 1.0, "linestyles": [(0, (3, 3))]}
+    style: dict[str, Any] = {"colors": COLOURS["muted"], "linewidths": 1.0, "linestyles": [(0, (3, 3))]}
     axes.add_collection(LineCollection(lines, transform=across, **style), autolim=False)
     groups: list[list[Event]] = []
     for event in events:
@@ -236,8 +240,8 @@ def _draw_events(axes: Axes, events: Sequence[Event], end: int, above: float) ->
             groups.append([event])
     for group in groups:
         numbers = sorted({group[0].number, group[-1].number})
-        place = {"transform": across, "ha": "center", "fontsize": 9}
-        axes.text(group[0].step, 1 + above, "\N{EN DASH}".join(map(str, numbers)), **place)
+        text = "\N{EN DASH}".join(map(str, numbers))
+        axes.text(group[0].step, 1 + above, text, transform=across, ha="center", fontsize=9)
 
 
 # ---- Confusion matrix and calibration -------------------------------------------------------------------------------
@@ -282,9 +286,11 @@ def confusion_chart(name: str, label: str, matrix: Sequence[Sequence[int]], clas
         axes.add_collection(PolyCollection(corners, facecolors=colours, linewidths=0), autolim=False)
         for number, one in enumerate(classes):
             axes.text(-0.25, number + 0.64, drawing.word(one), ha="right")
-            turned = {"rotation": 90, "rotation_mode": "anchor", "ha": "left"} if is_upright else {"ha": "center"}
+            turned: dict[str, Any] = (
+                {"rotation": 90, "rotation_mode": "anchor", "ha": "left"} if is_upright else {"ha": "center"}
+            )
             axes.text(number + (0.64 if is_upright else 0.5), -0.25, drawing.word(one), **turned)
-        words = {"color": COLOURS["muted"], "ha": "center"}
+        words: dict[str, Any] = {"color": COLOURS["muted"], "ha": "center"}
         drawing.figure.text((left + count * cell / 2) / width, 1 - 11 / height, "predicted", **words)
         drawing.figure.text(
             11 / width, (6 + count * cell / 2) / height, "true", rotation=90, rotation_mode="anchor", **words
@@ -311,7 +317,7 @@ def calibration_chart(name: str, label: str, bins: Sequence[dict[str, float]]) -
             axes.plot([confidence], [share], "o", color=COLOURS["val"], markersize=4 + 12 * size, markeredgewidth=0)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
-        words = {"color": COLOURS["muted"]}
-        drawing.figure.text(1 - right / WIDTH, 6 / CALIBRATION_HEIGHT, "confidence", ha="right", **words)
-        drawing.figure.text(14 / WIDTH, 1 - 14 / CALIBRATION_HEIGHT, "share right", **words)
+        colour = COLOURS["muted"]
+        drawing.figure.text(1 - right / WIDTH, 6 / CALIBRATION_HEIGHT, "confidence", ha="right", color=colour)
+        drawing.figure.text(14 / WIDTH, 1 - 14 / CALIBRATION_HEIGHT, "share right", color=colour)
         return drawing.svg(name, label)

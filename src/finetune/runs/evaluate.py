@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from finetune.base.device import autocast, pick_device, set_numerics, to_device
+from finetune.base.device import module_to_device, pick_device, set_numerics
 from finetune.base.formatting import number_text, printable
 from finetune.data.batch import Request
 from finetune.data.contents import Contents
@@ -25,11 +25,13 @@ from finetune.data.table import TABLE_SUFFIXES
 from finetune.errors import RunError, UsageError
 from finetune.recipe.execution import split_config
 from finetune.recipe.heads import AnyTable
+from finetune.recipe.serialize import spec_from_plain
 from finetune.recipe.spec import Data, Distillation, Recipe
 from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
-from finetune.tasks.losses import Classifying, ConfusionTally, MultiLabelTally, make_task, standardised
-from finetune.tasks.metrics import Calibration
+from finetune.store.state import DataFacts
+from finetune.tasks.evaluation import evaluate as evaluate_batches
+from finetune.tasks.losses import make_task, standardised
 from finetune.training.dataset import make_pipeline
 from finetune.training.phase import trained_forward
 from finetune.training.setup import count_workers
@@ -60,61 +62,45 @@ def evaluate(
         FinetuneError: the run or the data cannot be used.
     """
     network, state = trained_network(run, which)
-    recipe, numerics = split_config(state["config"])
+    recipe, numerics = split_config(state.config)
     set_numerics(numerics.deterministic)
     device = pick_device(device_name)
     if isinstance(recipe.task, Distillation):
         raise UsageError(f"{run} is a distillation; how near it came to its teacher is in {run.metrics_file}")
     backbone = backbone_of_run(run, state)
-    judged = _data_to_judge_on(run, recipe, state["data"], place, table)
+    judged = _data_to_judge_on(run, recipe, state.data, place, table)
     source = judged.source
-    if scale := state["data"]["scale"]:
+    if scale := state.data.scale:
         source = dataclasses.replace(source, targets=standardised(source.targets, scale))
     pipeline = make_pipeline(source, recipe.data, backbone, recipe.seed)
     workers = count_workers(judged.source) if workers is None else workers
     loader = Loader(pipeline, workers, "auto", device.type == "cuda", judged.contents)
-    network.module.to(device, memory_format=torch.channels_last)
-    forward = trained_forward(network, recipe, numerics, state["frozen"]["epoch"], backbone, device)
-    task = make_task(recipe.task, state["data"]["outputs"], state["data"]["scale"])
-    tally, calibration, broken = task.tally(device), Calibration(device), list[str]()
-    batches = batches_from(judged.indices, BATCH_SAMPLES)
-    with closing(loader), torch.inference_mode(), autocast(device, numerics.precision):
-        for batch in loader.batches(Request(indices.tolist(), tolerant=True) for indices in batches):
-            broken += [reason for _, reason in batch.broken]
-            if len(batch.indices):
-                logits, targets = forward(to_device(batch.inputs, device)), batch.targets.to(device)
-                tally.add(logits, targets)
-                if isinstance(task, Classifying):
-                    calibration.add(*task.decisions(logits, targets))
-    if not tally.samples():
-        noun = judged.source.noun
-        raise RunError(f"--{noun}s {place}: none of {len(judged.indices)} {noun}(s) could be read; {broken[0]}")
+    module_to_device(network.module, device)
+    forward = trained_forward(network, recipe, numerics, state.frozen.epoch, backbone, device)
+    task = make_task(recipe.task, state.data.outputs, state.data.scale)
+    requests = (Request(batch.tolist(), tolerant=True) for batch in batches_from(judged.indices, BATCH_SAMPLES))
+    count = len(judged.indices)
+    with closing(loader):
+        evaluation = evaluate_batches(
+            forward, loader.batches(requests), task, device, numerics.precision, samples=count
+        )
+    noun = judged.source.noun
+    if not evaluation.samples:
+        raise RunError(f"--{noun}s {place}: none of {count} {noun}(s) could be read; {evaluation.broken[0]}")
+    record = evaluation.record(source)
     figures = {
         "run": str(run),
-        "checkpoint": {"which": which, "step": state["step"]},
-        f"{judged.source.noun}s": place or recipe.data.place,
+        "checkpoint": {"which": which, "step": state.progress.step},
+        f"{noun}s": place or recipe.data.place,
         "part": judged.part,
-        "samples": tally.samples(),
-        **tally.figures(),
+        "samples": record.samples,
+        **record.figures,
     }
-    if isinstance(tally, ConfusionTally | MultiLabelTally):
-        figures |= {"calibration_error": calibration.error(), "calibration": calibration.table()}
-        figures |= _by_class(tally, state["data"]["classes"])
-    return figures | {"broken": broken}
-
-
-def _by_class(tally: ConfusionTally | MultiLabelTally, classes: list[str]) -> dict[str, Any]:
-    """Figures by class, and the confusion matrix where each sample has one class."""
-    counts = tally.counts()
-    columns = counts.precision(), counts.recall(), counts.f1(), counts.actual
-    rows = zip(classes, *(column.tolist() for column in columns), strict=True)
-    return {
-        "classes": [
-            {"name": name, "precision": precision, "recall": recall, "f1": f1, "samples": samples}
-            for name, precision, recall, f1, samples in rows
-        ],
-        "confusion_matrix": tally.confusion.tolist() if isinstance(tally, ConfusionTally) else None,
-    }
+    if record.classes is not None:
+        figures |= {"calibration_error": record.calibration_error, "calibration": record.calibration}
+        figures["classes"] = [row._asdict() for row in record.class_rows(state.data.classes)]
+        figures["confusion_matrix"] = record.confusion
+    return figures | {"broken": evaluation.broken}
 
 
 class _Judged(NamedTuple):
@@ -126,40 +112,42 @@ class _Judged(NamedTuple):
     contents: Contents
 
 
-def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: dict[str, Any], place: str, table: AnyTable) -> _Judged:
+def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: DataFacts, place: str, table: AnyTable) -> _Judged:
     """Of the run's own data (also where it was moved) what it did not train on: its test part, else its validation
     part. Of other data the test part, else the validation part, else all."""
     spec = _located(recipe.data, place, table) if place else recipe.data
-    source = open_source(spec, recipe.task.kind, (facts["classes"] or None) if place else None)
-    if source.fingerprint == facts["fingerprint"]:
+    source = open_source(spec, recipe.task.kind, (facts.classes or None) if place else None)
+    if source.fingerprint == facts.fingerprint:
         split = split_data(source, recipe)
         indices, part = (split.test, "test") if len(split.test) else (split.validation, "validation")
-        indices = without(indices, names_to_indices(source, facts["skipped"]))
+        indices = without(indices, names_to_indices(source, facts.skipped))
         return _Judged(source, indices, part, Contents(source, run.contents_file))
     if not place:
         raise RunError(
             f"{recipe.data.place} is not what the run was trained on any more; say what to evaluate on with "
             f"{recipe.data.option}"
         )
-    if list(source.classes) != facts["classes"]:
+    if list(source.classes) != facts.classes:
         raise UsageError(f"{recipe.data.option} {place}: its classes are not those of the run")
-    for part in (2, 1) if source.parts is not None else ():
-        indices = (source.parts == part).nonzero().squeeze(1)
-        if len(indices):
-            return _Judged(source, indices, PARTS[part], Contents(source))
+    if source.parts is not None:
+        for number in (2, 1):
+            indices = (source.parts == number).nonzero().squeeze(1)
+            if len(indices):
+                return _Judged(source, indices, PARTS[number], Contents(source))
     return _Judged(source, torch.arange(len(source.targets)), "all", Contents(source))
 
 
 def _located(spec: Data, place: str, table: AnyTable) -> Data:
     """The run's data description for other data: a table has the columns that are given, or, where none is given,
     those of the run; a folder has none."""
-    given = {field.name: getattr(table, field.name) for field in dataclasses.fields(spec) if hasattr(table, field.name)}
+    values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    given = {name: getattr(table, name) for name in values if hasattr(table, name)}
     columns = {name: value for name, value in given.items() if name.endswith("_column")}
     if Path(place).suffix.lower() in TABLE_SUFFIXES:
         given["separator"] = table.separator or spec.separator
         if not any(columns.values()):
             given = {name: value for name, value in given.items() if name not in columns}
-    return dataclasses.replace(spec, **{spec.kind: place}, **given)
+    return spec_from_plain(type(spec), values | given | {spec.kind: place})
 
 
 # ---- For people ----------------------------------------------------------------------------------------------------

@@ -1,39 +1,147 @@
-"""What an old run left: its settings, the checkpoint to go on from, and whether all is as it was."""
+"""A run goes on as if it had never stopped: what an old run left is held against what is found now."""
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from finetune.base.device import pick_device, set_numerics
+from finetune.base.device import module_to_device, pick_device, set_numerics
 from finetune.base.files import remove_leftovers
-from finetune.base.terminal import Terminal
 from finetune.data.contents import Contents
 from finetune.errors import RunError, UsageError
-from finetune.recipe.execution import Machine, Numerics, Settings, check_precision
+from finetune.recipe.execution import Machine, Numerics, Settings, check_precision, split_config
+from finetune.recipe.serialize import spec_from_plain
 from finetune.recipe.spec import Recipe, located
-from finetune.store import checkpoint as checkpoints
+from finetune.runs.start import Plan, run_setup, start, surroundings_put_back
+from finetune.store.checkpoint import (
+    SUPERSEDED,
+    newest_good,
+    read_checkpoint,
+    repair_best,
+    repair_names,
+    rewind,
+)
 from finetune.store.restore import backbone_of_run, check_same_config, saved_network
-from finetune.store.run_folder import RunFolder
-from finetune.store.state import Progress, environment_differences
+from finetune.store.run_folder import RunRecord
+from finetune.store.state import CheckpointState, Extension, Progress, environment_differences
+from finetune.training.context import RunContext
+from finetune.training.data_check import check_unbroken
 from finetune.training.dataset import open_data
+from finetune.training.phase import start_phase
 from finetune.training.schedule import count_steps, learning_rate
-from finetune.training.setup import Job, make_loaders
+from finetune.training.setup import Setup, make_loaders
+from finetune.training.teacher import taught
 
 
-def settings_of(run: RunFolder, record: dict[str, Any], given: dict[str, Any]) -> Settings:
+def resume(
+    context: RunContext,
+    machine: Machine,
+    *,
+    settings: Mapping[str, object],
+    epochs: int = 0,
+    lr: float = 0.0,
+    from_file: Path | None = None,
+    place: str = "",
+) -> Progress:
+    """Go on with the run in the context's folder.
+
+    What holds, in this order: 1. the recipe and numerics saved in the run; 2. for what does not change the result
+    (`machine`, `settings`, where the data lies), what is given now; 3. for settings not given, those saved.
+
+    Args:
+        settings: fields of `Settings` given now.
+        epochs: extend the run to so many epochs, at the recipe's final rate or `lr`.
+        from_file: rewind to this checkpoint first.
+        place: where the same data lies now.
+
+    Raises:
+        FinetuneError: see `train`; also when the checkpoint belongs to another model, data or recipe.
+    """
+    run = context.run
+    record = run.read_recipe()
+    recipe, numerics = split_config(record.config)
+    context.run_id, context.settings = record.id, settings_of(context, record, settings)
+    with surroundings_put_back(), context.locked(), context.interruptible():
+        found = find_checkpoint(context, record, from_file)
+        if found is not None:
+            path, state = found
+            progress = state.progress
+            extended = extend(progress, epochs, lr, recipe, state.data.train_samples)
+            over = progress.status != "running"
+            # Whatever can be wrong is found before anything on the disk is changed.
+            setup = None if over else resumed_setup(context, recipe, numerics, machine, state, place)
+            settle(context, path, state, from_file)
+            if extended:
+                # On disk at once: a run killed before its next save must not forget that it was extended.
+                context.save(state, is_best=False)
+            if setup is None:
+                if context.writes and context.settings.report and not run.report_file.exists():
+                    context.watch.report_old(run, place)  # killed after the last step, before it
+                context.say(f"run {run} is {progress.status} at step {progress.step}; to train longer: --epochs N")
+                return progress
+            with context.watched():
+                return go_on(context, setup, state)
+    if epochs or lr:
+        raise UsageError(f"{run} has no checkpoint yet; go on without --epochs and --lr first")
+    return start_over(context, record, machine, place)
+
+
+def start_over(context: RunContext, record: RunRecord, machine: Machine, place: str) -> Progress:
+    """Begin a run that was stopped before its first checkpoint, as it was begun then."""
+    context.say(f"{context.folder} has no checkpoint yet: starting over")
+    recipe, numerics = split_config(record.config)
+    plan = Plan(
+        recipe,
+        numerics,
+        machine,
+        record.name,
+        init_from=record.init_from,
+        copy_frozen=record.copy_frozen,
+        skip_broken=record.skip_broken,
+        place=place,
+        command=tuple(record.command),
+    )
+    return start(plan, context)
+
+
+def go_on(context: RunContext, setup: Setup, state: CheckpointState) -> Progress:
+    """Train from a checkpoint on, in a run whose lock is held."""
+    progress, run = state.progress, context.run
+    if progress.best and context.writes:
+        problem = repair_best(run.checkpoints, progress.best["step"], context.run_id)
+        if problem:
+            context.say(f"{problem}: best starts anew")
+            progress.best = {}
+    where = f"step {progress.step} (epoch {progress.epoch + 1}, sample {progress.position_samples})"
+    context.say(f"resuming {run} at {where}")
+    progress.history.append({"event": "resume", "step": progress.step, "epoch": progress.epoch})
+    setup = taught(setup, context.terminal, context.stop, state.data.taught_by)
+    with (
+        closing(setup.loaders),
+        closing(start_phase(setup, state.frozen.epoch, context, state.frozen)) as phase,
+    ):
+        check_unbroken(setup.data, phase.feed)
+        return run_setup(setup, context, phase, progress, state)
+
+
+# ---- What the run left ----------------------------------------------------------------------------------------------
+
+
+def settings_of(context: RunContext, record: RunRecord, given: Mapping[str, object]) -> Settings:
     """Those of the run's recipe.json, but for what is given now."""
+    unknown = set(record.settings) - {one.name for one in dataclasses.fields(Settings)}
     try:
-        return Settings(**record["settings"] | given)
+        if unknown:
+            raise TypeError(f"unknown are {', '.join(sorted(unknown))}")
+        return spec_from_plain(Settings, record.settings | dict(given))
     except TypeError as error:
-        raise RunError(f"{run.recipe_file}: its settings are none ({error}); restore it from a copy") from None
+        raise RunError(f"{context.run.recipe_file}: its settings are none ({error}); restore it from a copy") from None
 
 
 def find_checkpoint(
-    run: RunFolder, record: dict[str, Any], from_file: Path | None, terminal: Terminal
-) -> tuple[Path, dict[str, Any]] | None:
+    context: RunContext, record: RunRecord, from_file: Path | None
+) -> tuple[Path, CheckpointState] | None:
     """The checkpoint to go on from, of a run whose lock is held; None if there never was one.
 
     Args:
@@ -43,63 +151,61 @@ def find_checkpoint(
     Raises:
         RunError: no good one, or one of another recipe.
     """
+    run = context.run
     if from_file is not None:
-        path, state = from_file, checkpoints.read_checkpoint(from_file, record["id"])
+        path, state = from_file, read_checkpoint(from_file, record.id)
     else:
-        found = checkpoints.newest_good(run.checkpoints, record["id"])
+        found = newest_good(run.checkpoints, record.id)
         if found is None:
             return None
         path, state, bad = found
         for line in bad:
-            terminal.say(f"skipped: {line}")
-    check_same_config(record["config"], state["config"], f"{path} is not of the recipe in {run.recipe_file}")
+            context.say(f"skipped: {line}")
+    check_same_config(record.config, state.config, f"{path} is not of the recipe in {run.recipe_file}")
     return path, state
 
 
-def settle(
-    run: RunFolder, run_id: str, path: Path, state: dict[str, Any], from_file: Path | None, terminal: Terminal
-) -> None:
+def settle(context: RunContext, path: Path, state: CheckpointState, from_file: Path | None) -> None:
     """Make the checkpoint in `path` the newest of its run; what a killed process left goes."""
+    if not context.writes:
+        return
+    run = context.run
     remove_leftovers(run.checkpoints)
     remove_leftovers(run.path)
     if from_file is None:
-        checkpoints.repair_names(run.checkpoints, path, state)
+        repair_names(run.checkpoints, path, state.progress)
     else:
-        checkpoints.rewind(run.checkpoints, path, run_id)
-        terminal.say(f"rewound to {path.name}; later checkpoints are in {run.checkpoints / checkpoints.SUPERSEDED}")
+        rewind(run.checkpoints, path, context.run_id)
+        context.say(f"rewound to {path.name}; later checkpoints are in {run.checkpoints / SUPERSEDED}")
 
 
-def resumed_job(
-    run: RunFolder,
-    recipe: Recipe,
-    numerics: Numerics,
-    machine: Machine,
-    state: dict[str, Any],
-    place: str,
-    terminal: Terminal,
-) -> Job:
-    """The job of a checkpoint, its data and environment compared with what they were.
+def resumed_setup(
+    context: RunContext, recipe: Recipe, numerics: Numerics, machine: Machine, state: CheckpointState, place: str
+) -> Setup:
+    """The setup of a checkpoint, its data and environment compared with what they were.
 
     Raises:
         RunError: other data, or a network that does not fit.
     """
-    device = pick_device(machine.device)
+    run, device = context.run, pick_device(machine.device)
     check_precision(numerics, device.type)
     set_numerics(numerics.deterministic)
     backbone = backbone_of_run(run, state)
-    data = open_data(located(recipe, place), backbone, state["data"]["skipped"])
+    data = open_data(located(recipe, place), backbone, state.data.skipped)
     # The teacher of a distillation, if there is one, is looked at when it runs.
-    check_same_config(state["data"] | {"taught_by": ""}, data.facts(), f"the data is not what run {run} was trained on")
+    was, now = dataclasses.asdict(state.data) | {"taught_by": ""}, dataclasses.asdict(data.facts())
+    check_same_config(was, now, f"the data is not what run {run} was trained on")
     network = saved_network(run, recipe, state)
     # Last: which libraries the network needs is known once it is built.
-    for line in environment_differences(state["versions"], device):
-        terminal.say(f"not bit for bit from here on: {line}")
-    network.module.to(device, memory_format=torch.channels_last)
+    for line in environment_differences(state.versions, device):
+        context.say(f"not bit for bit from here on: {line}")
+    module_to_device(network.module, device)
     loaders = make_loaders(data, machine, device, Contents(data.source, run.contents_file))
     if loaders.train.contents.damaged:
-        terminal.say(f"{run.contents_file} is damaged: image files are compared with what they are from now on")
+        context.say(f"{run.contents_file} is damaged: image files are compared with what they are from now on")
+    freeze = network.freeze_map(recipe.trainable)
     kept = f"as kept in {run.frozen}"
-    return Job(recipe, numerics, machine, backbone, network, data, loaders, device, kept, "the run")
+    return Setup(recipe, numerics, machine, backbone, network, freeze, data, loaders, device, kept, "the run")
 
 
 def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_samples: int) -> bool:
@@ -119,17 +225,16 @@ def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_sam
                 f"--lr {lr}: at a resume only together with --epochs; for other rates: --init-from RUN:best"
             )
         return False
-    steps_per_epoch, horizon_steps, end_step = count_steps(recipe, train_samples, progress)
-    extension = {"from_step": end_step, "epochs": epochs, "lr": lr}
+    steps = count_steps(recipe, train_samples, progress)
+    extension: Extension = {"from_step": steps.end, "epochs": epochs, "lr": lr}
     latest = progress.extensions[-1] if progress.extensions else {"epochs": recipe.epochs, "lr": 0.0}
     if (epochs, lr) in ((latest["epochs"], latest["lr"]), (latest["epochs"], 0.0)):
         return False
     progress.extensions.append(extension)
-    _, _, new_end = count_steps(recipe, train_samples, progress)
-    if new_end <= end_step:
-        raise UsageError(f"--epochs {epochs}: the run has {-(-end_step // steps_per_epoch)} already; give more")
-    at_the_end = dataclasses.replace(progress, step=end_step)
-    if learning_rate(recipe, at_the_end, steps_per_epoch, horizon_steps) == 0:
+    if count_steps(recipe, train_samples, progress).end <= steps.end:
+        raise UsageError(f"--epochs {epochs}: the run has {-(-steps.end // steps.per_epoch)} already; give more")
+    at_the_end = dataclasses.replace(progress, step=steps.end)
+    if learning_rate(recipe, at_the_end, steps) == 0:
         raise UsageError(f"--epochs {epochs}: the recipe's final rate is 0, so nothing would train; give --lr as well")
     progress.status = "running"
     progress.validations_without_best = 0

@@ -4,35 +4,33 @@ import torch
 
 from finetune.data.source import ArraySource, FileSource
 from finetune.data.texts import TextPipeline, repeated
-from finetune.models.freeze import frozen_tensors
-from finetune.store.run_folder import RunFolder
 from finetune.training.phase import Phase
-from finetune.training.setup import CHECKED_FILES, Job
+from finetune.training.setup import CHECKED_FILES, Setup
 
 # A longer list of modules says how many more there are.
 SHOWN_MODULES = 6
 
 
-def facts_of(run: RunFolder, job: Job, phase: Phase) -> dict[str, str]:
+def facts_of(run: str, setup: Setup, phase: Phase) -> dict[str, str]:
     """The facts of a run by label, in order."""
-    recipe, why_not = job.recipe, phase.feed.why_not
+    recipe, why_not = setup.recipe, phase.feed.why_not
     return {
         "backbone": recipe.model.full_name,
-        "weights": job.weights_text,
-        **_frozen_and_trained(job, phase),
+        "weights": setup.weights_text,
+        **_frozen_and_trained(setup, phase),
         "features": f"not kept, because {why_not}" if why_not else "kept, the frozen part runs once",
-        "data": _data(job),
-        f"{job.data.source.noun}s": _prepared(job),
+        "data": _data(setup),
+        f"{setup.data.source.noun}s": _prepared(setup),
         "training": (
             f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
         ),
-        "device": f"{job.device}, {job.numerics.precision}, {torch.get_num_threads()} threads",
-        "run folder": str(run),
+        "device": f"{setup.device}, {setup.numerics.precision}, {torch.get_num_threads()} threads",
+        **({"run folder": run} if run else {}),
     }
 
 
-def _data(job: Job) -> str:
-    recipe, data = job.recipe, job.data
+def _data(setup: Setup) -> str:
+    recipe, data = setup.recipe, setup.data
     train, validation, test = map(len, data.split)
     parts = [f"{train:,} to train on", f"{validation:,} to validate", *([f"{test:,} to test"] if test else [])]
     unread = isinstance(data.source, FileSource) and not data.skipped and train + validation + test > CHECKED_FILES
@@ -47,25 +45,25 @@ def _data(job: Job) -> str:
     return f"{recipe.data.place}: {', '.join(parts)}{later}"
 
 
-def _prepared(job: Job) -> str:
+def _prepared(setup: Setup) -> str:
     """How samples become the network's input, in words."""
-    how = f"{job.backbone.preprocessing.text} (as of {job.preprocessing_of})"
-    spec, data = job.recipe.data, job.data
+    how = f"{setup.backbone.preprocessing.text} (as of {setup.preprocessing_of})"
+    spec, data = setup.recipe.data, setup.data
     if isinstance(data.pipeline, TextPipeline):
         used = torch.cat(data.split)
         truncated = int(data.pipeline.table.truncated[used.numpy()].sum())
         share = f"{truncated:,} of {len(used):,} are longer and cut off" if truncated else "none is longer"
-        twice = repeated(data.source, data.split.train, data.split.validation)
+        twice = repeated(data.pipeline.source, data.split.train, data.split.validation)
         also = f"; {twice:,} of those that validate are also trained on" if twice else ""
-        return f"{how}, {share}; pooling {job.backbone.options['pooling']}{also}"
+        return f"{how}, {share}; pooling {setup.backbone.options['pooling']}{also}"
     mixed = [f"{name} {alpha:g}" for name, alpha in (("mixup", spec.mixup), ("cutmix", spec.cutmix)) if alpha]
     return ", ".join([how, f"augment {spec.augment}", *mixed])
 
 
-def _frozen_and_trained(job: Job, phase: Phase) -> dict[str, str]:
+def _frozen_and_trained(setup: Setup, phase: Phase) -> dict[str, str]:
     """Which modules are frozen, by the uppermost, and which train; parameters, and modules in eval mode."""
-    module = job.network.module
-    frozen = frozen_tensors(module, job.network.rules(job.recipe.trainable.rules), phase.epoch)
+    module = setup.network.module
+    frozen = phase.freeze.frozen()
     counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
     for name, parameter in module.named_parameters():
         path = name.partition(".")[0] if name in frozen else name.rpartition(".")[0]

@@ -5,45 +5,39 @@ import io
 import torch
 from torchinfo import summary
 
-from finetune.models.freeze import apply_freeze, changeable_tensors, frozen_tensors, set_modes
-from finetune.models.pretrained import new_network, pretrained
+from finetune.recipe.execution import Machine, Numerics
 from finetune.recipe.spec import Recipe
-from finetune.training.dataset import open_data
+from finetune.runs.start import Plan, new_setup
+from finetune.store.state import FrozenFacts, LogMark, Progress
 from finetune.training.optimizer import build_optimizer, optimizer_state
+from finetune.training.session import capture_state
+from finetune.training.setup import Setup
+
+SHA256_DIGITS = 64
 
 
-def checkpoint_bytes(recipe: Recipe, module: torch.nn.Module, rules) -> int:
-    """Size of a checkpoint: its tensors, saved into memory, the optimizer's after one step included."""
-    names = apply_freeze(module, rules, 0)
-    parameters = dict(module.named_parameters())
-    copies = {name: torch.nn.Parameter(parameters[name].detach().clone()) for name in names}
-    spec = recipe.optimizer
+def checkpoint_bytes(setup: Setup, trainable: list[str], held_in_eval: list[str]) -> int:
+    """Size of a checkpoint of the run, its optimizer as it is after one step."""
+    parameters, spec = dict(setup.network.module.named_parameters()), setup.recipe.optimizer
+    copies = {name: torch.nn.Parameter(parameters[name].detach().clone()) for name in trainable}
     optimizer = build_optimizer(copies, spec.name, spec.lr, spec.weight_decay, spec.momentum)
     for parameter in copies.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
+    frozen = [name for name in parameters if name not in copies]
+    facts = FrozenFacts(frozen, trainable, held_in_eval, 0, 0, "0" * SHA256_DIGITS)
+    mark = LogMark(0, "0" * SHA256_DIGITS)
+    state = capture_state(setup, setup.freeze.at(0), facts, Progress(), optimizer_state(optimizer), {}, mark)
     stream = io.BytesIO()
-    torch.save(
-        {
-            "model": {name: value.clone() for name, value in changeable_tensors(module, rules, 0).items()},
-            "frozen": list(frozen_tensors(module, rules, 0)),
-            "optimizer": optimizer_state(optimizer),
-            "rng": torch.get_rng_state(),
-        },
-        stream,
-    )
+    torch.save(state.to_plain(), stream)
     return stream.getbuffer().nbytes
 
 
 def summary_text(recipe: Recipe) -> str:
     """torchinfo's table with the trainable column, then the counts and sizes that decide."""
-    backbone, weights, tensors = pretrained(recipe)
-    data = open_data(recipe, backbone)
-    network = new_network(recipe, backbone, weights, data.output_count, tensors)
-    rules = network.rules(recipe.trainable.rules)
-    module = network.module
-    apply_freeze(module, rules, 0)
-    held = set_modes(module, rules, recipe.trainable.batchnorm, 0)
+    setup, _ = new_setup(Plan(recipe, Numerics(), Machine(device="cpu")))
+    module, backbone, freeze = setup.network.module, setup.backbone, setup.freeze.at(0)
+    trainable, held = freeze.apply(), freeze.modes()
     table = summary(
         module,
         input_data=[backbone.preprocessing.example(1)],
@@ -56,13 +50,12 @@ def summary_text(recipe: Recipe) -> str:
     counts = {True: 0, False: 0}
     for parameter in module.parameters():
         counts[parameter.requires_grad] += parameter.numel()
-    source = weights.text if weights else "random"
     return "\n".join(
         [
             str(table),
-            f"backbone:    {backbone.name}, weights {source}",
+            f"backbone:    {backbone.name}, weights {setup.weights_text}",
             f"trainable:   {counts[True]:,} parameters",
             f"frozen:      {counts[False]:,} parameters; {len(held)} modules held in eval mode",
-            f"checkpoint:  about {checkpoint_bytes(recipe, module, rules):,} bytes",
+            f"checkpoint:  about {checkpoint_bytes(setup, trainable, held):,} bytes",
         ]
     )

@@ -5,7 +5,7 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, cast
 
 import torch
 
@@ -20,7 +20,7 @@ from finetune.base.files import (
 )
 from finetune.base.safe_load import load_plain
 from finetune.errors import RunError, one_line
-from finetune.store.state import SCHEMA_VERSION
+from finetune.store.state import CheckpointState, Progress
 
 LATEST, BEST = "latest.pt", "best.pt"
 STEP_FILE = re.compile(r"step-(\d+)\.pt")
@@ -40,11 +40,12 @@ def step_files(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def _write_state(path: Path, state: dict[str, Any]) -> None:
-    write_atomically(path, lambda stream: torch.save({"schema_version": SCHEMA_VERSION} | state, stream), trailer=True)
+def _write_state(path: Path, state: CheckpointState) -> None:
+    plain = state.to_plain()
+    write_atomically(path, lambda stream: torch.save(plain, cast(IO[bytes], stream)), trailer=True)
 
 
-def write_checkpoint(folder: Path, state: dict[str, Any], *, is_best: bool, keep: int) -> Path:
+def write_checkpoint(folder: Path, state: CheckpointState, *, is_best: bool, keep: int) -> Path:
     """Write `state` once, then point (`best.pt` and) `latest.pt` at it, then prune.
 
     Each step leaves a folder to resume from: the new file is on disk before a name moves to it, and old files go
@@ -59,7 +60,7 @@ def write_checkpoint(folder: Path, state: dict[str, Any], *, is_best: bool, keep
     Raises:
         RunError: it cannot be written, at the second attempt neither; the checkpoints that were there are still there.
     """
-    path = folder / step_file_name(state["step"])
+    path = folder / step_file_name(state.progress.step)
 
     def attempt() -> None:
         _write_state(path, state)
@@ -89,7 +90,7 @@ def write_checkpoint(folder: Path, state: dict[str, Any], *, is_best: bool, keep
     return path
 
 
-def check_room(folder: Path, state: dict[str, Any], keep: int, optimizer_bytes: int) -> None:
+def check_room(folder: Path, state: CheckpointState, keep: int, optimizer_bytes: int) -> None:
     """Try, before the first step, that a checkpoint can be written, and that the disk has room for all of a run's.
 
     Args:
@@ -128,7 +129,7 @@ def check_room(folder: Path, state: dict[str, Any], keep: int, optimizer_bytes: 
         )
 
 
-def read_checkpoint(path: Path, run_id: str, *, mapped: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: Path, run_id: str, *, mapped: bool = False) -> CheckpointState:
     """A checkpoint whose checksum holds.
 
     Args:
@@ -137,25 +138,18 @@ def read_checkpoint(path: Path, run_id: str, *, mapped: bool = False) -> dict[st
 
     Raises:
         BadFile: damaged, not a checkpoint of this kit, or of another run.
-        RunError: missing, or of another schema.
+        RunError: missing, or of a schema that cannot be read.
     """
     if not path.is_file():
         raise RunError(f"checkpoint {path} does not exist; check the path")
     verify_trailer(path)
-    state = load_plain(path, mapped=mapped)
-    if not isinstance(state, dict) or "schema_version" not in state:
-        raise BadFile(f"{path} is not a checkpoint of this kit")
-    if state["schema_version"] != SCHEMA_VERSION:
-        raise RunError(
-            f"checkpoint {path} has schema {state['schema_version']}, this finetune reads {SCHEMA_VERSION}; use the "
-            "version that wrote it"
-        )
-    if state.get("run_id") != run_id:
+    state = CheckpointState.from_plain(load_plain(path, mapped=mapped), f"checkpoint {path}")
+    if state.run_id != run_id:
         raise BadFile(f"{path} is of another run than recipe.json says")
     return state
 
 
-def newest_good(folder: Path, run_id: str) -> tuple[Path, dict[str, Any], list[str]] | None:
+def newest_good(folder: Path, run_id: str) -> tuple[Path, CheckpointState, list[str]] | None:
     """The newest checkpoint that can be read, its state, and what was found bad on the way; None without any file.
 
     Raises:
@@ -177,18 +171,18 @@ def newest_good(folder: Path, run_id: str) -> tuple[Path, dict[str, Any], list[s
             except BadFile as error:
                 bad.append(str(error))
         if good:
-            return *max(good, key=lambda found: found[1]["step"]), bad
+            return *max(good, key=lambda found: found[1].progress.step), bad
     if bad:
         raise RunError(f"no good checkpoint in {folder}: {'; '.join(bad)}")
     return None
 
 
-def repair_names(folder: Path, path: Path, state: dict[str, Any]) -> None:
+def repair_names(folder: Path, path: Path, progress: Progress) -> None:
     """Point `latest.pt` at the checkpoint that a run resumes from, and `best.pt` too where it is the best.
 
     A process may have died after it wrote a numbered file and before it moved the names.
     """
-    if state["best_metric"].get("step") == state["step"] and path.name != BEST:
+    if progress.best.get("step") == progress.step and path.name != BEST:
         link_or_copy(path, folder / BEST)
     if path.name != LATEST:
         link_or_copy(path, folder / LATEST)
@@ -227,26 +221,26 @@ def rewind(folder: Path, path: Path, run_id: str) -> None:
 
     `best.pt` goes back to the best of that time if its file is still there; else it moves too.
     """
-    state = read_checkpoint(path, run_id)
+    progress = read_checkpoint(path, run_id).progress
     make_folders(folder / SUPERSEDED)
-    best_step = state["best_metric"].get("step")
+    best_step = progress.best.get("step")
     kept = folder / ".rewind.pt.tmp"
     link_or_copy(path, kept)
     for file in (folder / LATEST, folder / BEST):
         if not file.exists():
             continue
         try:
-            step = read_checkpoint(file, run_id)["step"]
+            step = read_checkpoint(file, run_id).progress.step
         except BadFile:
             _set_aside(file, f"{file.stem}-damaged")
         else:
-            if step > state["step"]:
+            if step > progress.step:
                 _set_aside(file, f"{file.stem}-step-{step:06d}")
     for step, file in step_files(folder):
-        if step > state["step"]:
+        if step > progress.step:
             _set_aside(file, file.stem)
         elif step == best_step:
             link_or_copy(file, folder / BEST)
-    link_or_copy(kept, folder / step_file_name(state["step"]))
+    link_or_copy(kept, folder / step_file_name(progress.step))
     link_or_copy(kept, folder / LATEST)
     kept.unlink()

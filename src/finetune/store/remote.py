@@ -152,12 +152,13 @@ class Uploader:
         """One file; where the same bytes are there under another name, they are copied there."""
         stamp = found[name]
         twin = next((other for other, there in self._there.items() if there == stamp and other != name), None)
-        copied = twin is not None and name.startswith("checkpoints/")
-        if copied:
+        copied = False
+        if twin is not None and name.startswith("checkpoints/"):
             try:
                 self.remote.copy(twin, name)
+                copied = True
             except Exception:  # not every file system can, and the twin may be gone from there
-                copied = False
+                pass
         if not copied:
             try:
                 self.remote.upload(self.folder / name, name)
@@ -243,7 +244,7 @@ def _newest_step(folder: Path, run_id: str) -> int:
         found = newest_good(folder, run_id)
     except RunError:
         return -1
-    return found[1]["step"] if found else -1
+    return found[1].progress.step if found else -1
 
 
 def _is_ahead(run: RunFolder, sizes: dict[str, int]) -> bool:
@@ -256,7 +257,7 @@ def _is_ahead(run: RunFolder, sizes: dict[str, int]) -> bool:
     if there != here:
         return there < here
     numbers = [int(match[1]) for name in sizes if (match := NUMBERED.fullmatch(name))]
-    return _newest_step(run.checkpoints, run.read_recipe()["id"]) >= max(numbers, default=-1)
+    return _newest_step(run.checkpoints, run.read_recipe().id) >= max(numbers, default=-1)
 
 
 def fetch(remote: RemoteFolder, folder: Path, begun: bool, say: Callable[[str], None]) -> dict[str, _Stamp]:

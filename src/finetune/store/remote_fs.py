@@ -69,7 +69,8 @@ class RemoteFolder:
 
     def read(self, name: str) -> bytes | None:
         try:
-            return self.file_system.cat_file(self.path(name))
+            content: bytes = self.file_system.cat_file(self.path(name))
+            return content
         except FileNotFoundError:
             return None
 

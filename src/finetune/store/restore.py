@@ -1,16 +1,15 @@
-"""Builds what a training or an export needs: data, network, weights; new from a recipe or as a run left them."""
+"""The network of a run, as a checkpoint left it."""
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
+from finetune.base.plain import Plain
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, UsageError
 from finetune.models.backbones import Backbone, backbone_from_plain
-from finetune.models.freeze import check_rules, frozen_tensors
 from finetune.models.network import Network, build_network, load_frozen
 from finetune.models.pretrained import sized
 from finetune.models.weights import (
@@ -21,17 +20,18 @@ from finetune.recipe.serialize import differences
 from finetune.recipe.spec import Recipe
 from finetune.store.checkpoint import read_checkpoint
 from finetune.store.run_folder import RunFolder
+from finetune.store.state import CheckpointState, DataFacts
 
 
-def backbone_of_run(run: RunFolder, state: dict[str, Any]) -> Backbone:
+def backbone_of_run(run: RunFolder, state: CheckpointState) -> Backbone:
     """The backbone of a run, with its tokenizer, out of a checkpoint and the run's folder."""
-    backbone = backbone_from_plain(state["network"]["backbone"])
+    backbone = backbone_from_plain(state.network.backbone)
     if not isinstance(backbone.preprocessing, Tokenization):
         return backbone
     return dataclasses.replace(backbone, preprocessing=backbone.preprocessing.read(run.tokenizer))
 
 
-def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network, dict[str, Any]]:
+def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network, DataFacts]:
     """The recipe's network with another run's weights, frozen and trained ones; its backbone; what that run keeps of
     its data.
 
@@ -56,7 +56,7 @@ def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network,
         None,
         "",
         head=recipe.model.head,
-        class_count=state["data"]["outputs"],
+        class_count=state.data.outputs,
         dropout=recipe.model.dropout,
         head_width=recipe.model.head_width,
         seed=recipe.seed,
@@ -67,14 +67,14 @@ def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network,
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in found.items()}:
         raise RunError(f"--init-from {folder}: another head; use the same --head and width")
     network.module.load_state_dict(found)
-    check_rules(network.module, network.rules(recipe.trainable.rules))
-    return sized(backbone, recipe), network, state["data"]
+    network.freeze_map(recipe.trainable).check()
+    return sized(backbone, recipe), network, state.data
 
 
 # ---- As a run left it ------------------------------------------------------------------------------------------
 
 
-def check_same_config(record: dict[str, Any], config: dict[str, Any], what: str) -> None:
+def check_same_config(record: Plain, config: Plain, what: str) -> None:
     """Compare plain values as JSON sees them.
 
     Raises:
@@ -85,36 +85,36 @@ def check_same_config(record: dict[str, Any], config: dict[str, Any], what: str)
         raise RunError(f"{what}: " + "; ".join(found))
 
 
-def saved_network(run: RunFolder, recipe: Recipe, state: dict[str, Any]) -> Network:
+def saved_network(run: RunFolder, recipe: Recipe, state: CheckpointState) -> Network:
     """The network as a checkpoint left it: frozen tensors from frozen/, everything else from `state`.
 
     Raises:
         RunError: the two do not make up the whole network.
     """
-    backbone = backbone_from_plain(state["network"]["backbone"])
+    backbone = backbone_from_plain(state.network.backbone)
     kind, tensors = load_frozen(run.frozen)
     network = build_network(
         backbone,
         tensors if kind == "source" else None,
         f"frozen weights of {run}",
         head=recipe.model.head,
-        class_count=state["data"]["outputs"],
+        class_count=state.data.outputs,
         dropout=recipe.model.dropout,
         head_width=recipe.model.head_width,
         seed=recipe.seed,
-        old_class_count=state["network"]["old_class_count"],
-        new_paths=state["network"]["new_paths"],
+        old_class_count=state.network.old_class_count,
+        new_paths=state.network.new_paths,
     )
     module = network.module
     what = f"checkpoint of {run} does not fit its recipe"
     if kind == "tensors" and tensors is not None:
         _put(module, tensors, what)
-    frozen = frozen_tensors(module, network.rules(recipe.trainable.rules), state["frozen"]["epoch"])
+    frozen = network.freeze_map(recipe.trainable).at(state.frozen.epoch).frozen()
     # Counted here, not by load_state_dict: BatchNorm never reports a missing counter.
-    mismatch = set(module.state_dict()) ^ (set(frozen) | set(state["model"]))
-    if mismatch or set(frozen) & set(state["model"]):
+    mismatch = set(module.state_dict()) ^ (set(frozen) | set(state.model))
+    if mismatch or set(frozen) & set(state.model):
         raise RunError(f"{what}: {', '.join(sorted(mismatch))}")
-    _put(module, state["model"], what)
+    _put(module, state.model, what)
     return network
 
 
@@ -126,15 +126,15 @@ def _put(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
         raise RunError(str(error)) from None
 
 
-def trained_network(run: RunFolder, which: str) -> tuple[Network, dict[str, Any]]:
+def trained_network(run: RunFolder, which: str) -> tuple[Network, CheckpointState]:
     """The network of a run's `best` or `latest` checkpoint, on the CPU, in eval mode, and the checkpoint."""
     record = run.read_recipe()
-    recipe, _ = split_config(record["config"])
+    recipe, _ = split_config(record.config)
     path = run.checkpoints / f"{which}.pt"
     if not path.exists():
         raise RunError(f"run {run} has no {which} checkpoint yet; train it first: finetune resume {run}")
-    state = read_checkpoint(path, record["id"])
-    check_same_config(record["config"], state["config"], f"{path} is not of the recipe in {run.recipe_file}")
+    state = read_checkpoint(path, record.id)
+    check_same_config(record.config, state.config, f"{path} is not of the recipe in {run.recipe_file}")
     network = saved_network(run, recipe, state)
     network.module.eval()
     return network, state

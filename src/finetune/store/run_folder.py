@@ -4,9 +4,9 @@ import os
 import shutil
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from finetune.base.files import (
     TEMPORARY_SUFFIX,
@@ -18,21 +18,47 @@ from finetune.base.files import (
     write_json,
 )
 from finetune.base.lock import LOCK_FILE, OWNER_FILE
+from finetune.base.migrate import SCHEMA_KEY, Steps, migrate
+from finetune.base.plain import Fields, Plain, part_from_plain, part_to_plain
 from finetune.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from finetune.store.state import CheckpointState
 
 RUNS_FOLDER = Path("runs")
 RECIPE_FILE = "recipe.json"
 SCHEMA_VERSION = 4
-# What recipe.json holds besides.
-RECORD_KINDS = {
-    "id": str,
-    "name": str,
-    "config": dict,
-    "settings": dict,
-    "init_from": str,
-    "copy_frozen": bool,
-    "skip_broken": bool,
-}
+# From the schema that is the key to the next one; 4 is the first that outlives a version of the kit.
+MIGRATIONS: Steps = {}
+OTHER_VERSION = "of another version"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What recipe.json says of a run.
+
+    Attributes:
+        id: of the run: a checkpoint of another run is not taken for one of this.
+        name: of the recipe.
+        config: every value that determines the result; see `determining_config`.
+        settings: how it is saved and watched, where nothing else is given at a resume.
+        init_from: the run whose weights it started from, as it was given.
+        copy_frozen: the frozen weights were copied, so that the folder stands alone.
+        skip_broken: broken samples were left out.
+        command: what to type after `finetune` to do the same again; for people, no secrets.
+    """
+
+    id: str
+    name: str
+    config: dict[str, object]
+    settings: dict[str, object]
+    init_from: str
+    copy_frozen: bool
+    skip_broken: bool
+    command: list[str] = field(default_factory=list)
+
+    def to_plain(self) -> Plain:
+        return {SCHEMA_KEY: SCHEMA_VERSION} | part_to_plain(self)
 
 
 @dataclass(frozen=True)
@@ -154,24 +180,17 @@ class RunFolder:
             with suppress(OSError):
                 folder.rmdir()
 
-    def read_recipe(self) -> dict[str, Any]:
-        """recipe.json: {"schema_version", "id", "name", "config", "settings", ...}.
+    def read_recipe(self) -> RunRecord:
+        """What recipe.json says.
 
         Raises:
-            RunError: there is none, or it is damaged, or of another version.
+            RunError: there is none, or it is damaged, or of a schema that cannot be read.
         """
         if not self.path.is_dir():
             raise RunError(f"run folder {self} does not exist; check the path")
-        record = read_json(self.recipe_file, "recipe of the run")
-        if record.get("schema_version") != SCHEMA_VERSION:
-            raise RunError(
-                f"{self.recipe_file} has schema {record.get('schema_version')}, this finetune reads {SCHEMA_VERSION}; "
-                "use the version that wrote it"
-            )
-        wrong = [name for name, kind in RECORD_KINDS.items() if not isinstance(record.get(name), kind)]
-        if wrong:
-            raise BadFile(f"{self.recipe_file}: {wrong[0]!r} is missing or of a wrong kind; restore it from a copy")
-        return record
+        what = str(self.recipe_file)
+        plain = migrate(read_json(self.recipe_file, "recipe of the run"), what, SCHEMA_VERSION, MIGRATIONS)
+        return part_from_plain(RunRecord, Fields(plain, what))
 
 
 def next_folder(name: str) -> Path:
@@ -190,16 +209,16 @@ def next_folder(name: str) -> Path:
             continue
 
 
-def fill_folder(run: RunFolder, record: dict[str, Any], code: list[Path]) -> str:
+def new_run_id() -> str:
+    return uuid.uuid4().hex
+
+
+def fill_folder(run: RunFolder, record: RunRecord, code: list[Path]) -> None:
     """Lay out a new run; recipe.json comes last, so that half a folder is never taken for a run.
 
     Args:
         code: the recipe file and the modules it imported from its own folder, copied with their relative places.
-
-    Returns:
-        The run's id: a checkpoint of another run is not taken for one of this.
     """
-    run_id = uuid.uuid4().hex
     run.begun_file.touch()
     sync_folder(run.path)
     for folder in (run.checkpoints, run.code):
@@ -210,34 +229,35 @@ def fill_folder(run: RunFolder, record: dict[str, Any], code: list[Path]) -> str
             target = run.code / file.relative_to(base)
             make_folders(target.parent)
             copy_file(file, target)
-    write_json(run.recipe_file, {"schema_version": SCHEMA_VERSION, "id": run_id} | record)
+    write_json(run.recipe_file, record.to_plain())
     run.begun_file.unlink()
-    return run_id
 
 
-def peek(path: Path) -> dict[str, Any]:
+def peek(path: Path) -> "CheckpointState":
     """What a checkpoint says. Its tensors stay on the disk and its checksum is not looked at: whoever lists runs must
     not read gigabytes.
 
     Raises:
         BadFile: it cannot be read, or is none.
+        RunError: it is of a schema that cannot be read.
     """
-    from finetune.base.safe_load import load_plain  # torch: only where there is something to read
+    # torch: only where there is something to read.
+    from finetune.base.safe_load import load_plain
+    from finetune.store.state import CheckpointState
 
-    state = load_plain(path, mapped=True)
-    if not isinstance(state, dict) or not isinstance(state.get("status"), str):
-        raise BadFile(f"{path} is not a checkpoint of this kit")
-    return state
+    return CheckpointState.from_plain(load_plain(path, mapped=True), str(path))
 
 
 def run_status(run: RunFolder) -> str:
-    """ "new" (no checkpoint yet), "damaged", or the status in the newest checkpoint."""
+    """ "new" (no checkpoint yet), "damaged", "of another version", or the status in the newest checkpoint."""
     if not run.latest.is_file():
         return "new"
     try:
-        return peek(run.latest)["status"]
+        return peek(run.latest).progress.status
     except BadFile:
         return "damaged"
+    except RunError:
+        return OTHER_VERSION
 
 
 def newest_unfinished() -> RunFolder:
@@ -248,10 +268,15 @@ def newest_unfinished() -> RunFolder:
     """
     runs = [RunFolder(path.parent) for path in RUNS_FOLDER.glob(f"*/{RECIPE_FILE}")]
     runs.sort(key=lambda run: max(_changed(run.metrics_file), _changed(run.recipe_file)), reverse=True)
+    others = 0
     for run in runs:
-        if run_status(run) not in ("finished", "stopped early"):
+        status = run_status(run)
+        if status not in ("finished", "stopped early", OTHER_VERSION):
             return run
+        others += status == OTHER_VERSION
     found = f"{len(runs)} run(s) there, all finished" if runs else "no run there"
+    if others:
+        found = f"{len(runs)} run(s) there, {others} of another version of finetune, the others finished"
     raise UsageError(
         f"no unfinished run in {RUNS_FOLDER.resolve()} ({found}); give the run's folder: finetune resume RUN"
     )

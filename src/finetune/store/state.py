@@ -1,18 +1,109 @@
-"""What survives a restart: one versioned dict of plain values, listed here and nowhere else."""
+"""What survives a restart: one versioned dict of plain values, listed here and nowhere else.
 
+A checkpoint's keys are the fields below. Each says which key it is stored under, who writes it and who reads it;
+`docs/architecture.md` shows them as a table. All others read attributes.
+"""
+
+import dataclasses
 import platform
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
-import PIL
 import torch
-import torchvision
 from torch import Tensor
 
+from finetune.base.events import Best
+from finetune.base.files import BadFile
+from finetune.base.migrate import SCHEMA_KEY, Steps, migrate
+from finetune.base.plain import Fields, Plain, part_from_plain, part_to_plain, stored
+
 SCHEMA_VERSION = 4
+# From the schema that is the key to the next one; 4 is the first that outlives a version of the kit.
+MIGRATIONS: Steps = {}
+
+
+# ---- The parts ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a run was trained on; a resume must find the same.
+
+    Attributes:
+        fingerprint: over the samples' names, sizes and targets.
+        classes: their names by number; [] where numbers are predicted.
+        outputs: numbers that the network gives for a sample.
+        scale: mean and deviation of the training targets, where those are numbers to predict; else [].
+        taught_by: hash of the teacher that the targets are of; "" = none.
+        skipped: names of samples that were left out as broken.
+    """
+
+    fingerprint: str
+    classes: list[str]
+    outputs: int
+    scale: list[float]
+    taught_by: str
+    train_samples: int
+    validation_samples: int
+    skipped: list[str]
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """How to build the network again, without its pretrained file.
+
+    Attributes:
+        old_class_count: classes of the layer that an appended head stands behind.
+        new_paths: modules before the head that train like it.
+        backbone: as `Backbone.to_plain` gives it.
+    """
+
+    old_class_count: int
+    new_paths: list[str]
+    backbone: dict[str, object]
+
+
+@dataclass(frozen=True)
+class FrozenFacts:
+    """What was frozen when the checkpoint was written.
+
+    Attributes:
+        parameters, trainable: names of those that are frozen, and of those that train.
+        modules_in_eval: paths of the modules held in eval mode; for people, nothing reads it.
+        epoch: of the phase of training.
+        phase: thaws before it; for people, nothing reads it.
+        sha256: over the frozen tensors.
+        features_kept: whether training read kept features.
+    """
+
+    parameters: list[str]
+    trainable: list[str]
+    modules_in_eval: list[str]
+    epoch: int
+    phase: int
+    sha256: str
+    features_kept: bool = False
+
+
+@dataclass(frozen=True)
+class LogMark:
+    """How long metrics.jsonl was when the checkpoint was written, and what it held."""
+
+    bytes: int
+    sha256: str
+
+
+class Extension(TypedDict):
+    """A run made longer: from which step on, to how many epochs in all, at which rate (0 = the recipe's final one)."""
+
+    from_step: int
+    epochs: int
+    lr: float
 
 
 @dataclass
@@ -23,83 +114,118 @@ class Progress:
         step: optimizer steps done.
         epoch: the epoch that the next step belongs to.
         position_samples: samples of that epoch that are consumed.
-        loss_sum, loss_samples: the running training loss of the unfinished epoch.
-        best: {"metric", "value", "step", "epoch"} of the best validation so far, or {}.
-        validations_without_best: in a row.
         reductions: of the learning rate by the plateau schedule.
         extensions: [{"from_step", "epochs", "lr"}], in order, by `resume --epochs`.
-        halvings: how often memory ran out, and fewer samples were computed at once from then on.
-        status: "running", "finished" or "stopped early".
+        best: of the best validation so far.
+        validations_without_best: in a row.
+        loss_sum, loss_samples: the running training loss of the unfinished epoch.
         last_validation: metrics of the newest validation, or {}.
         validated_step: the step of that one; a stop may have come before it, then whoever resumes begins with it.
+        halvings: how often memory ran out, and fewer samples were computed at once from then on.
         history: [{"event", "step", "epoch", ...}]: starts, resumes, extensions, thaws.
+        status: "running", "finished" or "stopped early".
     """
 
-    step: int = 0
-    epoch: int = 0
-    position_samples: int = 0
-    loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32))
-    loss_samples: int = 0
-    best: dict[str, Any] = field(default_factory=dict)
-    validations_without_best: int = 0
-    reductions: int = 0
-    extensions: list[dict[str, Any]] = field(default_factory=list)
-    halvings: int = 0
-    status: str = "running"
-    last_validation: dict[str, float] = field(default_factory=dict)
-    validated_step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    step: int = field(default=0, metadata=stored("step", writer="session", reader="session, listing, report, export"))
+    epoch: int = field(default=0, metadata=stored("epoch", writer="session", reader="session, listing, report"))
+    position_samples: int = field(default=0, metadata=stored("position_samples", writer="session", reader="session"))
+    reductions: int = field(default=0, metadata=stored("scheduler.reductions", writer="validation", reader="schedule"))
+    extensions: list[Extension] = field(
+        default_factory=list,
+        metadata=stored("scheduler.extensions", writer="resume", reader="schedule, listing"),
+    )
+    best: Best = field(
+        default_factory=Best,
+        metadata=stored("best_metric", writer="validation", reader="validation, checkpoint, listing, report"),
+    )
+    validations_without_best: int = field(
+        default=0, metadata=stored("patience", writer="validation", reader="session, validation")
+    )
+    loss_sum: Tensor = field(
+        default_factory=lambda: torch.zeros((), dtype=torch.float32),
+        metadata=stored("metrics.loss_sum", writer="session", reader="session"),
+    )
+    loss_samples: int = field(default=0, metadata=stored("metrics.loss_samples", writer="session", reader="session"))
+    last_validation: dict[str, float] = field(
+        default_factory=dict, metadata=stored("metrics.last_validation", writer="validation", reader="export")
+    )
+    validated_step: int = field(
+        default=0, metadata=stored("metrics.validated_step", writer="validation", reader="session")
+    )
+    halvings: int = field(default=0, metadata=stored("halvings", writer="loop, session", reader="loop, session"))
+    history: list[dict[str, object]] = field(
+        default_factory=list, metadata=stored("history", writer="start, resume, session", reader="report")
+    )
+    status: str = field(
+        default="running", metadata=stored("status", writer="session", reader="resume, listing, report")
+    )
 
     def epoch_loss(self) -> float:
         """Mean training loss of the epoch so far. Waits for the device."""
         return self.loss_sum.item() / max(self.loss_samples, 1)
 
 
-def progress_to_plain(progress: Progress) -> dict[str, Any]:
-    """The checkpoint keys that hold a `Progress`."""
-    return {
-        "step": progress.step,
-        "epoch": progress.epoch,
-        "position_samples": progress.position_samples,
-        "scheduler": {"reductions": progress.reductions, "extensions": progress.extensions},
-        "best_metric": progress.best,
-        "patience": progress.validations_without_best,
-        "metrics": {
-            "loss_sum": progress.loss_sum.cpu(),
-            "loss_samples": progress.loss_samples,
-            "last_validation": progress.last_validation,
-            "validated_step": progress.validated_step,
-        },
-        "halvings": progress.halvings,
-        "history": progress.history,
-        "status": progress.status,
-    }
+@dataclass(kw_only=True)
+class CheckpointState:
+    """A whole checkpoint.
 
+    Attributes:
+        run_id: of the run; a checkpoint of another run is not taken for one of this.
+        config: all that determines the result; must equal recipe.json's.
+        model: every tensor that trains or can change, by name.
+        optimizer: by parameter name; see `optimizer_state`.
+        scaler: of the loss, in fp16.
+        rng: of every global random generator; see `capture_generators`.
+        keep, trackers: nothing reads them; a file may lack them. Written until the next schema, which drops them.
+        versions: of libraries and devices; see `numeric_environment`.
+    """
 
-def progress_from_plain(state: dict[str, Any]) -> Progress:
-    return Progress(
-        step=state["step"],
-        epoch=state["epoch"],
-        position_samples=state["position_samples"],
-        loss_sum=state["metrics"]["loss_sum"],
-        loss_samples=state["metrics"]["loss_samples"],
-        best=state["best_metric"],
-        validations_without_best=state["patience"],
-        reductions=state["scheduler"]["reductions"],
-        extensions=state["scheduler"]["extensions"],
-        halvings=state["halvings"],
-        status=state["status"],
-        last_validation=state["metrics"]["last_validation"],
-        validated_step=state["metrics"]["validated_step"],
-        history=state["history"],
+    run_id: str = field(metadata=stored("run_id", writer="start", reader="checkpoint, listing, report"))
+    config: dict[str, object] = field(metadata=stored("config", writer="setup", reader="resume, restore"))
+    data: DataFacts = field(metadata=stored("data", writer="dataset", reader="resume, evaluate, export, report"))
+    network: NetworkFacts = field(metadata=stored("network", writer="setup", reader="restore, report"))
+    progress: Progress
+    model: dict[str, Tensor] = field(metadata=stored("model", writer="session", reader="restore, report"))
+    frozen: FrozenFacts = field(metadata=stored("frozen", writer="phase", reader="phase, restore, report"))
+    optimizer: dict[str, object] = field(metadata=stored("optimizer", writer="optimizer", reader="optimizer"))
+    scaler: dict[str, object] = field(metadata=stored("scaler", writer="session", reader="session"))
+    rng: dict[str, object] = field(metadata=stored("rng", writer="state", reader="state"))
+    metrics_file: LogMark = field(metadata=stored("metrics_file", writer="metrics_log", reader="metrics_log"))
+    keep: int = field(default=0, metadata=stored("retention.keep", writer="session", reader="nobody", may_lack=True))
+    trackers: dict[str, object] = field(
+        default_factory=dict, metadata=stored("trackers", writer="session", reader="nobody", may_lack=True)
     )
+    versions: dict[str, object] = field(metadata=stored("versions", writer="state", reader="resume, report"))
+
+    def to_plain(self) -> Plain:
+        """What is written: plain types only, the schema first; the running loss on the CPU."""
+        progress = dataclasses.replace(self.progress, loss_sum=self.progress.loss_sum.cpu())
+        return {SCHEMA_KEY: SCHEMA_VERSION} | part_to_plain(dataclasses.replace(self, progress=progress))
+
+    @classmethod
+    def from_plain(cls, plain: object, what: str) -> "CheckpointState":
+        """What a file of this schema or an older one holds.
+
+        Args:
+            what: what to call it in an error.
+
+        Raises:
+            BadFile: it is no checkpoint, or one of its keys is not as it is written.
+            RunError: it is of a schema that cannot be read.
+        """
+        if not isinstance(plain, dict) or SCHEMA_KEY not in plain:
+            raise BadFile(f"{what} is not a checkpoint of this kit")
+        return part_from_plain(cls, Fields(migrate(plain, what, SCHEMA_VERSION, MIGRATIONS), what))
 
 
-def capture_generators() -> dict[str, Any]:
+# ---- Random generators ----------------------------------------------------------------------------------------------
+
+
+def capture_generators() -> dict[str, object]:
     """The state of every global random generator, as plain values and tensors."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
-    states: dict[str, Any] = {
+    states: dict[str, object] = {
         "python": [version, list(numbers), gauss],
         "numpy": [
             str(name),
@@ -117,16 +243,27 @@ def capture_generators() -> dict[str, Any]:
     return states
 
 
-def restore_generators(states: dict[str, Any]) -> None:
-    version, numbers, gauss = states["python"]
+def restore_generators(states: dict[str, object]) -> None:
+    fields = Fields(states, "the random generators of the checkpoint")
+    version, numbers, gauss = fields.take("python", list)
     random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
+    name, keys, position, has_gauss, cached = fields.take("numpy", list)
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    if "mps" in states and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(states["mps"])
+    torch.set_rng_state(fields.take("torch", Tensor))
+    if "cuda" in fields and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(fields.items("cuda", Tensor))
+    if "mps" in fields and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(fields.take("mps", Tensor))
+
+
+@contextmanager
+def generators_put_back() -> Iterator[None]:
+    """Whatever draws random numbers within the block, nobody outside it notices."""
+    states = capture_generators()
+    try:
+        yield
+    finally:
+        restore_generators(states)
 
 
 def seed_generators(seed: int) -> None:
@@ -136,8 +273,14 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def numeric_environment(device: torch.device) -> dict[str, Any]:
+# ---- What the last bits depend on -----------------------------------------------------------------------------------
+
+
+def numeric_environment(device: torch.device) -> dict[str, object]:
     """What bit-for-bit equality depends on beyond the recipe: versions, device, threads."""
+    import PIL
+    import torchvision  # takes half a second; whoever only looks into a checkpoint does without
+
     return {
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
@@ -155,7 +298,7 @@ def numeric_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def environment_differences(saved: dict[str, Any], device: torch.device) -> list[str]:
+def environment_differences(saved: dict[str, object], device: torch.device) -> list[str]:
     """In words, what is not as it was when the checkpoint was written and can move the last bits."""
     now = numeric_environment(device)
     return [f"{name} was {saved.get(name)}, is {now[name]}" for name in now if saved.get(name) != now[name]]

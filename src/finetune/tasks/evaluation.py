@@ -1,16 +1,29 @@
-"""What a validation made of its samples: counts by class, calibration, the best and the worst ones, some features."""
+"""What a network makes of samples: figures, counts by class, calibration, the best and the worst, some features."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
+from finetune.base.device import autocast, to_device
 from finetune.base.events import Features
+from finetune.base.plain import Fields, Plain
+from finetune.data.batch import Batch
 from finetune.data.source import Source
-from finetune.tasks.losses import Classifying, ConfusionTally, DistillationTask, MultiLabelTally, RegressionTask, Task
-from finetune.tasks.metrics import Calibration
+from finetune.tasks.losses import (
+    Classifying,
+    ConfusionTally,
+    DistillationTask,
+    MultiLabelTally,
+    Outputs,
+    RegressionTask,
+    Task,
+)
+from finetune.tasks.metrics import Calibration, ClassCounts
 
 KEPT_WORST, KEPT_BEST = 48, 12
 KEPT_PROBABILITIES = 5
@@ -19,10 +32,105 @@ KEPT_FEATURES = 500
 # A larger confusion matrix is kept as its most frequent mistakes.
 MATRIX_CLASSES = 100
 KEPT_MISTAKES = 100
+# Of each class: how often it was met in both, in a prediction, in truth.
+COUNTS = ("hits", "predicted", "actual")
 
 
-class Outcomes:
-    """Figures of a validation, added up batch by batch without making a device wait.
+class Decision(TypedDict):
+    """What is true of a sample and what was predicted: classes by number, the number itself, or nothing."""
+
+    true: list[int] | float | None
+    predicted: list[int] | float | None
+    probabilities: list[list[float]]
+
+
+class Sample(Decision):
+    """A sample of validation.json."""
+
+    index: int
+    name: str
+    loss: float
+
+
+class ClassRow(NamedTuple):
+    """Figures of a class."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """What a network made of samples that it did not train on, as plain values; shown in many ways, computed in one.
+
+    Attributes:
+        samples: how many.
+        figures: loss, accuracy, ...
+        classes: {"hits", "predicted", "actual"}: lists by class; None where there are no classes.
+        confusion: rows of true classes, columns of predicted ones; None where it is none, or was too large to keep.
+        mistakes: [true class, predicted class, count], the most frequent first.
+        calibration, calibration_error: as `metrics.Calibration` gives them; [] and None without classes.
+        worst, best: samples with the largest loss and with the smallest, the worst first, the best first.
+    """
+
+    samples: int
+    figures: dict[str, float]
+    classes: dict[str, list[int]] | None
+    confusion: list[list[int]] | None
+    mistakes: list[list[int]]
+    calibration: list[dict[str, float]]
+    calibration_error: float | None
+    worst: list[Sample]
+    best: list[Sample]
+
+    def to_plain(self) -> Plain:
+        """As validation.json holds it: a matrix of very many classes is left out, its mistakes must do."""
+        plain = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        too_large = self.confusion is not None and len(self.confusion) > MATRIX_CLASSES
+        return plain | {"confusion": None} if too_large else plain
+
+    @classmethod
+    def from_plain(cls, plain: Plain) -> "EvaluationRecord":
+        """Raises: BadFile, TypeError, ValueError, KeyError: it is not what `to_plain` gave."""
+        fields = Fields(plain, "validation")
+        counts = None if plain["classes"] is None else fields.mapping("classes")
+        matrix = None if plain["confusion"] is None else fields.items("confusion", list)
+        return cls(
+            samples=fields.integer("samples"),
+            figures=fields.values("figures", float),
+            classes=None if counts is None else {
+                name: [int(count) for count in fields.fields("classes").items(name, int)] for name in COUNTS
+            },
+            confusion=None if matrix is None else [[int(count) for count in row] for row in matrix],
+            mistakes=[[int(number) for number in row] for row in fields.items("mistakes", list)],
+            calibration=[
+                {name: float(one[name]) for name in ("count", "confidence", "accuracy")}
+                for one in fields.items("calibration", dict)
+            ],
+            calibration_error=None if plain["calibration_error"] is None else fields.number("calibration_error"),
+            worst=cast(list[Sample], fields.items("worst", dict)),
+            best=cast(list[Sample], fields.items("best", dict)),
+        )  # fmt: skip
+
+    def class_rows(self, names: Sequence[str] | None) -> list[ClassRow]:
+        """Figures by class; [] where there are no classes.
+
+        Args:
+            names: of the classes; None = not known, numbers must do.
+        """
+        if self.classes is None:
+            return []
+        counts = ClassCounts(*(torch.tensor(self.classes[name], dtype=torch.int64) for name in COUNTS))
+        names = [f"class {number}" for number in range(len(counts.hits))] if names is None else names
+        columns = (column.tolist() for column in (counts.precision(), counts.recall(), counts.f1(), counts.actual))
+        return [ClassRow(*row) for row in zip(names, *columns, strict=True)]
+
+
+class Evaluation:
+    """What a network makes of samples, added up batch by batch without making a device wait.
 
     Args:
         samples: how many will come.
@@ -39,6 +147,12 @@ class Outcomes:
         # Of the samples with the largest loss so far, and of those with the smallest.
         self._worst: tuple[Tensor, ...] = ()
         self._best: tuple[Tensor, ...] = ()
+        self.broken: list[str] = []
+
+    @property
+    def samples(self) -> int:
+        """How many have come."""
+        return self._seen
 
     @contextmanager
     def listening(self, layer: nn.Module | None) -> Iterator[None]:
@@ -47,7 +161,7 @@ class Outcomes:
             yield
             return
 
-        def hear(_layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def hear(_layer: nn.Module, inputs: tuple[object, ...]) -> None:
             first = inputs[0] if inputs else None  # a model of one's own may give it by name
             self._heard = first if isinstance(first, Tensor) else None
 
@@ -88,40 +202,66 @@ class Outcomes:
         """As they are logged: val/loss, val/accuracy, ..."""
         return {f"val/{name}": value for name, value in self.tally.figures().items()}
 
-    def to_plain(self, source: Source) -> dict[str, Any]:
-        """validation.json, but for what belongs to the run.
+    def record(self, source: Source) -> EvaluationRecord:
+        """All that is known, as plain values. Waits for the device.
 
-        Returns:
-            samples: how many.
-            figures: loss, accuracy, ...
-            classes: {"hits", "predicted", "actual"}: lists by class; or None where there are no classes.
-            confusion: rows of true classes, columns of predicted ones; None where it would be too large, or is none.
-            mistakes: [true class, predicted class, count], the most frequent first.
-            calibration, calibration_error: as `metrics.Calibration` gives them; [] and None without classes.
-            worst, best: {"index", "name", "loss", "true", "predicted", "probabilities"} each: the worst first, the
-                best first; of classes numbers: "true" and "predicted" lists, "probabilities" [[class, probability]].
+        Args:
+            source: of the samples, for their names.
         """
-        tally, plain = self.tally, {"samples": self.tally.samples(), "figures": self.tally.figures()}
-        plain |= {"classes": None, "confusion": None, "mistakes": [], "calibration": [], "calibration_error": None}
-        if isinstance(tally, ConfusionTally | MultiLabelTally):
-            counts = tally.counts()
-            plain["classes"] = {name: getattr(counts, name).tolist() for name in ("hits", "predicted", "actual")}
-            plain |= {"calibration": self.calibration.table(), "calibration_error": self.calibration.error()}
-        if isinstance(tally, ConfusionTally):
-            matrix = tally.confusion.cpu()
-            plain["confusion"] = matrix.tolist() if len(matrix) <= MATRIX_CLASSES else None
-            plain["mistakes"] = _mistakes(matrix)
-        return plain | {"worst": self._samples(self._worst, source), "best": self._samples(self._best, source)}
+        tally = self.tally
+        counts = tally.counts() if isinstance(tally, ConfusionTally | MultiLabelTally) else None
+        matrix = tally.confusion.cpu() if isinstance(tally, ConfusionTally) else None
+        return EvaluationRecord(
+            samples=tally.samples(),
+            figures=tally.figures(),
+            classes=None if counts is None else {name: getattr(counts, name).tolist() for name in COUNTS},
+            confusion=None if matrix is None else matrix.tolist(),
+            mistakes=[] if matrix is None else _mistakes(matrix),
+            calibration=[] if counts is None else self.calibration.table(),
+            calibration_error=None if counts is None else self.calibration.error(),
+            worst=self._samples(self._worst, source),
+            best=self._samples(self._best, source),
+        )
 
-    def _samples(self, rows: tuple[Tensor, ...], source: Source) -> list[dict[str, Any]]:
+    def _samples(self, rows: tuple[Tensor, ...], source: Source) -> list[Sample]:
         if not rows:
             return []
         losses, indices, outputs, targets = (part.cpu() for part in rows)
         described = _describe(self.task, outputs, targets)
         return [
-            {"index": index, "name": source.name(index), "loss": loss} | one
+            {"index": index, "name": source.name(index), "loss": loss, **one}
             for index, loss, one in zip(indices.tolist(), losses.tolist(), described, strict=True)
         ]
+
+
+def evaluate(
+    forward: Callable[[Tensor], Outputs],
+    batches: Iterable[Batch],
+    task: Task,
+    device: torch.device,
+    precision: str,
+    *,
+    samples: int,
+    watched: nn.Module | None = None,
+) -> Evaluation:
+    """What a network makes of samples. It must be in eval mode.
+
+    Args:
+        forward: what a batch holds, on the device -> (batch, outputs).
+        batches: fetched within the block that computes; broken samples are noted by their reasons.
+        precision: of the arithmetic.
+        samples: how many will come.
+        watched: the layer whose input some are to see.
+    """
+    evaluation = Evaluation(task, device, samples)
+    with torch.inference_mode(), autocast(device, precision), evaluation.listening(watched):
+        for batch in batches:
+            evaluation.broken += [reason for _, reason in batch.broken]
+            if len(batch.indices):
+                outputs = forward(to_device(batch.inputs, device))
+                assert isinstance(outputs, Tensor)  # auxiliary heads give theirs in training only
+                evaluation.add(batch.indices, outputs, batch.targets.to(device))
+    return evaluation
 
 
 def _extreme(kept: tuple[Tensor, ...], rows: tuple[Tensor, ...], count: int, largest: bool) -> tuple[Tensor, ...]:
@@ -140,7 +280,7 @@ def _mistakes(matrix: Tensor) -> list[list[int]]:
     return torch.cat([places, counts[:, None]], dim=1)[order].tolist()
 
 
-def _describe(task: Task, outputs: Tensor, targets: Tensor) -> list[dict[str, Any]]:
+def _describe(task: Task, outputs: Tensor, targets: Tensor) -> list[Decision]:
     """What is true of each sample, and what was predicted, as plain values."""
     if isinstance(task, Classifying):
         probabilities = task.probabilities(outputs)
@@ -162,7 +302,7 @@ def _describe(task: Task, outputs: Tensor, targets: Tensor) -> list[dict[str, An
     return [{"true": None, "predicted": None, "probabilities": []} for _ in outputs]
 
 
-def _pairs(classes: Tensor, values: Tensor) -> list[list[Any]]:
+def _pairs(classes: Tensor, values: Tensor) -> list[list[float]]:
     return [[number, value] for number, value in zip(classes.tolist(), values.tolist(), strict=True)]
 
 

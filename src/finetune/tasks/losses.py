@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -214,8 +213,12 @@ def to_device(task: Task, device: torch.device) -> Task:
     return dataclasses.replace(task, class_weights=task.class_weights.to(device))
 
 
-def training_loss(task: Task, outputs: Any, targets: Tensor) -> Tensor:
-    """Losses, added up, of what a network returns while it trains: logits, or logits and those of auxiliary heads."""
+# What a network returns while it trains: logits, or logits and those of auxiliary heads.
+Outputs = Tensor | tuple[Tensor, *tuple[Tensor | None, ...]]
+
+
+def training_loss(task: Task, outputs: Outputs, targets: Tensor) -> Tensor:
+    """Losses of all heads, added up."""
     if isinstance(outputs, Tensor):
         return task.loss_sum(outputs, targets)
     logits, *auxiliary = outputs

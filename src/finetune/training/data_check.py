@@ -19,7 +19,7 @@ from finetune.errors import RunError
 from finetune.models.heads import standardise, standardised_layers
 from finetune.training.dataset import Data
 from finetune.training.phase import Feed
-from finetune.training.setup import CHECKED_FILES, Job
+from finetune.training.setup import CHECKED_FILES, Setup
 
 # Enough samples for a mean and a deviation; more would only cost time.
 MEASURED_SAMPLES = 2_048
@@ -43,7 +43,7 @@ def spread(indices: Tensor, count: int) -> Tensor:
 
 
 def look(
-    job: Job, feed: Feed, *, measure: bool, all_files: bool, terminal: Terminal, stop: StopRequest
+    setup: Setup, feed: Feed, *, measure: bool, all_files: bool, terminal: Terminal, stop: StopRequest
 ) -> list[BrokenSample]:
     """Measure the head's features, and find broken samples. What is kept of both is not read again.
 
@@ -59,23 +59,24 @@ def look(
     Raises:
         StoppedEarly: somebody asked for it.
     """
-    data, module = job.data, job.network.module
+    data, module = setup.data, setup.network.module
     measure &= any(True for _ in standardised_layers(module))
     measured = spread(data.split.train, MEASURED_SAMPLES if measure else 0)
     if feed.features is not None:
         broken = feed.features.broken
         if measure:
             batches = batches_from(without(measured, broken), BATCH_SAMPLES)
-            rows = (feed.features.read(batch, measured_view(job)).to(job.device) for batch in batches)
+            rows = (feed.features.read(batch, measured_view(setup)).to(setup.device) for batch in batches)
             standardise(module, rows, feed.forward)
         rest = spread_rest(data, torch.cat([data.split.train, data.split.validation]), all_files)
-        return [_why_broken(data, index) for index in broken] + _read(job, torch.zeros(0).long(), rest, terminal, stop)
-    return _read(job, measured, spread_rest(data, measured, all_files), terminal, stop)
+        unread = _read(setup, torch.zeros(0).long(), rest, terminal, stop)
+        return [_why_broken(data, index) for index in broken] + unread
+    return _read(setup, measured, spread_rest(data, measured, all_files), terminal, stop)
 
 
-def measured_view(job: Job) -> int | None:
+def measured_view(setup: Setup) -> int | None:
     """The view of an image that the head's features are measured on; None = the image as it is."""
-    return 0 if job.recipe.data.views else None
+    return 0 if setup.recipe.data.views else None
 
 
 def spread_rest(data: Data, looked_at: Tensor, all_files: bool) -> Tensor:
@@ -96,11 +97,11 @@ def _why_broken(data: Data, index: int) -> BrokenSample:
     return BrokenSample(data.source.name(index), reason)
 
 
-def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal, stop: StopRequest) -> list[BrokenSample]:
+def _read(setup: Setup, measured: Tensor, others: Tensor, terminal: Terminal, stop: StopRequest) -> list[BrokenSample]:
     """Read samples: those that the head's features are measured on, then others; return the broken ones."""
-    data, loader = job.data, job.loaders.train
+    data, loader = setup.data, setup.loaders.train
     first, second = (list(batches_from(part, BATCH_SAMPLES)) for part in (measured, others))
-    requests = [Request(batch.tolist(), measured_view(job), tolerant=True) for batch in first]
+    requests = [Request(batch.tolist(), measured_view(setup), tolerant=True) for batch in first]
     requests += [Request(batch.tolist(), tolerant=True) for batch in second]
     if not requests:
         return []
@@ -117,11 +118,11 @@ def _read(job: Job, measured: Tensor, others: Tensor, terminal: Terminal, stop: 
         for batch in itertools.islice(batches, len(first)):
             take(batch)
             if len(batch.indices):
-                yield to_device(batch.inputs, job.device)
+                yield to_device(batch.inputs, setup.device)
 
     with terminal.track(f"first look at the {data.source.noun}s", len(measured) + len(others)) as advance:
         if first:
-            standardise(job.network.module, inputs())
+            standardise(setup.network.module, inputs())
         for batch in batches:
             take(batch)
     return broken

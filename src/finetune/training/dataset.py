@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +13,13 @@ from finetune.data.open import open_source, split_data
 from finetune.data.order import epoch_order, side_by_side
 from finetune.data.source import Source, TextSource, class_counts
 from finetune.data.texts import TextPipeline
+from finetune.data.tokens import Tokenization
 from finetune.errors import UsageError
 from finetune.models import text_encoders
 from finetune.models.backbones import Backbone
 from finetune.recipe import spec as recipes
 from finetune.recipe.spec import Recipe
+from finetune.store.state import DataFacts
 from finetune.tasks.losses import scale_of, standardised
 
 
@@ -57,23 +58,30 @@ class Data:
             return side_by_side(samples, self.pipeline.lengths, batch_size)
         return samples
 
-    def facts(self) -> dict[str, Any]:
-        """What a run was trained on, as plain values; a resume must find the same."""
-        return {
-            "fingerprint": self.source.fingerprint,
-            "classes": list(self.source.classes),
-            "outputs": self.output_count,
-            "scale": list(self.scale),
-            "taught_by": self.taught_by,
-            "train_samples": len(self.split.train),
-            "validation_samples": len(self.split.validation),
-            "skipped": list(self.skipped),
-        }
+    def facts(self) -> DataFacts:
+        """What a run was trained on, as a checkpoint holds it; a resume must find the same."""
+        return DataFacts(
+            fingerprint=self.source.fingerprint,
+            classes=list(self.source.classes),
+            outputs=self.output_count,
+            scale=list(self.scale),
+            taught_by=self.taught_by,
+            train_samples=len(self.split.train),
+            validation_samples=len(self.split.validation),
+            skipped=list(self.skipped),
+        )
 
     def with_targets(self, targets: Tensor) -> "Data":
         """The same with other targets."""
         source = dataclasses.replace(self.source, targets=targets)
-        return dataclasses.replace(self, source=source, pipeline=dataclasses.replace(self.pipeline, source=source))
+        pipeline: ImagePipeline | TextPipeline
+        if isinstance(self.pipeline, TextPipeline):
+            assert isinstance(source, TextSource)
+            pipeline = dataclasses.replace(self.pipeline, source=source)
+        else:
+            assert not isinstance(source, TextSource)
+            pipeline = dataclasses.replace(self.pipeline, source=source)
+        return dataclasses.replace(self, source=source, pipeline=pipeline)
 
     def leave_out(self, names: Sequence[str]) -> "Data":
         """The same without some samples.
@@ -107,9 +115,12 @@ class Data:
 
 
 def make_pipeline(source: Source, spec: recipes.Data, backbone: Backbone, seed: int) -> ImagePipeline | TextPipeline:
-    if isinstance(source, TextSource):
-        return TextPipeline(source, backbone.preprocessing.tokenize(source.texts))
-    return ImagePipeline(source, backbone.preprocessing, spec.augment, spec.mixup, spec.cutmix, seed)
+    preprocessing = backbone.preprocessing
+    if isinstance(preprocessing, Tokenization):
+        assert isinstance(source, TextSource)
+        return TextPipeline(source, preprocessing.tokenize(source.texts))
+    assert not isinstance(source, TextSource)
+    return ImagePipeline(source, preprocessing, spec.augment, spec.mixup, spec.cutmix, seed)
 
 
 def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -> Data:

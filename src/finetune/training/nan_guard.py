@@ -17,11 +17,11 @@ class Losses:
     """The losses of the newest steps, not looked at yet.
 
     Args:
-        file: where the samples of a bad batch are written down.
+        file: where the samples of a bad batch are written down; None = nowhere.
         name: of a sample, by its index: where it lies.
     """
 
-    def __init__(self, file: Path, name: Callable[[int], str]):
+    def __init__(self, file: Path | None, name: Callable[[int], str]):
         self._file, self._name = file, name
         self._steps: list[tuple[int, Tensor, Tensor]] = []
 
@@ -54,9 +54,9 @@ class Losses:
 
     def _stop(self, what: str, step: int, indices: Tensor) -> NoReturn:
         samples = [{"index": index, "name": self._name(index)} for index in indices.tolist()]
-        with suppress(OSError):
-            write_json(self._file, {"step": step, "what": what, "samples": samples})
-        raise RunError(
-            f"{what}; the last good checkpoint is kept, and that step's samples are listed in {self._file}: lower "
-            "--lr, or set --clip-norm, and start again"
-        )
+        kept = ""
+        if self._file is not None:
+            with suppress(OSError):
+                write_json(self._file, {"step": step, "what": what, "samples": samples})
+            kept = f"; the last good checkpoint is kept, and that step's samples are listed in {self._file}"
+        raise RunError(f"{what}{kept}: lower --lr, or set --clip-norm, and start again")

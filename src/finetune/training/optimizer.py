@@ -2,14 +2,21 @@
 
 import difflib
 import inspect
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from finetune.base.plain import Fields
 from finetune.errors import UsageError
 
 FUSED_ON = ("cpu", "cuda")
+
+
+class _MakesOptimizer(Protocol):
+    """A class of torch.optim, called: each takes arguments of its own."""
+
+    def __call__(self, groups: list[dict[str, object]], **arguments: object) -> torch.optim.Optimizer: ...
 
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
@@ -45,17 +52,17 @@ def build_optimizer(
     kind = find_optimizer(name)
     takes = inspect.signature(kind).parameters
     offered = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-    arguments: dict[str, Any] = {key: value for key, value in offered.items() if key in takes}
+    arguments: dict[str, object] = {key: value for key, value in offered.items() if key in takes}
     if "fused" in takes and all(value.device.type in FUSED_ON for value in parameters.values()):
         arguments["fused"] = True  # one kernel in place of ten
     decaying = [key for key, value in parameters.items() if value.ndim >= 2]
     flat = [key for key, value in parameters.items() if value.ndim < 2]
-    groups: list[dict[str, Any]] = []
+    groups: list[dict[str, object]] = []
     for names, decay in ((decaying, weight_decay), (flat, 0.0)):
         if names:
-            group: dict[str, Any] = {"params": [parameters[key] for key in names], "names": names}
+            group: dict[str, object] = {"params": [parameters[key] for key in names], "names": names}
             groups.append(group | ({"weight_decay": decay} if "weight_decay" in takes else {}))
-    return kind(groups, **arguments)
+    return cast(_MakesOptimizer, kind)(groups, **arguments)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -65,7 +72,7 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {"lr": groups[0]["lr"]} | (kinds if len(groups) > 1 else {})
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, object]:
     """Plain state by parameter name: {"state": {name: {...}}, "groups": [{"names", "lr", "weight_decay"}]}."""
     state, groups = {}, []
     for group in optimizer.param_groups:
@@ -79,15 +86,13 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"state": state, "groups": groups}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, object]) -> None:
     """Put back what `optimizer_state` gave. Parameters without saved state (just thawed) start afresh."""
-    current = optimizer.state_dict()
+    current, states = optimizer.state_dict(), Fields(saved, "the optimizer's state").mapping("state")
     names = [name for group in optimizer.param_groups for name in group["names"]]
     positions = [position for group in current["param_groups"] for position in group["params"]]
     current["state"] = {
-        position: saved["state"][name]
-        for position, name in zip(positions, names, strict=True)
-        if name in saved["state"]
+        position: states[name] for position, name in zip(positions, names, strict=True) if name in states
     }
     optimizer.load_state_dict(current)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,16 @@ from finetune.data.texts import TextPipeline
 from finetune.errors import RunError, UsageError
 from finetune.features.kept import CannotKeep, Features, Pass
 from finetune.models.backbones import Backbone
-from finetune.models.freeze import apply_freeze, frozen_tensors, hash_tensors, phase_of, set_modes
+from finetune.models.freeze import Freeze
 from finetune.models.network import Network
 from finetune.models.split import CannotSplit, Split, split
 from finetune.recipe.execution import Numerics
 from finetune.recipe.spec import Recipe
-from finetune.store.state import numeric_environment
+from finetune.store.state import FrozenFacts, numeric_environment
+from finetune.tasks.losses import Outputs
+from finetune.training.context import RunContext
 from finetune.training.optimizer import build_optimizer
-from finetune.training.setup import Job
+from finetune.training.setup import Setup
 
 CHECKED_SAMPLES = 2
 
@@ -44,7 +46,7 @@ class Feed:
         why_not: the reason for that.
     """
 
-    forward: Callable[[Tensor], Any]
+    forward: Callable[[Tensor], Outputs]
     train: Batches
     validation: Batches
     features: Features | None = None
@@ -60,15 +62,13 @@ class Phase:
     """A stretch of training between two thaws.
 
     Attributes:
-        epoch: its first one (or any other of the same phase).
-        number: thaws before it.
+        freeze: the freeze map in one of its epochs.
         trainable: names of the parameters that train.
         frozen_sha256: over everything else.
         held_in_eval: paths of the modules in eval mode.
     """
 
-    epoch: int
-    number: int
+    freeze: Freeze
     trainable: list[str]
     optimizer: torch.optim.Optimizer
     frozen_sha256: str
@@ -80,95 +80,92 @@ class Phase:
         if self.feed.features is not None:
             self.feed.features.close()
 
-    def to_plain(self, model: nn.Module) -> dict[str, Any]:
-        """The checkpoint key `frozen`."""
-        return {
-            "parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
-            "trainable": self.trainable,
-            "modules_in_eval": self.held_in_eval,
-            "epoch": self.epoch,
-            "phase": self.number,
-            "sha256": self.frozen_sha256,
-            "features_kept": self.feed.is_kept,
-        }
+    def facts(self) -> FrozenFacts:
+        """As a checkpoint holds them."""
+        module = self.freeze.map.module
+        return FrozenFacts(
+            parameters=[name for name, value in module.named_parameters() if not value.requires_grad],
+            trainable=self.trainable,
+            modules_in_eval=self.held_in_eval,
+            epoch=self.freeze.epoch,
+            phase=self.freeze.number,
+            sha256=self.frozen_sha256,
+            features_kept=self.feed.is_kept,
+        )
 
 
-def start_phase(
-    job: Job, epoch: int, terminal: Terminal, stop: StopRequest, saved: dict[str, Any] | None = None
-) -> Phase:
+def start_phase(setup: Setup, epoch: int, context: RunContext, saved: FrozenFacts | None = None) -> Phase:
     """requires_grad, modes, a new optimizer over exactly what trains from `epoch` on, and its feed.
 
     Args:
-        saved: what `Phase.to_plain` gave when the checkpoint was written that the run goes on from.
+        saved: what was frozen when the checkpoint was written that the run goes on from.
 
     Raises:
         RunError: something else trains than when the checkpoint was written, or something else is frozen.
         StoppedEarly: asked for while the frozen backbone ran.
     """
-    model, recipe = job.network.module, job.recipe
-    rules = job.network.rules(recipe.trainable.rules)
-    names = apply_freeze(model, rules, epoch)
-    parameters = dict(model.named_parameters())
-    spec = recipe.optimizer
+    freeze, spec = setup.freeze.at(epoch), setup.recipe.optimizer
+    names = freeze.apply()
+    parameters = dict(setup.network.module.named_parameters())
     optimizer = build_optimizer(
         {name: parameters[name] for name in names}, spec.name, spec.lr, spec.weight_decay, spec.momentum
     )
-    held = set_modes(model, rules, recipe.trainable.batchnorm, epoch)
-    sha256 = hash_tensors(frozen_tensors(model, rules, epoch))
+    held = freeze.modes()
+    sha256 = freeze.sha256()
     if saved is not None:
         _check_same(names, sha256, saved)
-    kept = None if saved is None else saved.get("features_kept", False)
-    feed = choose_feed(job, sha256, kept, terminal, stop)
-    return Phase(epoch, phase_of(rules, epoch), names, optimizer, sha256, held, feed)
+    kept = None if saved is None else saved.features_kept
+    feed = choose_feed(setup, sha256, kept, context.terminal, context.stop)
+    return Phase(freeze, names, optimizer, sha256, held, feed)
 
 
-def _check_same(trainable: list[str], frozen_sha256: str, saved: dict[str, Any]) -> None:
-    if trainable != saved["trainable"]:
-        other = sorted(set(trainable) ^ set(saved["trainable"]))
+def _check_same(trainable: list[str], frozen_sha256: str, saved: FrozenFacts) -> None:
+    if trainable != saved.trainable:
+        other = sorted(set(trainable) ^ set(saved.trainable))
         raise RunError(f"what trains now is not what trained when the checkpoint was written: {', '.join(other)}")
-    if frozen_sha256 != saved["sha256"]:
+    if frozen_sha256 != saved.sha256:
         raise RunError(
-            f"the frozen tensors have sha256 {frozen_sha256}, the run trained on {saved['sha256']}; restore frozen/"
+            f"the frozen tensors have sha256 {frozen_sha256}, the run trained on {saved.sha256}; restore frozen/"
         )
 
 
 # ---- What is fed ----------------------------------------------------------------------------------------------------
 
 
-def choose_feed(job: Job, frozen_sha256: str, kept: bool | None, terminal: Terminal, stop: StopRequest) -> Feed:
+def choose_feed(setup: Setup, frozen_sha256: str, kept: bool | None, terminal: Terminal, stop: StopRequest) -> Feed:
     """Kept features where the backbone need not run again, else samples; says which, and why.
 
     Args:
         kept: as it was when the run's checkpoint was written; None = for the first time.
     """
     found: Split | None = None
-    reason = _reason_against(job, kept)
-    if not reason or job.numerics.splits:
+    reason = _reason_against(setup, kept)
+    if not reason or setup.numerics.splits:
         try:
-            found = cut(job.network.module, job.backbone, job.device)
+            found = cut(setup.network.module, setup.backbone, setup.device)
         except CannotSplit as error:
             reason = reason or str(error)
-            if job.numerics.splits:
+            if setup.numerics.splits:
                 raise UsageError(
-                    f"--backbone-precision {job.numerics.backbone_precision}: the backbone cannot be computed apart, "
+                    f"--backbone-precision {setup.numerics.backbone_precision}: the backbone cannot be computed apart, "
                     f"because {error}; leave it out"
                 ) from None
     if not reason and found is not None:
         try:
-            return _feed_of_rows(job, found, frozen_sha256, terminal, stop)
+            return _feed_of_rows(setup, found, frozen_sha256, terminal, stop)
         except CannotKeep as error:
             reason = str(error)
     if kept:
         terminal.say(f"not bit for bit from here on: features were kept, and now cannot be: {reason}")
     terminal.say(f"features: not kept, the backbone runs in every epoch, because {reason}")
-    forward = forward_of_samples(job.network.module, found, job.numerics, job.device)
-    return Feed(forward, *job.loaders, why_not=reason)
+    forward = forward_of_samples(setup.network.module, found, setup.numerics, setup.device)
+    return Feed(forward, *setup.loaders, why_not=reason)
 
 
-def _reason_against(job: Job, kept: bool | None) -> str:
+def _reason_against(setup: Setup, kept: bool | None) -> str:
     """Why features are not to be kept, whatever the model is like; "" = nothing is against it."""
-    data, recipe = job.recipe.data, job.recipe
-    if not job.numerics.cache:
+    data, recipe = setup.recipe.data, setup.recipe
+    if not setup.numerics.cache:
         return "of --no-cache"
     if kept is False:
         return "that is how the run began"
@@ -176,8 +173,8 @@ def _reason_against(job: Job, kept: bool | None) -> str:
         return f"--{'mixup' if data.mixup else 'cutmix'} makes other images in every epoch"
     if data.augment != "none" and not data.views:
         return f"--augment {data.augment} makes other images in every epoch (--views 4 would keep four of each)"
-    if not recipe.epochs and recipe.max_steps * recipe.batch_size < len(job.data.split.train):
-        return f"the run ends before it has seen each {job.data.source.noun} once"
+    if not recipe.epochs and recipe.max_steps * recipe.batch_size < len(setup.data.split.train):
+        return f"the run ends before it has seen each {setup.data.source.noun} once"
     return ""
 
 
@@ -192,22 +189,23 @@ def cut(model: nn.Module, backbone: Backbone, device: torch.device) -> Split:
 
 def forward_of_samples(
     model: nn.Module, found: Split | None, numerics: Numerics, device: torch.device
-) -> Callable[[Tensor], Any]:
+) -> Callable[[Tensor], Outputs]:
     """The whole model; in two parts where the backbone has a precision of its own."""
     if found is None or not numerics.splits:
         return model
 
-    def forward(samples: Tensor) -> Any:
+    def forward(samples: Tensor) -> Outputs:
         with torch.no_grad(), autocast(device, numerics.of_backbone):
             rows = found.prefix(samples)
-        return found.suffix(rows.float())
+        outputs: Outputs = found.suffix(rows.float())
+        return outputs
 
     return forward
 
 
 def trained_forward(
     network: Network, recipe: Recipe, numerics: Numerics, epoch: int, backbone: Backbone, device: torch.device
-) -> Callable[[Tensor], Any]:
+) -> Callable[[Tensor], Outputs]:
     """Samples -> logits as the run computed them, everything in eval mode.
 
     Args:
@@ -215,49 +213,49 @@ def trained_forward(
     """
     model, found = network.module, None
     if numerics.splits:
-        rules = network.rules(recipe.trainable.rules)
-        apply_freeze(model, rules, epoch)
-        set_modes(model, rules, recipe.trainable.batchnorm, epoch)
+        freeze = network.freeze_map(recipe.trainable).at(epoch)
+        freeze.apply()
+        freeze.modes()
         found = cut(model, backbone, device)
     model.eval()
     return forward_of_samples(model, found, numerics, device)
 
 
-def _feed_of_rows(job: Job, found: Split, frozen_sha256: str, terminal: Terminal, stop: StopRequest) -> Feed:
+def _feed_of_rows(setup: Setup, found: Split, frozen_sha256: str, terminal: Terminal, stop: StopRequest) -> Feed:
     """Raises: CannotKeep: there is no room."""
-    views, whole = job.recipe.data.views, job.data.whole
+    views, whole = setup.recipe.data.views, setup.data.whole
     parts: dict[int | None, Tensor] = {None: torch.cat([whole.train, whole.validation]).sort().values}
     if views:
         parts = {view: whole.train for view in range(views)} | {None: whole.validation}
-    features = Features(_pass_of(job, found, frozen_sha256), parts, len(whole.train))
-    features.check_size(job.machine.cache_limit)
+    features = Features(_pass_of(setup, found, frozen_sha256), parts, len(whole.train))
+    features.check_size(setup.machine.cache_limit)
     features.fill(terminal, stop)
     return Feed(lambda rows: found.suffix(rows.float()), features, features, features)
 
 
-def _pass_of(job: Job, found: Split, frozen_sha256: str) -> Pass:
-    device, precision = job.device, job.numerics.of_backbone
+def _pass_of(setup: Setup, found: Split, frozen_sha256: str) -> Pass:
+    device, precision = setup.device, setup.numerics.of_backbone
 
     def compute(samples: Tensor) -> Tensor:
         with torch.inference_mode(), autocast(device, precision):
             return found.prefix(to_device(samples, device)).to("cpu", dtype).contiguous()
 
-    spec, preprocessing = job.recipe.data, job.backbone.preprocessing
+    spec, preprocessing = setup.recipe.data, setup.backbone.preprocessing
     # What comes out of the backbone's last layer: half as many bytes where that is bfloat16.
     with torch.inference_mode(), autocast(device, precision):
         dtype = found.prefix(to_device(preprocessing.example(1), device)).dtype
     identity = {
-        "backbone": job.backbone.to_plain(),
+        "backbone": setup.backbone.to_plain(),
         "frozen": frozen_sha256,
         "places": list(found.places),
         "shapes": [list(shape) for shape in found.shapes],
-        "numerics": {"precision": precision, "deterministic": job.numerics.deterministic},
+        "numerics": {"precision": precision, "deterministic": setup.numerics.deterministic},
         "environment": numeric_environment(device),
-        "data": job.data.source.fingerprint,
-        "augment": {"augment": spec.augment, "seed": job.recipe.seed} if spec.views else "",
+        "data": setup.data.source.fingerprint,
+        "augment": {"augment": spec.augment, "seed": setup.recipe.seed} if spec.views else "",
     }
-    about = f"{job.recipe.model.full_name} over {spec.place}, {preprocessing.text}"
-    pipeline, lengths = job.data.pipeline, None
+    about = f"{setup.recipe.model.full_name} over {spec.place}, {preprocessing.text}"
+    pipeline, lengths = setup.data.pipeline, None
     if isinstance(pipeline, TextPipeline):
         identity["tokens"], lengths = pipeline.table.sha256(), pipeline.lengths
-    return Pass(compute, found.width, dtype, identity, job.data.source, job.loaders.train, about, lengths)
+    return Pass(compute, found.width, dtype, identity, setup.data.source, setup.loaders.train, about, lengths)

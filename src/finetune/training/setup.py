@@ -2,17 +2,22 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from finetune.base.plain import Plain
 from finetune.data.contents import Contents
 from finetune.data.loader import Loader
 from finetune.data.source import FileSource, Source
 from finetune.models.backbones import Backbone
+from finetune.models.freeze import FreezeMap
 from finetune.models.network import Network
 from finetune.recipe.execution import Machine, Numerics, determining_config
 from finetune.recipe.spec import Recipe
+from finetune.store.state import NetworkFacts
+from finetune.tasks.losses import Task, make_task
+from finetune.tasks.losses import to_device as task_to_device
 from finetune.training.dataset import Data
 
 # To start a process takes about as long as to decode this many small files.
@@ -48,29 +53,37 @@ def count_workers(source: Source) -> int:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A training, ready to go."""
+class Setup:
+    """A training, ready to go: all that its result depends on, and nothing that it writes.
+
+    Attributes:
+        freeze: which modules train, and from which epoch on.
+        weights_text, preprocessing_of: where the weights come from, and the preprocessing; for people.
+    """
 
     recipe: Recipe
     numerics: Numerics
     machine: Machine
     backbone: Backbone
     network: Network
+    freeze: FreezeMap
     data: Data
     loaders: Loaders
     device: torch.device
     weights_text: str
     preprocessing_of: str
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint belongs to."""
-        return {
-            "config": determining_config(self.recipe, self.numerics),
-            "data": self.data.facts(),
-            "network": {
-                "old_class_count": self.network.old_class_count,
-                "new_paths": list(self.network.new_paths),
-                "backbone": self.backbone.to_plain(),
-            },
-        }
+    def config(self) -> Plain:
+        """Everything that determines the result, as a checkpoint holds it."""
+        return determining_config(self.recipe, self.numerics)
+
+    def network_facts(self) -> NetworkFacts:
+        """How to build the network again, as a checkpoint holds it."""
+        network = self.network
+        return NetworkFacts(network.old_class_count, list(network.new_paths), self.backbone.to_plain())
+
+    def make_task(self) -> Task:
+        """The task, on the device."""
+        data = self.data
+        targets = data.source.targets[data.split.train]
+        return task_to_device(make_task(self.recipe.task, data.output_count, data.scale, targets), self.device)

@@ -2,18 +2,20 @@
 
 import gc
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from finetune.base.device import autocast
 from finetune.errors import RunError, is_out_of_memory
-from finetune.tasks.losses import Task, training_loss
+from finetune.tasks.losses import Outputs, Task, training_loss
+
+Result = TypeVar("Result")
 
 
 def gradients(
-    forward: Callable[[Tensor], Any],
+    forward: Callable[[Tensor], Outputs],
     task: Task,
     inputs: Tensor,
     targets: Tensor,
@@ -102,12 +104,12 @@ def _generators() -> list[Tensor]:
 
 
 def in_halves(
-    compute: Callable[[int], Any],
+    compute: Callable[[int], Result],
     samples: int,
     halvings: int,
     say: Callable[[str], None],
     changed: Sequence[Tensor] = (),
-) -> tuple[Any, int]:
+) -> tuple[Result, int]:
     """Compute over `samples` samples, halving what is held in memory at once until it fits.
 
     Args:

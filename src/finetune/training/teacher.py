@@ -15,6 +15,7 @@ from finetune.data.contents import Contents
 from finetune.data.loader import Loader
 from finetune.data.source import TextSource
 from finetune.data.texts import TextPipeline
+from finetune.data.tokens import Tokenization
 from finetune.errors import RunError
 from finetune.features.kept import CannotKeep, Features, Pass
 from finetune.models import text_encoders
@@ -24,11 +25,11 @@ from finetune.models.pretrained import sized
 from finetune.models.weights import choose_teacher, read_weights
 from finetune.recipe.spec import Distillation
 from finetune.store.state import numeric_environment
-from finetune.training.setup import Job, make_loaders
+from finetune.training.setup import Setup, make_loaders
 
 
-def taught(job: Job, terminal: Terminal, stop: StopRequest, saved: str = "") -> Job:
-    """The job with the teacher's embeddings as its targets, where its task is distillation.
+def taught(setup: Setup, terminal: Terminal, stop: StopRequest, saved: str = "") -> Setup:
+    """The setup with the teacher's embeddings as its targets, where its task is distillation.
 
     Args:
         saved: hash of the teacher of the run that goes on.
@@ -37,12 +38,12 @@ def taught(job: Job, terminal: Terminal, stop: StopRequest, saved: str = "") -> 
         RunError: there is no room to keep them, or the teacher is another.
         StoppedEarly: asked for while the teacher ran; what it has computed is kept.
     """
-    spec = job.recipe.task
+    spec = setup.recipe.task
     if not isinstance(spec, Distillation):
-        return job
-    source = job.data.source
+        return setup
+    source = setup.data.source
     assert isinstance(source, TextSource)
-    teacher = _teacher_pass(job, spec.teacher, source)
+    teacher = _teacher_pass(setup, spec.teacher, source)
     taught_by = hashlib.sha256(
         json.dumps([teacher.identity[name] for name in ("teacher", "weights")]).encode()
     ).hexdigest()
@@ -52,19 +53,19 @@ def taught(job: Job, terminal: Terminal, stop: StopRequest, saved: str = "") -> 
     terminal.say(f"teacher: {spec.teacher}")
     try:
         with closing(Features(teacher, {None: everything}, 0)) as embeddings:
-            embeddings.check_size(job.machine.cache_limit)
+            embeddings.check_size(setup.machine.cache_limit)
             embeddings.fill(terminal, stop)
             targets = embeddings.read(everything, None).float()
     except CannotKeep as error:
         raise RunError(f"the teacher's embeddings cannot be kept, because {error}; make room for them") from None
-    data = dataclasses.replace(job.data.with_targets(targets), taught_by=taught_by)
-    loaders = make_loaders(data, job.machine, job.device, Contents(data.source))
-    return dataclasses.replace(job, data=data, loaders=loaders)
+    data = dataclasses.replace(setup.data.with_targets(targets), taught_by=taught_by)
+    loaders = make_loaders(data, setup.machine, setup.device, Contents(data.source))
+    return dataclasses.replace(setup, data=data, loaders=loaders)
 
 
-def _teacher_pass(job: Job, name: str, source: TextSource) -> Pass:
+def _teacher_pass(setup: Setup, name: str, source: TextSource) -> Pass:
     backbone, weights = choose_teacher(name)
-    backbone = sized(backbone, job.recipe)
+    backbone = sized(backbone, setup.recipe)
     network = build_network(
         backbone,
         read_weights(weights.path),
@@ -75,22 +76,24 @@ def _teacher_pass(job: Job, name: str, source: TextSource) -> Pass:
         head_width=1,
         seed=0,
     )
-    module = network.module.to(job.device).eval()
-    pipeline = TextPipeline(source, backbone.preprocessing.tokenize(source.texts))
+    module, tokenization = network.module.to(setup.device).eval(), backbone.preprocessing
+    assert isinstance(tokenization, Tokenization)
+    pipeline = TextPipeline(source, tokenization.tokenize(source.texts))
 
     def compute(tokens: Tensor) -> Tensor:
-        with torch.inference_mode(), autocast(job.device, job.numerics.of_backbone):
-            return module(to_device(tokens, job.device)).to("cpu", torch.float32).contiguous()
+        with torch.inference_mode(), autocast(setup.device, setup.numerics.of_backbone):
+            rows: Tensor = module(to_device(tokens, setup.device))
+            return rows.to("cpu", torch.float32).contiguous()
 
     identity = {
-        "teacher": {"options": backbone.options, "preprocessing": backbone.preprocessing.to_plain()},
+        "teacher": {"options": backbone.options, "preprocessing": tokenization.to_plain()},
         "weights": weights.sha256,
-        "precision": job.numerics.of_backbone,
-        "environment": numeric_environment(job.device),
+        "precision": setup.numerics.of_backbone,
+        "environment": numeric_environment(setup.device),
         "data": source.fingerprint,
         "tokens": pipeline.table.sha256(),
     }
     loader = Loader(pipeline, 0, "auto", False, Contents(source))
     width = text_encoders.width_of(backbone.options)
-    about = f"{name} over {job.recipe.data.place}, {backbone.preprocessing.text}"
+    about = f"{name} over {setup.recipe.data.place}, {tokenization.text}"
     return Pass(compute, width, torch.float32, identity, source, loader, about, pipeline.lengths)

@@ -1,24 +1,23 @@
 """A validation, and what is taken down of it."""
 
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from finetune.base.device import autocast, to_device
+from finetune.base.events import Best
 from finetune.base.signals import StopRequest
-from finetune.data.batch import Request
+from finetune.data.batch import Batch, Request
 from finetune.data.order import batches_from
 from finetune.recipe.spec import LOWER_IS_BETTER, Recipe
 from finetune.store.state import Progress
-from finetune.tasks.evaluation import Outcomes
+from finetune.tasks.evaluation import Evaluation, evaluate
 from finetune.tasks.losses import Task
 from finetune.training.phase import Feed
 
 
 def validate(
-    model: nn.Module,
     feed: Feed,
     indices: Tensor,
     batch_size: int,
@@ -28,7 +27,7 @@ def validate(
     stop: StopRequest,
     watched: nn.Module | None,
     halvings: int = 0,
-) -> Outcomes | None:
+) -> Evaluation | None:
     """What comes of the samples `indices`, everything in eval mode; the batch halved so many times.
 
     Args:
@@ -37,18 +36,19 @@ def validate(
     Returns:
         None when a stop was asked for before the end.
     """
-    model.eval()
-    outcomes = Outcomes(task, device, len(indices))
     requests = (Request(batch.tolist()) for batch in batches_from(indices, max(1, batch_size >> halvings)))
-    with torch.inference_mode(), autocast(device, precision), outcomes.listening(watched):
+
+    def batches() -> Iterator[Batch]:
         for batch in feed.validation.batches(requests):
             if stop.requested:
-                return None
-            outcomes.add(batch.indices, feed.forward(to_device(batch.inputs, device)), batch.targets.to(device))
-    return outcomes
+                return
+            yield batch
+
+    found = evaluate(feed.forward, batches(), task, device, precision, samples=len(indices), watched=watched)
+    return None if found.samples < len(indices) else found
 
 
-def is_better(metric: str, value: float, best: dict[str, Any]) -> bool:
+def is_better(metric: str, value: float, best: Best) -> bool:
     if not best or not math.isfinite(best["value"]):
         return True
     return value < best["value"] if metric in LOWER_IS_BETTER else value > best["value"]

@@ -71,7 +71,7 @@ def _nvml_figures(index: int) -> dict[str, float]:
 
 
 @functools.cache
-def nvml_handle(index: int) -> Any:
+def nvml_handle(index: int) -> object:
     """The driver's name for torch's CUDA device `index`; None where there is no such library or device.
 
     The two number them differently as soon as CUDA_VISIBLE_DEVICES leaves some out: the device is found by its own name
@@ -95,7 +95,7 @@ def nvml_handle(index: int) -> Any:
     return None
 
 
-def _handle_by_uuid(properties: Any) -> Any:
+def _handle_by_uuid(properties: Any) -> object:
     import pynvml
 
     name = str(properties.uuid)
@@ -105,7 +105,7 @@ def _handle_by_uuid(properties: Any) -> Any:
     return None
 
 
-def _handle_by_bus(properties: Any) -> Any:
+def _handle_by_bus(properties: Any) -> object:
     import pynvml
 
     domain, bus, device = properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from pathlib import PurePath
 from typing import Any
 
-from finetune.base.events import Begun, Validated
+from finetune.base.events import Begun, Best, Validated
 from finetune.base.formatting import number_text, printable
 from finetune.errors import one_line
 from finetune.watch.pipe import Ended, Told, scheme_of
@@ -82,7 +82,7 @@ class NotifyService:
         self._started = time.monotonic()
         self._step, self._epoch, self._epochs, self._told_epoch = 0, 0, 0, 0
         self._validated_step, self._values = 0, dict[str, float]()
-        self._best: dict[str, Any] = {}
+        self._best = Best()
         self._has_new_best, self._best_sent = False, -float(SECONDS_BETWEEN_BESTS)
 
     def tell(self, told: list[Told]) -> None:

@@ -5,7 +5,7 @@ import json
 import re
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -42,16 +42,16 @@ _KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Begun, Logge
 def encode(told: Told) -> bytes:
     """One line. What belongs to the terminal alone (a run's facts) stays behind."""
     if isinstance(told, Begun):
-        told = replace(told, folder=told.folder.resolve(), facts={})
+        told = replace(told, folder=told.folder.resolve() if told.folder else None, facts={})
     return to_line({"told": type(told).__name__.lower()} | vars(told))
 
 
-def to_line(value: dict[str, Any]) -> bytes:
+def to_line(value: Mapping[str, object]) -> bytes:
     # What is no text in UTF-8 (a file may be called so) would be refused by whoever gets it.
     return json.dumps(value, ensure_ascii=False, default=_plain).encode(errors="replace") + b"\n"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Example):
         return vars(value)
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

@@ -14,11 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from finetune.base.events import Begun, Ended, Pictures, Validated
 from finetune.errors import UsageError, one_line
 from finetune.watch.pipe import Closed, Logged, Queue, Told, encode, scheme_of, scrub, secrets_of, to_line
+
+if TYPE_CHECKING:  # nothing here needs it
+    from torch import Tensor
 
 URLS_VARIABLE = "FINETUNE_NOTIFY"
 URLS_LIST = "https://github.com/caronc/apprise/wiki"
@@ -116,7 +119,7 @@ class Outside:
         run: str = "",
     ):
         self.name = " and ".join(services)
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self._say, self._said, self._secrets = say, set[str](), secrets_of(notify_urls)
         self._saying = threading.Lock()
         self._left = dict.fromkeys(services)
@@ -165,7 +168,7 @@ class Outside:
     def validated(self, validated: Validated) -> None:
         self._tell(validated)
 
-    def histograms(self, step: int, weights: dict[str, Any], gradients: dict[str, Any]) -> None:
+    def histograms(self, step: int, weights: "dict[str, Tensor]", gradients: "dict[str, Tensor]") -> None:
         """Too much for a pipe."""
 
     def draw(self, pictures: Pictures) -> None:

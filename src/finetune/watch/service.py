@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 from finetune.base.signals import POLITE_SIGNALS
 from finetune.errors import one_line
@@ -52,7 +52,7 @@ class Report:
     def done(self, service: str) -> None:
         self._send({"service": service})
 
-    def _send(self, value: dict[str, Any]) -> None:
+    def _send(self, value: dict[str, str]) -> None:
         with self._lock, suppress(OSError):  # the run may be gone
             self._pipe.write(to_line(value))
 
@@ -129,6 +129,11 @@ def _own_pipes() -> tuple[BinaryIO, BinaryIO]:
     return incoming, outgoing
 
 
+def _give_up() -> None:
+    time.sleep(DEADLINE_SECONDS)
+    os._exit(1)
+
+
 def main() -> None:
     # Whoever stops the run (a scheduler, a terminal) may signal us as well; we end when it does.
     for name in POLITE_SIGNALS:
@@ -151,7 +156,7 @@ def main() -> None:
     workers = Workers(services, report)
     follow(incoming, hello["pid"], workers)
     # What hangs now hangs at most that long. A daemon thread still runs while the interpreter calls exit handlers.
-    threading.Thread(target=lambda: (time.sleep(DEADLINE_SECONDS), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_give_up, daemon=True).start()
     workers.finish()
 
 

@@ -7,10 +7,9 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -91,6 +90,10 @@ class Writer(SummaryWriter):
         purge_step: what earlier files hold of this step and later ones does not count any more.
     """
 
+    # Its own constructor sets them to None at first, which a checker takes for all that they can be.
+    file_writer: FileWriter | None  # type: ignore[assignment]
+    all_writers: dict[Path, FileWriter] | None  # type: ignore[assignment]
+
     def __init__(self, folder: Path, purge_step: int | None = None):
         self._folder = folder
         super().__init__(str(folder), purge_step=purge_step)
@@ -138,7 +141,7 @@ class TensorBoard:
         self.writer.add_text("run", "\n".join(["| | |", "|---|---|", *rows]), 0)
         metric = f"val/{begun.best_metric}"
         for summary in hparams(_hyperparameters(begun.config), {metric: 0.0, "val/loss": 0.0})[:2]:
-            self.writer.file_writer.add_summary(summary)
+            self.writer._get_file_writer().add_summary(summary)
 
     def logged(self, step: int, values: dict[str, float]) -> None:
         self.writer.add_values(step, values)
@@ -198,7 +201,7 @@ class TensorBoard:
 
     def end(self, ended: Ended) -> None:
         if self._writer is not None and ended.status in ("finished", "stopped early"):
-            self.writer.file_writer.add_summary(hparams({"end": True}, {})[2])
+            self.writer._get_file_writer().add_summary(hparams({"end": True}, {})[2])
         self.close()
 
     def close(self) -> None:
@@ -230,7 +233,7 @@ def _labels(targets: Tensor, classes: Sequence[str]) -> tuple[list[str], Tensor]
     return [" ".join(classes[number].split()) for number in numbers], torch.tensor(palette, dtype=torch.uint8)
 
 
-def _hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
+def _hyperparameters(config: Mapping[str, object]) -> dict[str, object]:
     """Values under names with dots, but for empty ones; what is no number, string or truth value as text."""
     given = {name: value for name, value in flatten(config).items() if value not in ("", [], None)}
     return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in given.items()}
@@ -247,7 +250,7 @@ def _examples_text(examples: Sequence[Example]) -> str:
 
 
 @contextmanager
-def _silent_log():
+def _silent_log() -> Iterator[None]:
     """The tracer logs and prints what it cannot draw."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -8,9 +8,10 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
-from finetune.base.events import Begun, Example, Validated
+from finetune.base.events import Begun, Best, Example, Validated
 from finetune.base.files import link_or_copy
 from finetune.base.formatting import printable
 from finetune.errors import one_line
@@ -74,13 +75,14 @@ class WandbService:
     # ---- Begin -----------------------------------------------------------------------------------------------------
 
     def _begin(self, begun: Begun) -> None:
+        assert begun.folder is not None  # a run that is told to others has one
         self._folder, self._run_id = begun.folder, begun.run_id
         self._read_state()
         import wandb
 
         project = wandb.setup().settings.project or DEFAULT_PROJECT
 
-        def init(mode: str | None) -> Any:
+        def init(mode: Literal["offline"] | None) -> Any:
             return wandb.init(
                 project=project,
                 name=os.environ.get("WANDB_NAME") or printable(begun.name),
@@ -186,7 +188,7 @@ class WandbService:
                     copy.unlink()
             wandb.teardown()
 
-    def _log_best(self, wandb: Any, best_validation: dict[str, Any]) -> Path | None:
+    def _log_best(self, wandb: ModuleType, best_validation: Best) -> Path | None:
         """Hand over the best checkpoint, if there is one; the file that wandb reads.
 
         Args:
@@ -210,7 +212,7 @@ class WandbService:
         return copy
 
 
-def _table(wandb: Any, examples: tuple[Example, ...]) -> Any:
+def _table(wandb: ModuleType, examples: tuple[Example, ...]) -> object:
     from PIL import Image
 
     rows = []

@@ -1,22 +1,23 @@
-"""Everybody who watches a run, told together. Nothing that a watcher does can stop, slow or change the run."""
+"""Everybody who watches a run, told together. Nothing that a watcher does can stop or change the run, but for trackers
+that were handed in from Python: what they raise is their caller's."""
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from finetune.base.events import Begun, Ended, Example, Pictures, Tracker, Validated
+from finetune.base.events import Begun, Best, Ended, Example, Pictures, Tracker, Validated
 from finetune.base.files import write_json
 from finetune.base.terminal import Terminal
 from finetune.data.source import Source
 from finetune.errors import in_words
 from finetune.store.run_folder import RunFolder
-from finetune.store.state import capture_generators, restore_generators
-from finetune.tasks.evaluation import Outcomes
+from finetune.store.state import generators_put_back
+from finetune.tasks.evaluation import MATRIX_CLASSES, Evaluation
 from finetune.watch.devices import device_figures
 from finetune.watch.leak import LeakWatch
 
@@ -25,6 +26,7 @@ SECONDS_BETWEEN_POINTS = 0.1
 # Pictures and the report take their time at the end; before it they may take this share of it.
 PICTURES_SHARE = 0.01
 FIRST_PICTURES_SECONDS = 3.0
+ENDED_WELL = ("finished", "stopped early")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Subject:
     """What is watched, beyond numbers.
 
     Attributes:
+        folder: of the run; None = nothing is written.
         run_id: of the run.
         classes: names by number; [] where numbers are predicted.
         source: of the samples that validate.
@@ -41,7 +44,7 @@ class Subject:
         report: write report.html at the end.
     """
 
-    run: RunFolder
+    folder: RunFolder | None
     run_id: str
     classes: Sequence[str]
     source: Source
@@ -58,17 +61,23 @@ class Watch:
 
     Args:
         run: the one that is watched; None = it has no folder.
+        handed_in: trackers of whoever called from Python: what they raise while the run goes on ends it, and reaches
+            the caller.
 
     Attributes:
         subject: what can be seen beyond numbers, once that is known.
+        was_ended_by_tracker: something that was handed in raised.
     """
 
-    def __init__(self, terminal: Terminal, run: RunFolder | None = None):
+    def __init__(self, terminal: Terminal, run: RunFolder | None = None, handed_in: Sequence[Tracker] = ()):
         self.terminal, self.run = terminal, run
+        self._handed_in = list(handed_in)
+        self._has_ended = False
+        self.was_ended_by_tracker = False
         self.subject: Subject | None = None
         self._trackers: list[Tracker] = []
         self._said: set[str] = set()
-        self._step, self._best = 0, dict[str, Any]()
+        self._step, self._best = 0, Best()
         self._device = torch.device("cpu")
         self._leak = LeakWatch()
         self._measured: dict[str, float] = {}
@@ -76,7 +85,7 @@ class Watch:
         self._waiting: tuple[int, dict[str, float]] | None = None
         self._started = time.monotonic()
         self._samples, self._samples_before = 0, (0, self._started)
-        self._outcomes: Outcomes | None = None
+        self._evaluation: Evaluation | None = None
         self._pictures_seconds, self._last_pictures_seconds = 0.0, FIRST_PICTURES_SECONDS
         self._gradients: dict[str, Tensor] = {}
 
@@ -89,7 +98,7 @@ class Watch:
 
     # ---- The one place where whatever goes wrong is let go ----------------------------------------------------------
 
-    def _guarded(self, what: str, action: Callable[[], None]) -> bool:
+    def _guarded(self, what: str, action: Callable[[], object]) -> bool:
         """Do something for a watcher; say once what fails. Whether it went well."""
         try:
             action()
@@ -101,16 +110,44 @@ class Watch:
                 self.terminal.say(text)
             return False
 
-    def _tell(self, action: Callable[[Tracker], None]) -> None:
-        if not self._trackers:
+    @property
+    def _is_watched(self) -> bool:
+        return bool(self._trackers or self._handed_in)
+
+    def _tell(self, action: Callable[[Tracker], None], *, guard_all: bool = False) -> None:
+        """Tell everybody.
+
+        Args:
+            guard_all: also those handed in, because the run is over and what ended it must not be hidden.
+        """
+        self._tell_named(action)
+        self._tell_handed_in(action, guard_all)
+
+    def _tell_named(self, action: Callable[[Tracker], None]) -> None:
+        if self._trackers:
+            with generators_put_back():
+                for tracker in list(self._trackers):
+                    if not self._guarded(tracker.name, partial(action, tracker)):
+                        self._trackers.remove(tracker)
+                        with suppress(Exception):  # it has failed already
+                            tracker.close()
+
+    def _tell_handed_in(self, action: Callable[[Tracker], None], guarded: bool = False) -> None:
+        """Tell all of them, then raise what the first raised."""
+        if not self._handed_in:
             return
-        states = capture_generators()
-        for tracker in list(self._trackers):
-            if not self._guarded(tracker.name, lambda tracker=tracker: action(tracker)):
-                self._trackers.remove(tracker)
-                with suppress(Exception):  # it has failed already
-                    tracker.close()
-        restore_generators(states)  # whatever a library drew of random numbers, the run does not notice
+        first: Exception | None = None
+        with generators_put_back():
+            for tracker in self._handed_in:
+                try:
+                    action(tracker)
+                except Exception as error:
+                    first = first or error
+        if first is not None and guarded:
+            self.say(f"{self._handed_in[0].name}: {in_words(first)}")
+        elif first is not None:
+            self.was_ended_by_tracker = True
+            raise first
 
     # ---- Told by the loop --------------------------------------------------------------------------------------------
 
@@ -142,6 +179,7 @@ class Watch:
         grows = self._leak.add(step, values.get("memory/process_mb", 0.0))
         if grows:
             self.say(grows)
+        self._tell_handed_in(lambda tracker: tracker.logged(step, values))
         if not self._trackers:
             return
         self._waiting = step, values
@@ -152,17 +190,17 @@ class Watch:
         if self._waiting is not None:
             step, values = self._waiting
             self._waiting, self._pointed_at = None, time.monotonic()
-            self._tell(lambda tracker: tracker.logged(step, values))
+            self._tell_named(lambda tracker: tracker.logged(step, values))
 
     @property
     def layer(self) -> nn.Module | None:
         """The one whose input is drawn as a cloud of points."""
-        return self.subject.last_layer if self._trackers and self.subject is not None else None
+        return self.subject.last_layer if self._is_watched and self.subject is not None else None
 
     def take_gradients(self) -> None:
         """The optimizer has not seen the gradients yet. Once after each validation those of the head are kept, to be
         shown at the next."""
-        if self._gradients or not self._trackers or self.subject is None or self.subject.head is None:
+        if self._gradients or not self._is_watched or self.subject is None or self.subject.head is None:
             return
         head = self.subject.head
 
@@ -172,69 +210,87 @@ class Watch:
 
         self._guarded("gradients", take)
 
-    def validated(self, validated: Validated, outcomes: Outcomes) -> None:
+    def validated(self, validated: Validated, evaluation: Evaluation) -> None:
         self.terminal.validated(validated)
         self._step, self._best = validated.step, validated.best
         self._send_point()
         self._tell(lambda tracker: tracker.validated(validated))
-        if validated.is_best and self.subject is not None:
-            self._guarded("validation.json", lambda: self._write_validation(validated, outcomes))
-        self._outcomes = outcomes
-        if self._trackers and self.subject is not None and self.subject.head is not None:
+        if validated.is_best and self.subject is not None and self.subject.folder is not None:
+            self._guarded("validation.json", lambda: self._write_validation(validated, evaluation))
+        self._evaluation = evaluation
+        if self._is_watched and self.subject is not None and self.subject.head is not None:
             weights = {name: value.detach() for name, value in self.subject.head.named_parameters()}
             gradients, self._gradients = self._gradients, {}
             self._tell(lambda tracker: tracker.histograms(validated.step, weights, gradients))
         elapsed = time.monotonic() - self._started
         if self._pictures_seconds + self._last_pictures_seconds <= PICTURES_SHARE * elapsed:
-            self._guarded("pictures", lambda: self._draw(validated.step, at_end=False))
+            show = self._draw(validated.step, at_end=False)
+            if show is not None:
+                self._tell(show)
 
-    def _write_validation(self, validated: Validated, outcomes: Outcomes) -> None:
+    def _write_validation(self, validated: Validated, evaluation: Evaluation) -> None:
         subject = self.subject
-        assert subject is not None
+        assert subject is not None and subject.folder is not None
         place = {"run_id": subject.run_id, "step": validated.step, "epoch": validated.epoch, "facts": subject.facts}
-        write_json(subject.run.validation_file, place | outcomes.to_plain(subject.source))
+        write_json(subject.folder.validation_file, place | evaluation.record(subject.source).to_plain())
 
     def saving(self) -> None:
         """A checkpoint is about to be written."""
         self._send_point()
-        self._tell(lambda tracker: tracker.flush())
+        self._tell_named(lambda tracker: tracker.flush())
 
     def saved(self) -> None:
+        """It is written: what a tracker from Python raises now costs nothing."""
         self.terminal.saved()
+        self._tell_handed_in(lambda tracker: tracker.flush())
 
     # ---- Pictures, and the end --------------------------------------------------------------------------------------
 
-    def _draw(self, step: int, at_end: bool) -> None:
-        """Pictures of the newest validation, in this process."""
-        if not self._trackers or self.subject is None or self._outcomes is None:
-            return
-        started = time.monotonic()
-        pictures = _pictures(self.subject, self._outcomes, step, at_end)
-        self._tell(lambda tracker: tracker.draw(pictures))
+    def _draw(self, step: int, at_end: bool) -> Callable[[Tracker], None] | None:
+        """Make pictures of the newest validation, in this process; what shows them to a tracker."""
+        if not self._is_watched or self.subject is None or self._evaluation is None:
+            return None
+        started, subject, evaluation = time.monotonic(), self.subject, self._evaluation
+        made: list[Pictures] = []
+        self._guarded("pictures", lambda: made.append(_pictures(subject, evaluation, step, at_end)))
         self._last_pictures_seconds = time.monotonic() - started
         self._pictures_seconds += self._last_pictures_seconds
+        return partial(_be_shown, made[0]) if made else None
 
     def end(self, status: str, text: str) -> None:
-        """This process has done its part; see `Ended`.
+        """This process has done its part; see `Ended`. What trackers from Python raise comes last of all.
 
         Args:
             text: one line for a person.
         """
+        if self._has_ended:  # what is raised at the end is no second end
+            return
+        self._has_ended, is_well = True, status in ENDED_WELL
         self.terminal.end()
         worst: list[Example] = []
-        if self.subject is not None and status in ("finished", "stopped early"):
-            self._guarded("pictures", lambda: self._draw(self._step, at_end=True))
-            if self._trackers or self.subject.report:
-                self._guarded("report.html", lambda: worst.extend(self._report(self.subject, status)))
-        ended = Ended(status, text, str(self.run), self._best, tuple(worst))
-        self._tell(lambda tracker: tracker.end(ended))
+        show = self._draw(self._step, at_end=True) if is_well else None
+        if show is not None:
+            self._tell_named(show)
+        subject = self.subject
+        if is_well and subject is not None and subject.folder is not None and (self._is_watched or subject.report):
+            folder = subject.folder
+            self._guarded("report.html", lambda: worst.extend(_report(subject, folder, status)))
+        ended = Ended(status, text, str(self.run or ""), self._best, tuple(worst))
+        self._tell_named(lambda tracker: tracker.end(ended))
         self._trackers = []
+
+        def end_of_own(tracker: Tracker) -> None:
+            if show is not None:
+                show(tracker)
+            tracker.end(ended)
+
+        self._tell_handed_in(end_of_own, guarded=not is_well)
 
     def close(self) -> None:
         """Let go of everybody, whatever they were told."""
         self.terminal.end()
-        self._tell(lambda tracker: tracker.close())
-        self._trackers = []
+        self._tell(lambda tracker: tracker.close(), guard_all=True)
+        self._trackers, self._handed_in = [], []
 
     def report_old(self, run: RunFolder, place: str) -> None:
         """The report of a run that is over, out of its files.
@@ -250,28 +306,34 @@ class Watch:
 
         self._guarded("report.html", report)
 
-    def _report(self, subject: Subject, status: str) -> list[Example]:
-        """Write it; the samples of the best validation with the largest loss."""
-        from finetune.report.data import gather
-        from finetune.report.page import best_and_worst, write_report
 
-        data = gather(subject.run)
-        best, worst = best_and_worst(data, subject.source)
-        if subject.report:
-            write_report(data, subject.run.report_file, best, worst, status)
-        return worst
+def _be_shown(pictures: Pictures, tracker: Tracker) -> None:
+    tracker.draw(pictures)
 
 
-def _pictures(subject: Subject, outcomes: Outcomes, step: int, at_end: bool) -> Pictures:
+def _report(subject: Subject, folder: RunFolder, status: str) -> list[Example]:
+    """Write it; the samples of the best validation with the largest loss."""
+    from finetune.report.data import gather
+    from finetune.report.page import best_and_worst, write_report
+
+    data = gather(folder)
+    best, worst = best_and_worst(data, subject.source)
+    if subject.report:
+        write_report(data, folder.report_file, best, worst, status)
+    return worst
+
+
+def _pictures(subject: Subject, evaluation: Evaluation, step: int, at_end: bool) -> Pictures:
     from finetune.report.examples import examples_of
 
-    plain = outcomes.to_plain(subject.source)
+    record = evaluation.record(subject.source)
+    matrix = record.confusion
     return Pictures(
         step,
-        tuple(examples_of(plain["worst"], subject.classes, subject.source)),
-        plain["confusion"],
+        tuple(examples_of(record.worst, subject.classes, subject.source)),
+        matrix if matrix is not None and len(matrix) <= MATRIX_CLASSES else None,
         tuple(subject.classes),
-        outcomes.features(),
+        evaluation.features(),
         subject.model,
         subject.example,
         at_end,

@@ -1,0 +1,272 @@
+"""A training under way: where it stands, and what the loop does between two steps."""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from finetune.base.events import Validated
+from finetune.data.batch import Batch, Request
+from finetune.data.order import batches_from, reading_order
+from finetune.errors import RunError
+from finetune.models.freeze import Freeze
+from finetune.store.state import (
+    CheckpointState,
+    FrozenFacts,
+    LogMark,
+    Progress,
+    capture_generators,
+    numeric_environment,
+    restore_generators,
+)
+from finetune.tasks.losses import Task
+from finetune.training.context import RunContext
+from finetune.training.data_check import check_unbroken
+from finetune.training.nan_guard import Losses
+from finetune.training.optimizer import learning_rates, load_optimizer_state, optimizer_state
+from finetune.training.phase import Phase, start_phase
+from finetune.training.schedule import count_steps
+from finetune.training.setup import Setup
+from finetune.training.step import free_memory, in_halves
+from finetune.training.validation import record_validation, validate
+
+# A validation needs no gradients, so more samples fit at once.
+VALIDATION_BATCHES = 4
+
+
+def capture_state(
+    setup: Setup,
+    freeze: Freeze,
+    frozen: FrozenFacts,
+    progress: Progress,
+    optimizer: dict[str, object],
+    scaler: dict[str, object],
+    mark: LogMark,
+    run_id: str = "",
+    keep: int = 0,
+) -> CheckpointState:
+    """Take down all that survives a restart, as it is now.
+
+    Args:
+        frozen: what `freeze` holds still.
+        optimizer, scaler: their plain states.
+        mark: of the log.
+        keep: numbered checkpoints that the run keeps.
+    """
+    return CheckpointState(
+        run_id=run_id,
+        config=setup.config(),
+        data=setup.data.facts(),
+        network=setup.network_facts(),
+        progress=progress,
+        model={name: value.detach().cpu().clone() for name, value in freeze.changeable().items()},
+        frozen=frozen,
+        optimizer=optimizer,
+        scaler=scaler,
+        rng=capture_generators(),
+        metrics_file=mark,
+        keep=keep,
+        trackers={},
+        versions=numeric_environment(setup.device),
+    )
+
+
+class Session:
+    """What the functions of the loop share. All that survives a restart is in `progress`.
+
+    Args:
+        phase: the one to begin in; of a resumed run, that of its checkpoint.
+        resumed: the checkpoint to go on from, already loaded into the network, or None for a fresh start.
+
+    Attributes:
+        steps: per epoch, of the schedule's horizon, and of the run's end.
+        epochs: in all.
+        samples: to train on, in an epoch.
+    """
+
+    def __init__(
+        self, setup: Setup, context: RunContext, phase: Phase, progress: Progress, resumed: CheckpointState | None
+    ):
+        self.setup, self.context, self.phase, self.progress = setup, context, phase, progress
+        self.recipe, self.device = setup.recipe, setup.device
+        self.task: Task = setup.make_task()
+        self.samples = len(setup.data.split.train)
+        self.steps = count_steps(setup.recipe, self.samples, progress)
+        self.epochs = math.ceil(self.steps.end / self.steps.per_epoch)
+        if not 0 <= progress.position_samples <= self.samples:
+            raise RunError(
+                f"the checkpoint stands at sample {progress.position_samples} of an epoch of {self.samples}; go on "
+                "from another: --from FILE"
+            )
+        self.scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.numerics.precision == "fp16")
+        if resumed is not None:
+            load_optimizer_state(phase.optimizer, resumed.optimizer)
+            self.scaler.load_state_dict(resumed.scaler)
+        self._resumed = resumed
+        self._train, self._validation = (reading_order(part, self.samples) for part in setup.data.split[:2])
+        self._contents = setup.loaders.train.contents
+        self.losses = Losses(context.bad_batch_file, self._contents.source.name)
+        self._last_saved = time.monotonic()
+        self._log = context.open_log(resumed.metrics_file if resumed else None, progress.step)
+
+    # ---- The two ends -----------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """See that there is room for checkpoints; put back what was saved; make up for a validation that is due."""
+        free_memory(self.device)
+        # Most optimizers hold two numbers a weight from their first step on.
+        weights_bytes = sum(p.nbytes for group in self.phase.optimizer.param_groups for p in group["params"])
+        self.context.check_room(self.state(), 0 if self._resumed else 2 * weights_bytes)
+        # Last of all: whatever was built above may have drawn random numbers.
+        if self._resumed is not None:
+            restore_generators(self._resumed.rng)
+        if self._validation_is_due():
+            self.conclude_step(save_is_due=False)
+
+    @property
+    def goes_on(self) -> bool:
+        return self.progress.step < self.steps.end and self.progress.status == "running"
+
+    def check_frozen(self) -> None:
+        """Raises: RunError: frozen tensors are not what they were."""
+        if self.phase.freeze.sha256() != self.phase.frozen_sha256:
+            raise RunError("frozen tensors changed while training; this is a fault of finetune: please report it")
+
+    def close(self) -> None:
+        self._log.close()
+        self.phase.close()
+
+    # ---- Before an epoch --------------------------------------------------------------------------------------------
+
+    def thaw(self) -> None:
+        """Enter the next phase, if one begins in this epoch: its new optimizer takes over the old one's state."""
+        progress = self.progress
+        if self.setup.freeze.at(progress.epoch).number == self.phase.freeze.number:
+            return
+        carried = optimizer_state(self.phase.optimizer)
+        self.phase.close()
+        self.phase = start_phase(self.setup, progress.epoch, self.context)
+        check_unbroken(self.setup.data, self.phase.feed)
+        load_optimizer_state(self.phase.optimizer, carried)
+        progress.history.append({"event": "thaw", "step": progress.step, "epoch": progress.epoch})
+        self.context.watch.say(f"epoch {progress.epoch + 1}: thawed, {len(self.phase.trainable)} tensors train now")
+
+    def batches(self) -> Iterator[Batch]:
+        """The rest of the epoch: an order that depends on seed and epoch alone, from the position on."""
+        recipe, progress = self.recipe, self.progress
+        order = self.setup.data.epoch_samples(recipe.seed, progress.epoch, recipe.batch_size, self._train)
+        batches = batches_from(order, recipe.batch_size, progress.position_samples)
+        batches = itertools.islice(batches, self.steps.end - progress.step)
+        view = progress.epoch % recipe.data.views if recipe.data.views else progress.epoch
+        augment_epoch = view if recipe.data.views or not self.phase.feed.is_kept else None
+        return self.phase.feed.train.batches(Request(batch.tolist(), augment_epoch) for batch in batches)
+
+    # ---- After a step -----------------------------------------------------------------------------------------------
+
+    def advance(self, batch: Batch, batch_loss: Tensor) -> None:
+        """Count a step. Nothing here waits for the device."""
+        progress, count = self.progress, len(batch.targets)
+        progress.step += 1
+        progress.position_samples += count
+        progress.loss_sum = progress.loss_sum.to(self.device).add(batch_loss, alpha=count)
+        progress.loss_samples += count
+        self.losses.note(progress.step, batch.indices, batch_loss)
+        self.context.watch.step(progress.step, progress.epoch + 1, self.epochs, count)
+
+    def log(self, batch_loss: Tensor, norm: Tensor) -> None:
+        """A line in metrics.jsonl, also for those who watch. Waits for the device."""
+        self.losses.check()
+        progress, watch = self.progress, self.context.watch
+        values = {"train/loss": batch_loss.item(), "train/gradient_norm": norm.item()}
+        values |= learning_rates(self.phase.optimizer) | watch.measure()
+        self._log.write({"step": progress.step, "epoch": progress.epoch + 1} | values)
+        watch.logged(progress.step, values)
+
+    @property
+    def save_is_due(self) -> bool:
+        """By the count of steps, or by the clock, which changes no number."""
+        settings, minutes = self.context.settings, (time.monotonic() - self._last_saved) / 60
+        by_count = bool(settings.save_every_steps) and self.progress.step % settings.save_every_steps == 0
+        return by_count or bool(settings.save_every_minutes and minutes >= settings.save_every_minutes)
+
+    def conclude_step(self, save_is_due: bool) -> None:
+        """What follows a step: validation, the end of an epoch or of the run, a save, a stop. A stop does not wait for
+        a validation: whoever resumes begins with it.
+
+        Raises:
+            StoppedEarly: asked for; the state is saved.
+        """
+        progress, stop = self.progress, self.context.stop
+        due = self._validation_is_due()
+        is_best = self._validate() if due and not stop.requested else False
+        if not self._validation_is_due():
+            if due and 0 < self.recipe.stop.patience <= progress.validations_without_best:
+                progress.status = "stopped early"
+            elif progress.step >= self.steps.end:
+                progress.status = "finished"
+            if progress.position_samples >= self.samples:
+                progress.epoch, progress.position_samples = progress.epoch + 1, 0
+                progress.loss_sum, progress.loss_samples = torch.zeros(()), 0
+        if due or save_is_due or stop.requested:
+            self._save(is_best)
+        if stop.requested and progress.status == "running":
+            saved = ", saved" if self.context.writes else ""
+            raise stop.stopped(f"at step {progress.step} of {self.steps.end}{saved}")
+
+    def _validation_is_due(self) -> bool:
+        progress, every = self.progress, self.recipe.validate_every_steps
+        at_end = progress.position_samples >= self.samples or progress.step >= self.steps.end
+        due = at_end or bool(every and progress.step % every == 0)
+        return due and progress.validated_step < progress.step
+
+    def _validate(self) -> bool:
+        """Validate, record, and say whether it is the best so far. A stop leaves it due."""
+        self.losses.check()
+        setup, progress, watch = self.setup, self.progress, self.context.watch
+        epoch_loss = progress.epoch_loss()
+        size = self.recipe.batch_size * VALIDATION_BATCHES
+        setup.network.module.eval()
+        attempt = partial(
+            validate, self.phase.feed, self._validation, size, self.task, self.device, setup.numerics.precision,
+            self.context.stop, watch.layer,
+        )  # fmt: skip
+        evaluation, progress.halvings = in_halves(attempt, size, progress.halvings, self.free_memory)
+        self.phase.freeze.modes()
+        if evaluation is None:
+            return False
+        epoch = math.ceil(progress.step / self.steps.per_epoch)
+        figures = evaluation.figures()
+        best = record_validation(self.recipe, progress, figures, epoch)
+        values = {"train/epoch_loss": epoch_loss} | figures
+        self._log.write({"step": progress.step, "epoch": epoch} | values)
+        watch.validated(Validated(progress.step, epoch, self.epochs, values, progress.best, best), evaluation)
+        return best
+
+    def free_memory(self, text: str) -> None:
+        """Memory ran out: let go of what can be, and say what follows."""
+        free_memory(self.device)
+        self.context.watch.say(text)
+
+    # ---- Checkpoints ------------------------------------------------------------------------------------------------
+
+    def state(self) -> CheckpointState:
+        """The checkpoint of this moment."""
+        optimizer, scaler = optimizer_state(self.phase.optimizer), self.scaler.state_dict()
+        frozen, mark = self.phase.facts(), self._log.mark()
+        run_id, keep = self.context.run_id, self.context.settings.keep
+        return capture_state(
+            self.setup, self.phase.freeze, frozen, self.progress, optimizer, scaler, mark, run_id, keep
+        )
+
+    def _save(self, is_best: bool) -> None:
+        """Raises: RunError: a loss or a weight is no number; nothing is saved then."""
+        self.losses.check()
+        state = self.state()
+        self.losses.check_weights(state.model)
+        self.context.save_contents(self._contents)
+        self.context.save(state, is_best=is_best)
+        self._last_saved = time.monotonic()
