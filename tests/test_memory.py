@@ -253,7 +253,7 @@ LITTLE_ROOM = """
 import resource, sys
 import psutil
 from finetune.cli import main
-import finetune.commands
+import finetune.runs.start
 limit = psutil.Process().memory_info().vms + int(sys.argv[1]) * 1_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 sys.exit(main(sys.argv[2:]))
