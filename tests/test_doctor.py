@@ -106,7 +106,7 @@ def test_torch_tells_its_threads_and_devices_and_the_driver_answers_or_says_why_
 
 
 def test_packages_that_are_missing_old_or_broken_are_named_with_the_command_that_mends_them():
-    assert (module_name("scikit-learn"), module_name("pillow"), module_name("torch")) == ("sklearn", "PIL", "torch")
+    assert (module_name("PyYAML"), module_name("pillow"), module_name("torch")) == ("yaml", "PIL", "torch")
     needed = [Requirement(text) for text in ("torch>=99", "no-such-package>=1", "numpy>=1.26", "pillow>=10")]
     answers = {name: answered({name: ""}) for name in ("torch", "numpy")}
     answers["PIL"] = answered({"PIL": "ImportError: libjpeg is missing"})
