@@ -161,9 +161,10 @@ def resume(
 
 def _check_handed_in(trackers: object, stop: object) -> None:
     if isinstance(trackers, str) or not isinstance(trackers, Sequence):
+        found = trackers if isinstance(trackers, str) else type(trackers).__name__
         raise UsageError(
-            f"trackers: {trackers!r} is no list; give trackers=[...] objects with methods like validated, and names "
-            'like "tensorboard" by track="tensorboard"'
+            f"trackers: {found!r} is no list; give trackers=[...] objects with methods like validated, and names like "
+            '"tensorboard" by track="tensorboard"'
         )
     if stop is not None and not isinstance(stop, StopRequest):
         raise UsageError(f"stop: {type(stop).__name__} is no finetune.StopRequest; make one: stop=StopRequest()")
