@@ -35,11 +35,7 @@ class Fields:
         Raises:
             BadFile: it is missing, or of another; so do all methods below.
         """
-        value = self.plain.get(name)
-        # bool is an int to Python, and to nobody else.
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
-            raise self._wrong(name)
-        return value
+        return self._of_kind(name, [self.plain.get(name)], kind)[0]
 
     def _wrong(self, name: str) -> BadFile:
         return BadFile(f"{self.what}: {name!r} is missing or of a wrong kind; restore it from a copy")
@@ -75,7 +71,7 @@ class Fields:
     def _of_kind(self, name: str, values: list[object], kind: type[Kind]) -> list[Kind]:
         if kind is float:
             return cast(list[Kind], self._numbers(name, values))
-        is_bool = kind in (bool, object)
+        is_bool = kind in (bool, object)  # bool is an int to Python, and to nobody else
         if not all(isinstance(value, kind) and (is_bool or not isinstance(value, bool)) for value in values):
             raise self._wrong(name)
         return cast(list[Kind], values)

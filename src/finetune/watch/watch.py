@@ -136,18 +136,18 @@ class Watch:
         """Tell all of them, then raise what the first raised."""
         if not self._handed_in:
             return
-        first: Exception | None = None
+        first: tuple[str, Exception] | None = None
         with generators_put_back():
             for tracker in self._handed_in:
                 try:
                     action(tracker)
                 except Exception as error:
-                    first = first or error
+                    first = first or (tracker.name, error)
         if first is not None and guarded:
-            self.say(f"{self._handed_in[0].name}: {in_words(first)}")
+            self.say(f"{first[0]}: {in_words(first[1])}")
         elif first is not None:
             self.was_ended_by_tracker = True
-            raise first
+            raise first[1]
 
     # ---- Told by the loop --------------------------------------------------------------------------------------------
 
