@@ -18,7 +18,7 @@ from finetune.options import (
     ResumeOptions,
     RunOptions,
 )
-from finetune.recipe.execution import Machine, Numerics, Settings, determining_config, split_config
+from finetune.recipe.execution import Machine, Numerics, Settings, asked_config, split_config
 from finetune.recipe.scripts import local_modules
 from finetune.recipe.serialize import differences
 from finetune.recipe.spec import Recipe
@@ -97,7 +97,8 @@ def train(
     with open_context(options.run, terminal, settings, notify, trackers, stop) as context:
         run = context.folder
         if run is not None and run.exists() and options.resume:
-            found = differences(run.read_recipe().config, determining_config(recipe, numerics))
+            record = run.read_recipe().config
+            found = differences(record, asked_config(recipe, numerics, record))
             if found:
                 raise UsageError(
                     f"--run {run} --resume: holds another run: {'; '.join(found)}; "

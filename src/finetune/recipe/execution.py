@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from finetune.errors import RunError, UsageError
-from finetune.recipe.serialize import from_plain, spec_from_plain, to_plain
+from finetune.recipe.serialize import asked, from_plain, spec_from_plain, to_plain
 from finetune.recipe.spec import Recipe
 
 
@@ -70,6 +70,21 @@ def split_config(config: Mapping[str, object]) -> tuple[Recipe, Numerics]:
         return recipe, spec_from_plain(Numerics, {name: config[name] for name in names if name in config})
     except (TypeError, AttributeError, ValueError, LookupError) as error:
         raise RunError(f"the saved recipe is not one ({error}); restore recipe.json from a copy") from None
+
+
+def completed(config: Mapping[str, object]) -> dict[str, object]:
+    """A config with every choice named, also those that came after it was written.
+
+    Raises:
+        RunError: see `split_config`.
+    """
+    return determining_config(*split_config(config))
+
+
+def asked_config(recipe: Recipe, numerics: Numerics, record: Mapping[str, object]) -> dict[str, object]:
+    """What `determining_config` gives, to be held against the config of an older run: see `serialize.asked`."""
+    config = determining_config(recipe, numerics)
+    return asked(numerics, asked(recipe, config, record), record)
 
 
 @dataclass(frozen=True)

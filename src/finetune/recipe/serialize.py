@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TypeVar, cast
 
 from finetune.errors import UsageError
-from finetune.recipe.spec import DATA, TASKS, Data, Recipe, Task
+from finetune.recipe.spec import BEFORE, DATA, TASKS, Data, Recipe, Task
 
 # By the annotation of a field.
 UNIONS: dict[object, Mapping[str, type]] = {Task: TASKS, Data: DATA}
@@ -26,7 +26,7 @@ def _plain(value: object) -> object:
 
 
 def from_plain(plain: Mapping[str, object]) -> Recipe:
-    """The recipe that `to_plain` was given; fields that a newer kit added take their defaults.
+    """The recipe that `to_plain` was given. A field that a newer kit added means what was done before there was one.
 
     Raises:
         UsageError: a field that this kit does not know.
@@ -45,7 +45,7 @@ def spec_from_plain(kind: type[Spec], plain: object) -> Spec:
         raise UsageError(
             f"the saved recipe has unknown fields {', '.join(unknown)}; a newer finetune wrote it: upgrade"
         )
-    values: dict[str, object] = {}
+    values = {name: field.metadata[BEFORE] for name, field in fields.items() if BEFORE in field.metadata}
     for name, value in plain.items():
         field_type = fields[name].type
         if not fields[name].init:
@@ -58,6 +58,28 @@ def spec_from_plain(kind: type[Spec], plain: object) -> Spec:
             value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
         values[name] = value
     return kind(**values)
+
+
+def asked(spec: object, plain: Mapping[str, object], record: Mapping[str, object]) -> dict[str, object]:
+    """What of a recipe somebody asked for, to be held against an older record: without choices that the record does
+    not name and that are the default now.
+
+    Args:
+        spec: the recipe, or a part of it.
+        plain: its plain values.
+        record: those of the run.
+    """
+    assert dataclasses.is_dataclass(spec)
+    found = dict(plain)
+    for field in dataclasses.fields(spec):
+        value, inside = getattr(spec, field.name), record.get(field.name)
+        if BEFORE in field.metadata and field.name not in record and value == field.default:
+            found.pop(field.name, None)
+        elif dataclasses.is_dataclass(value) and isinstance(inside, Mapping):
+            within = plain[field.name]
+            assert isinstance(within, Mapping)
+            found[field.name] = asked(value, within, inside)
+    return found
 
 
 def flatten(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:

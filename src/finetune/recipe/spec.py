@@ -5,9 +5,24 @@ No import of torch here: help, summaries and search workers make recipes freely.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from finetune.errors import UsageError
+
+Value = TypeVar("Value")
+# In a field's metadata: what a record without that field means.
+BEFORE = "before"
+
+
+def named(default: Value, *, before: Value) -> Value:
+    """Declare a choice that changes numbers and came after the first runs.
+
+    Args:
+        default: of new recipes.
+        before: what was done when records did not name it; an older run goes on so.
+    """
+    chosen: Value = field(default=default, metadata={BEFORE: before})
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from finetune.store.checkpoint import (
     repair_names,
     rewind,
 )
-from finetune.store.restore import backbone_of_run, check_same_config, saved_network
+from finetune.store.restore import backbone_of_run, check_same_config, check_same_recipe, saved_network
 from finetune.store.run_folder import RunRecord
 from finetune.store.state import CheckpointState, Extension, Progress, environment_differences
 from finetune.training.context import RunContext
@@ -161,7 +161,7 @@ def find_checkpoint(
         path, state, bad = found
         for line in bad:
             context.say(f"skipped: {line}")
-    check_same_config(record.config, state.config, f"{path} is not of the recipe in {run.recipe_file}")
+    check_same_recipe(record.config, state.config, f"{path} is not of the recipe in {run.recipe_file}")
     return path, state
 
 

@@ -15,7 +15,7 @@ from finetune.models.pretrained import sized
 from finetune.models.weights import (
     load_state,
 )
-from finetune.recipe.execution import split_config
+from finetune.recipe.execution import completed, split_config
 from finetune.recipe.serialize import differences
 from finetune.recipe.spec import Recipe
 from finetune.store.checkpoint import read_checkpoint
@@ -85,6 +85,16 @@ def check_same_config(record: Plain, config: Plain, what: str) -> None:
         raise RunError(f"{what}: " + "; ".join(found))
 
 
+def check_same_recipe(record: Plain, config: Plain, what: str) -> None:
+    """Compare the configs of two files of a run, the older of which may lack choices that came later.
+
+    Raises:
+        RunError: they differ; says `what` and in which values.
+    """
+    if json.loads(json.dumps(config)) != record:
+        check_same_config(completed(record), completed(config), what)
+
+
 def saved_network(run: RunFolder, recipe: Recipe, state: CheckpointState) -> Network:
     """The network as a checkpoint left it: frozen tensors from frozen/, everything else from `state`.
 
@@ -134,7 +144,7 @@ def trained_network(run: RunFolder, which: str) -> tuple[Network, CheckpointStat
     if not path.exists():
         raise RunError(f"run {run} has no {which} checkpoint yet; train it first: finetune resume {run}")
     state = read_checkpoint(path, record.id)
-    check_same_config(record.config, state.config, f"{path} is not of the recipe in {run.recipe_file}")
+    check_same_recipe(record.config, state.config, f"{path} is not of the recipe in {run.recipe_file}")
     network = saved_network(run, recipe, state)
     network.module.eval()
     return network, state
