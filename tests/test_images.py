@@ -24,10 +24,11 @@ from finetune.cli import main
 from finetune.data.augment import augment, mix
 from finetune.data.batch import Request
 from finetune.data.contents import Contents
-from finetune.data.decode import read_image
+from finetune.data.decode import BrokenImage, formats_by_suffix, read_image
 from finetune.data.images import open_images, split_source
 from finetune.data.loader import Loader
 from finetune.data.order import keyed_generator, stratified_split
+from finetune.data.source import Reading
 from finetune.data.table import Columns
 from finetune.errors import RunError
 from finetune.models.backbones import find_backbone, members, torchvision_backbone
@@ -142,10 +143,10 @@ def test_a_truncated_image_is_broken_too(tmp_path):
 
 
 def test_a_folder_gives_a_class_a_sub_folder_and_notices_changed_files(tmp_path):
-    source = open_images(str(make_folder(tmp_path / "data", {"zebra crossing": 3, ".ümlaut 🦓": 2})))
-    assert source.classes == [".ümlaut 🦓", "zebra crossing"]
-    assert source.targets.tolist() == [0, 0, 1, 1, 1]
-    assert source.read(4)[0].shape == (3, 9, 12) and source.name(4) == "zebra crossing/02.png"
+    source = open_images(str(make_folder(tmp_path / "data", {"zebra crossing": 3, "ümlaut 🦓": 2})))
+    assert source.classes == ["zebra crossing", "ümlaut 🦓"]
+    assert source.targets.tolist() == [0, 0, 0, 1, 1]
+    assert source.read(2)[0].shape == (3, 9, 12) and source.name(2) == "zebra crossing/02.png"
     (tmp_path / "data" / "zebra crossing" / "02.png").unlink()
     assert open_images(str(tmp_path / "data")).fingerprint != source.fingerprint
 
@@ -181,15 +182,66 @@ def test_a_class_may_be_called_train(tmp_path):
     assert source.classes == ["bus", "train"] and source.parts is None
 
 
-def test_hidden_files_and_what_other_programs_leave_are_no_images_and_others_are_counted(tmp_path):
-    folder = make_folder(
-        tmp_path / "data", {"a": 2, "a/.ipynb_checkpoints": 1, "b": 2, ".ipynb_checkpoints": 1, "__MACOSX": 1}
-    )
+def test_what_systems_and_programs_leave_is_no_class_and_the_rest_is_counted_by_suffix(tmp_path):
+    service = [".ipynb_checkpoints", "__MACOSX", ".cache", ".thumbnails", ".idea", ".Trash-1000", ".dvc", "@eaDir"]
+    service += ["$RECYCLE.BIN", "System Volume Information", "lost+found", "a/@eaDir", "a/.ipynb_checkpoints"]
+    folder = make_folder(tmp_path / "data", {"a": 2, "b": 2} | dict.fromkeys(service, 1))
     (folder / "a" / "._00.png").write_bytes(b"a shadow of 00.png")
-    (folder / "b" / "notes.txt").write_text("")
-    (folder / "b" / "scan.tif").write_text("")
+    for name in ("notes.txt", "clip.mov", "IMG_1.HEIC", "IMG_2.heic", "scan.tif.bak", "README"):
+        (folder / "b" / name).write_text("")
     source = open_images(str(folder))
-    assert source.paths == ["a/00.png", "a/01.png", "b/00.png", "b/01.png"] and source.ignored == 2
+    assert source.paths == ["a/00.png", "a/01.png", "b/00.png", "b/01.png"]
+    for part in ("2 .heic", "1 without a suffix", "1 .mov", "1 .txt", "1 more", "13 folder(s) ("):
+        assert part in source.left, (part, source.left)
+    assert source.notes == ("2 .heic left aside: to read that format, pip install pillow-heif",)
+    before = open_images(str(make_folder(tmp_path / "old", {"a": 1, ".b": 1})), reading=Reading(by_content=False))
+    assert before.classes == [".b", "a"]
+
+
+def test_a_class_without_images_says_what_it_holds_instead(tmp_path):
+    folder = make_folder(tmp_path / "data", {"a": 2})
+    (folder / "b").mkdir()
+    (folder / "b" / "IMG_1.heic").write_text("")
+    with pytest.raises(UsageError, match=r"'b' holds no images .*; it holds 1 \.heic; .*pip install pillow-heif"):
+        open_images(str(folder))
+
+
+def test_a_file_is_known_by_its_content_where_its_name_says_nothing(tmp_path):
+    folder = make_folder(tmp_path / "data", {"a": 1, "b": 1})
+    picture = (folder / "a" / "00.png").read_bytes()
+    for name in ("scan", "photo.jpg_large", "IMG_1.JPG.1", "frame.0001"):
+        (folder / "a" / name).write_bytes(picture)
+    (folder / "a" / "LICENSE").write_text("no picture")
+    (folder / "a" / "page.html").write_bytes(picture)  # of a known type, which is no image
+    os.mkfifo(folder / "a" / "pipe")
+    source = open_images(str(folder))
+    assert source.paths[:-1] == [
+        f"a/{name}" for name in ("00.png", "IMG_1.JPG.1", "frame.0001", "photo.jpg_large", "scan")
+    ]
+    assert [source.read(index)[0].shape for index in range(5)] == [(3, 9, 12)] * 5
+    assert source.left == "2 without a suffix, 1 .html"
+
+
+@pytest.mark.parametrize("suffix", ["tif", "tiff", "jfif", "ppm", "tga", "jp2", "ico", "avif"])
+def test_whatever_pillow_decodes_by_itself_is_read(tmp_path, suffix):
+    folder = make_folder(tmp_path / "data", {"a": 1, "b": 1})
+    if suffix == "avif" and ".avif" not in formats_by_suffix():
+        pytest.skip("this Pillow was built without AVIF")
+    Image.new("RGB", (16, 16), (200, 30, 60)).save(folder / "a" / f"x.{suffix}")
+    source = open_images(str(folder))
+    assert f"a/x.{suffix}" in source.paths
+    pixel = source.read(source.paths.index(f"a/x.{suffix}"))[0][:, 8, 8].int()
+    assert (pixel - torch.tensor([200, 30, 60])).abs().max() <= 6
+
+
+def test_a_program_is_never_started_for_a_picture(tmp_path):
+    (tmp_path / "x.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(BrokenImage, match="of no known image format"):
+        read_image(tmp_path / "x.eps")
+    (tmp_path / "x.png").write_bytes((tmp_path / "x.eps").read_bytes())
+    with pytest.raises(BrokenImage, match="of no known image format"):
+        read_image(tmp_path / "x.png")
+    assert not {".eps", ".ps", ".wmf", ".mpg", ".h5"} & set(formats_by_suffix())
 
 
 def test_links_to_folders_are_followed_and_circles_end(tmp_path):

@@ -177,7 +177,11 @@ def test_the_fingerprint_is_that_of_texts_labels_and_parts(tmp_path):
 def test_numbers_to_predict_are_read_and_what_is_none_names_the_line(tmp_path):
     source = open_(write_csv(tmp_path / "a.csv", [("cat", "1.5"), ("saw", "-2e3")]), "regression")
     assert source.targets.tolist() == [1.5, -2000] and source.classes == []
-    for bad in ("many", "nan", "inf"):
+    with pytest.raises(
+        UsageError, match=r"line 3: column 'label' holds 'nan', which is how a missing value is written"
+    ):
+        open_(write_csv(tmp_path / "a.csv", [("cat", "1.5"), ("saw", "nan")]), "regression")
+    for bad in ("many", "inf"):
         with pytest.raises(UsageError, match=f"line 3: '{bad}' is no number"):
             open_(write_csv(tmp_path / "a.csv", [("cat", "1.5"), ("saw", bad)]), "regression")
     place = write_csv(tmp_path / "b.csv", [(f"cat {n}", f"{n / 7:.4f}") for n in range(1, 40) if n % 7])

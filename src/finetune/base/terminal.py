@@ -191,7 +191,7 @@ class Terminal:
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for label, text in facts.items():
-            table.add_row(label, Text(printable(text)))
+            table.add_row(label, Text("\n".join(map(printable, text.split("\n")))))
         self.console.print(Padding(table, (1, 0)))
         self._step = self._first_step = step
         self._total_steps = total_steps

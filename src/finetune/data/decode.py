@@ -1,9 +1,13 @@
 """Image files to tensors."""
 
+import functools
+import importlib.util
 import io
+import mimetypes
 import os
 import stat
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,9 +17,29 @@ from torchvision.transforms.v2 import functional
 
 from finetune.errors import RunError, one_line
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
-# By content, whatever the name. PIL knows many more, and starts other programs for some of them.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+# For these PIL starts another program, needs a handler that nobody has, or reads no picture.
+NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+# These begin with bytes that nothing else begins with: a file is known by them, whatever its name.
+KNOWN_BY_CONTENT = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
+# What a run reads that was begun when files were known by their names.
+SUFFIXES_BEFORE = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+# What takes a package of its own: the package by suffix.
+PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif"}
+# Files of data and programs that lie beside pictures and have no registered type.
+NO_IMAGES = (
+    ".db",
+    ".ini",
+    ".lock",
+    ".npy",
+    ".npz",
+    ".parquet",
+    ".pt",
+    ".pth",
+    ".safetensors",
+    ".toml",
+    ".yaml",
+    ".yml",
+)
 LARGEST_FILE_BYTES = 1 << 30
 # A large photo is no reason to warn; PIL still refuses what would fill the memory.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -23,6 +47,41 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 class BrokenImage(RunError):
     """One file that is missing or cannot be decoded."""
+
+
+@functools.cache
+def formats_by_suffix() -> Mapping[str, str]:
+    """The format of each suffix that PIL knows, of those that it decodes by itself; also HEIF where its package is
+    there."""
+    if importlib.util.find_spec("pillow_heif") is not None:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    suffixes = Image.registered_extensions()
+    return {suffix: name for suffix, name in suffixes.items() if name in Image.OPEN and name not in NOT_DECODED}
+
+
+def _formats(suffix: str) -> list[str]:
+    """What a file of that suffix may be: a format known by its content, or the one that its name says."""
+    named = formats_by_suffix().get(suffix.lower(), "")
+    return [name for name in (*KNOWN_BY_CONTENT, named) if name in Image.OPEN]
+
+
+def is_image(folder: str, name: str) -> bool:
+    """Whether a file is an image: by its suffix, or, where that says nothing, by its content."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in formats_by_suffix():
+        return True
+    if suffix in mimetypes.types_map or suffix in NO_IMAGES:
+        return False
+    path = os.path.join(folder, name)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep us waiting for ever
+            return False
+        with Image.open(path, formats=_formats("")):
+            return True
+    except Exception:  # whatever a decoder stumbles over: it is no image
+        return False
 
 
 def read_bytes(path: Path) -> bytes:
@@ -58,10 +117,12 @@ def decode(content: bytes, path: Path) -> Tensor:
         BrokenImage: not an image that can be decoded.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=_formats(path.suffix)) as image:
             return to_rgb_tensor(image)
     except UnidentifiedImageError:
-        kind = "empty" if not content else "of no known image format"
+        package = PACKAGES.get(path.suffix.lower())
+        kind = f"{path.suffix} needs a package: pip install {package}" if package else "of no known image format"
+        kind = kind if content else "empty"
         raise BrokenImage(f"image {path} cannot be decoded ({kind}); repair or remove it") from None
     except MemoryError:
         raise

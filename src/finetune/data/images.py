@@ -15,7 +15,7 @@ from finetune.data.digits import load_digits
 from finetune.data.folder import open_folder
 from finetune.data.order import key, keyed_generator, stratified_split
 from finetune.data.preprocess import Preprocessing
-from finetune.data.source import ImageSource, Source
+from finetune.data.source import ImageSource, Reading, Source
 from finetune.data.table import TABLE_SUFFIXES, Columns, open_table
 from finetune.errors import UsageError
 
@@ -26,6 +26,7 @@ def open_images(
     columns: Columns = Columns(),
     classes: Sequence[str] | None = None,
     allow_outside: bool = False,
+    reading: Reading = Reading(),
 ) -> ImageSource:
     """The data set that `--images` names: `digits`, `glyphs`, a folder, or a csv, tsv or jsonl file.
 
@@ -38,7 +39,7 @@ def open_images(
     """
     path = Path(os.path.expanduser(images))
     if path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir():
-        return open_table(path, columns, classes, allow_outside)
+        return open_table(path, columns, classes, allow_outside, reading)
     if images == "digits" and columns == Columns():
         return load_digits()
     if images == "glyphs" and columns == Columns():
@@ -49,7 +50,7 @@ def open_images(
         raise UsageError(
             f"--images {images}: columns and --separator belong to a {', '.join(TABLE_SUFFIXES)} file; leave them out"
         )
-    return open_folder(path, classes, allow_outside)
+    return open_folder(path, classes, allow_outside, reading)
 
 
 def split_source(source: Source, validation_fraction: float, seed: int, train_samples: int = 0) -> Split:

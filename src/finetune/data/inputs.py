@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.decode import read_image
-from finetune.data.folder import files_below
+from finetune.data.folder import TEXTS, LeftAside, files_below
 from finetune.data.preprocess import Preprocessing
 from finetune.data.source import check_inside
 from finetune.data.table import TABLE_SUFFIXES, Columns, image_paths, sample_rows
@@ -34,12 +34,22 @@ class Inputs(NamedTuple):
     inputs: Tensor | None
 
 
+def _aside(left: LeftAside) -> list[str]:
+    """What to say of it."""
+    return [f"left aside: {left.text}", *left.notes] if left.text else []
+
+
 # ---- Images -------------------------------------------------------------------------------------------------------
 
 
-def image_files(inputs: Iterable[str], image_column: str = "", allow_outside: bool = False) -> list[Path]:
+def image_files(
+    inputs: Iterable[str], image_column: str = "", allow_outside: bool = False, say: Callable[[str], None] = print
+) -> list[Path]:
     """The files meant: a file as it stands, a folder with every image below it in the order of their names, a csv, tsv
     or jsonl with the images that it names, relative to its own folder.
+
+    Args:
+        say: told what of a folder is no image.
 
     Raises:
         UsageError: an input that does not exist, a folder without images, a table that cannot be read, or one of both
@@ -55,9 +65,11 @@ def image_files(inputs: Iterable[str], image_column: str = "", allow_outside: bo
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found, _ = files_below(path)
+            found, left = files_below(path)
             if not found:
-                raise UsageError(f"folder {path}: holds no images")
+                raise UsageError("; ".join([f"folder {path}: holds no images", *_aside(left)]))
+            for line in _aside(left):
+                say(f"folder {path}: {line}")
             files += below(path, found, f"folder {path}")
         elif path.suffix.lower() in TABLE_SUFFIXES:
             files += below(path.parent, image_paths(path, image_column), str(path))
@@ -116,9 +128,14 @@ class TextInput(TypedDict):
     text: str
 
 
-def texts_in(inputs: Iterable[str], text_column: str = "", allow_outside: bool = False) -> list[TextInput]:
+def texts_in(
+    inputs: Iterable[str], text_column: str = "", allow_outside: bool = False, say: Callable[[str], None] = print
+) -> list[TextInput]:
     """The texts meant: of a table the rows, of a folder every .txt file below it, a .txt file as a whole; anything else
     is a text itself.
+
+    Args:
+        say: told what of a folder is no text.
 
     Returns:
         Of each its "text", and the "file" and "line" that it is from.
@@ -131,9 +148,11 @@ def texts_in(inputs: Iterable[str], text_column: str = "", allow_outside: bool =
         path, is_name = Path(name), len(name.split()) == 1
         suffix = path.suffix.lower()
         if _is(Path.is_dir, name):
-            files, _ = files_below(path, TEXT_SUFFIXES)
+            files, left = files_below(path, TEXTS)
             if not files:
-                raise UsageError(f"folder {path}: holds no .txt files")
+                raise UsageError("; ".join([f"folder {path}: holds no .txt files", *_aside(left)]))
+            for line in _aside(left):
+                say(f"folder {path}: {line}")
             if not allow_outside:
                 check_inside(path, files, f"folder {path}", "text")
             found += [{"file": str(path / file), "line": "", "text": read_text(path / file)} for file in files]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from finetune.data.batch import Split
 from finetune.data.images import open_images, split_source
-from finetune.data.source import Source
+from finetune.data.source import Reading, Source
 from finetune.data.table import Columns
 from finetune.data.texts import open_texts
 from finetune.recipe import spec as recipes
@@ -17,11 +17,12 @@ def open_source(spec: recipes.Data, kind: str, classes: Sequence[str] | None = N
     Args:
         kind: of the task.
     """
+    reading = Reading(spec.listing == "content", spec.quotes, spec.missing_labels)
     if isinstance(spec, Texts):
         columns = Columns(spec.text_column, spec.label_column, spec.split_column, spec.separator)
-        return open_texts(spec.texts, kind, columns, classes, spec.allow_outside)
+        return open_texts(spec.texts, kind, columns, classes, spec.allow_outside, reading)
     columns = Columns(spec.image_column, spec.label_column, spec.split_column, spec.separator)
-    return open_images(spec.images, spec.fonts, columns, classes, spec.allow_outside)
+    return open_images(spec.images, spec.fonts, columns, classes, spec.allow_outside, reading)
 
 
 def split_data(source: Source, recipe: Recipe) -> Split:

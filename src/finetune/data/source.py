@@ -5,6 +5,7 @@ Images in memory, image files, or texts.
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.decode import BrokenImage, decode, read_bytes
+from finetune.data.names import by_meaning, classes_of, meaning, notes_on_names
 from finetune.errors import UsageError
 
 # The fixed parts that a data set may bring along, by what people call their folders.
@@ -28,6 +30,23 @@ PART_NAMES = {
     "test": 2,
     "testing": 2,
 }
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files and tables are read: choices of the recipe that decide which samples there are.
+
+    Attributes:
+        by_content: know files by their content, leave folders of services aside, and compare names by what they mean;
+            else as before there was such a choice.
+        quotes: of a csv or tsv: "auto", "none" or "standard"; see `table.read_rows`.
+        missing_labels: what is done with a row whose label is spelled like a missing value: "refuse", "leave-out", or
+            "class", which takes the spelling for a class.
+    """
+
+    by_content: bool = True
+    quotes: str = "auto"
+    missing_labels: str = "refuse"
 
 
 @dataclass(frozen=True)
@@ -63,8 +82,8 @@ class ArraySource:
 class FileSource:
     """Image files, decoded when asked for. Attributes as in `ArraySource`; `paths` are relative to `folder`.
 
-    `targets` of a multi-label data set are (samples, classes) uint8: 1 where the class applies. `ignored` counts files
-    beside the images that are none.
+    `targets` of a multi-label data set are (samples, classes) uint8: 1 where the class applies. `left` says in words
+    what lies beside the samples and is none, "" = nothing; `notes` are sentences for whoever trains on them.
     """
 
     folder: Path
@@ -74,7 +93,8 @@ class FileSource:
     fingerprint: str
     groups: Tensor | None = None
     parts: Tensor | None = None
-    ignored: int = 0
+    left: str = ""
+    notes: tuple[str, ...] = ()
     noun: ClassVar[str] = "image"
 
     def read(self, index: int) -> tuple[Tensor, int]:
@@ -119,7 +139,7 @@ class TextSource:
         targets: (samples,) int64 class numbers, (samples, classes) uint8 of several labels, (samples,) float32 numbers
             to predict, or (samples, width) float32 embeddings to come close to.
         classes: names, by class number; none where numbers or embeddings are predicted.
-        fingerprint, parts, ignored: as of the others.
+        fingerprint, parts, left, notes: as of the others.
     """
 
     texts: list[str]
@@ -129,7 +149,8 @@ class TextSource:
     fingerprint: str
     groups: Tensor | None = None
     parts: Tensor | None = None
-    ignored: int = 0
+    left: str = ""
+    notes: tuple[str, ...] = ()
     noun: ClassVar[str] = "text"
 
     def name(self, index: int) -> str:
@@ -185,8 +206,10 @@ def encode_labels(
     classes: Sequence[str] | None,
     what: str,
     noun: str = "image",
-) -> tuple[Tensor, list[str]]:
-    """Labels as numbers: (samples,) int64, or, multi-label, (samples, classes) uint8; and the classes' names.
+    reading: Reading = Reading(),
+) -> tuple[Tensor, list[str], list[str]]:
+    """Labels as numbers: (samples,) int64, or, multi-label, (samples, classes) uint8; the classes' names; and what a
+    person should know of them.
 
     Args:
         labels, parts, classes, what: see `make_file_source`.
@@ -196,9 +219,12 @@ def encode_labels(
     """
     multi_label = bool(labels) and isinstance(labels[0], tuple)
     sets = [label if isinstance(label, tuple) else (label,) for label in labels]
+    counts, notes = Counter(name for one in sets for name in one), list[str]()
     if classes is None:
         training = sets if parts is None else [one for one, part in zip(sets, parts, strict=True) if part == 0]
-        classes = sorted({name for one in training for name in one})
+        found = [name for one in training for name in one]
+        classes = sorted(classes_of(found).values() if reading.by_content else set(found))
+        notes = notes_on_names(counts, noun) if reading.by_content else []
         if len(classes) < 2:
             raise UsageError(
                 f"{what}: {len(classes)} class(es) found ({', '.join(classes)}), at least 2 are needed; "
@@ -208,19 +234,21 @@ def encode_labels(
         if name.encode("utf-8", "replace").decode() != name:
             raise UsageError(f"{what}: class {name!r} has a name that is no text (UTF-8); rename it")
     numbers = {name: number for number, name in enumerate(classes)}
-    strange = sorted({name for one in sets for name in one if name not in numbers})
+    alike = by_meaning(classes)
+    numbers = {name: alike.get(meaning(name), -1) for name in counts} | numbers
+    strange = sorted(name for name in counts if numbers[name] < 0)
     if strange:
         raise UsageError(
             f"{what}: class {', '.join(map(repr, strange[:5]))} is not among those trained on "
-            f"({', '.join(map(repr, list(numbers)[:10]))}{', ...' if len(numbers) > 10 else ''}); rename or remove it"
+            f"({', '.join(map(repr, classes[:10]))}{', ...' if len(classes) > 10 else ''}); rename or remove it"
         )
     if not multi_label:
-        return torch.tensor([numbers[one[0]] for one in sets], dtype=torch.int64), list(classes)
+        return torch.tensor([numbers[one[0]] for one in sets], dtype=torch.int64), list(classes), notes
     targets = torch.zeros(len(labels), len(classes), dtype=torch.uint8)
     for row, one in enumerate(sets):
         for name in one:
             targets[row, numbers[name]] = 1
-    return targets, list(classes)
+    return targets, list(classes), notes
 
 
 def make_file_source(
@@ -230,6 +258,7 @@ def make_file_source(
     parts: Sequence[int] | None,
     classes: Sequence[str] | None,
     what: str,
+    reading: Reading = Reading(),
 ) -> FileSource:
     """A source of the listed files. No file is opened: the fingerprint takes path, size and label.
 
@@ -242,7 +271,7 @@ def make_file_source(
     Raises:
         UsageError: fewer than two classes, or a label that is no class.
     """
-    targets, names = encode_labels(labels, parts, classes, what)
+    targets, names, notes = encode_labels(labels, parts, classes, what, reading=reading)
     return FileSource(
         folder,
         list(paths),
@@ -250,6 +279,7 @@ def make_file_source(
         names,
         _fingerprint(folder, paths, labels, parts),
         parts=None if parts is None else torch.tensor(parts, dtype=torch.int64),
+        notes=tuple(notes),
     )
 
 

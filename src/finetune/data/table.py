@@ -1,6 +1,6 @@
 """A table of samples: csv, tsv, jsonl or parquet, a row a sample with its label or labels."""
 
-import csv
+import dataclasses
 import importlib.util
 import json
 import math
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from finetune.data.source import PART_NAMES, FileSource, check_inside, make_file_source
+from finetune.data.csv_rows import csv_rows
+from finetune.data.names import MISSING
+from finetune.data.source import PART_NAMES, FileSource, Reading, check_inside, make_file_source
 from finetune.errors import UsageError, one_line
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 # Tried in this order where no column is named.
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "image_path", "file_path", "filepath", "file_name", "img")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "tags", "intent", "topic", "sentiment")
-# A long text is one value.
-csv.field_size_limit(1 << 26)
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,13 @@ class Columns:
     separator: str = ""
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+def read_rows(path: Path, quotes: str = "auto") -> Iterator[tuple[int, dict[str, object]]]:
     """(line number, column name to value) of each row; of a parquet file the number of the row.
+
+    Args:
+        quotes: of a csv or tsv. "standard": a value that begins with a quote ends with the next one, lines later if it
+            must (RFC 4180); "none": a quote is a letter; "auto": standard, but a quote that would swallow whole rows is
+            refused, and between tabs one is a letter unless the value both begins and ends with one.
 
     Raises:
         UsageError: the file or one of its lines cannot be read; names the line.
@@ -48,7 +53,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         return
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            yield from _json_rows(path, stream) if suffix == ".jsonl" else _csv_rows(path, stream)
+            yield from _json_rows(path, stream) if suffix == ".jsonl" else csv_rows(path, stream, quotes)
     except UnicodeDecodeError:
         raise UsageError(f"{path} line {_undecodable_line(path)}: is not UTF-8; save the file as UTF-8") from None
 
@@ -79,30 +84,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
                 yield number, row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({one_line(error)}); save it anew") from None
-
-
-def _csv_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
-    header = stream.readline()
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
-    stream.seek(0)
-    reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    begins = 1  # where the row begins: one that is never closed is read to the end of the file
-    try:
-        names = [name.strip() for name in next(reader, [])]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise UsageError(f"{path}: has several columns called {repeated[0]!r}; rename all but one")
-        begins = reader.line_num + 1
-        for row in reader:
-            if row:
-                if len(row) != len(names):
-                    raise UsageError(
-                        f"{path} line {begins}: has {len(row)} values, the header {len(names)} columns; "
-                        "quote values that hold the separator"
-                    )
-                yield begins, dict(zip(names, row, strict=True))
-            begins = reader.line_num + 1
-    except csv.Error as error:
-        raise UsageError(f"{path} line {begins}: {error}; check the quotes from there on") from None
 
 
 def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
@@ -161,7 +142,14 @@ class Row:
 
 
 def sample_rows(
-    path: Path, columns: Columns, candidates: Sequence[str], option: str, *, labelled: bool = True
+    path: Path,
+    columns: Columns,
+    candidates: Sequence[str],
+    option: str,
+    *,
+    labelled: bool = True,
+    reading: Reading = Reading(),
+    left_out: list[str] | None = None,
 ) -> Iterator[Row]:
     """The samples that a table lists.
 
@@ -169,12 +157,13 @@ def sample_rows(
         candidates: names of the content column, tried where none is given.
         option: that names it.
         labelled: whether there must be labels.
+        left_out: takes the lines of rows without a label, where those are to be left out.
 
     Raises:
         UsageError: a line cannot be read, or lacks a label; names it.
     """
     content_column = label_column = ""
-    for number, row in read_rows(path):
+    for number, row in read_rows(path, reading.quotes):
         if not content_column:
             names = list(row)
             content_column = find_column(path, names, columns.content, candidates, option)
@@ -183,7 +172,16 @@ def sample_rows(
             if columns.split:
                 find_column(path, names, columns.split, (), "--split-column")
         where, part = f"{path} line {number}", None
-        label = _labels(row.get(label_column), columns.separator, where, label_column) if labelled else None
+        label = None
+        if labelled:
+            value = plain_value(row.get(label_column), where)
+            if _is_missing(value, columns.separator, reading.missing_labels):
+                if reading.missing_labels != "leave-out":
+                    raise UsageError(_unlabelled(value, where, label_column))
+                if left_out is not None:
+                    left_out.append(f"line {number}")
+                continue
+            label = _labels(value, columns.separator, where, label_column)
         if columns.split:
             name = str(row.get(columns.split) or "").strip()
             if name.lower() not in PART_NAMES:
@@ -209,7 +207,11 @@ def image_paths(path: Path, image_column: str = "") -> list[str]:
 
 
 def open_table(
-    path: Path, columns: Columns, classes: Sequence[str] | None = None, allow_outside: bool = False
+    path: Path,
+    columns: Columns,
+    classes: Sequence[str] | None = None,
+    allow_outside: bool = False,
+    reading: Reading = Reading(),
 ) -> FileSource:
     """The images that a table names, relative to the table's own folder.
 
@@ -224,7 +226,8 @@ def open_table(
     lines: dict[str, int] = {}
     labels: list[str | tuple[str, ...]] = []
     parts: list[int] = []
-    for row in sample_rows(path, columns, IMAGE_COLUMNS, "--image-column"):
+    left_out: list[str] = []
+    for row in sample_rows(path, columns, IMAGE_COLUMNS, "--image-column", reading=reading, left_out=left_out):
         image = posixpath.normpath(_image_of(row))
         if image in lines:
             raise UsageError(
@@ -239,7 +242,13 @@ def open_table(
     if not allow_outside:
         check_inside(path.parent, list(lines), f"--images {path}")
     given_parts = parts if columns.split else None
-    return make_file_source(path.parent, list(lines), labels, given_parts, classes, f"--images {path}")
+    source = make_file_source(path.parent, list(lines), labels, given_parts, classes, f"--images {path}", reading)
+    return dataclasses.replace(source, notes=(*notes_on_rows(left_out), *source.notes))
+
+
+def notes_on_rows(left_out: Sequence[str]) -> list[str]:
+    """What to say of rows that were left out."""
+    return [f"{len(left_out):,} rows without a label left out, like {left_out[0]}"] if left_out else []
 
 
 def plain_value(value: object, where: str) -> object:
@@ -256,8 +265,27 @@ def plain_value(value: object, where: str) -> object:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def _is_missing(value: object, separator: str, missing_labels: str) -> bool:
+    """Whether a row has no label, or one that is spelled like none. Of several labels a row may have none at all."""
+    if isinstance(value, list | dict):
+        return False
+    spelling = "" if value is None else str(value).strip()
+    if not spelling:
+        return not separator
+    return spelling in MISSING and missing_labels != "class"
+
+
+def _unlabelled(value: object, where: str, column: str) -> str:
+    spelling = "" if value is None else str(value).strip()
+    if not spelling:
+        return f"{where}: column {column!r} is empty; give a label, remove the line, or --missing-labels leave-out"
+    return (
+        f"{where}: column {column!r} holds {spelling!r}, which is how a missing value is written; give a label, or say "
+        "what it is: --missing-labels leave-out (such rows are left out) or class (it is the name of a class)"
+    )
+
+
 def _labels(value: object, separator: str, where: str, column: str) -> str | tuple[str, ...]:
-    value = plain_value(value, where)
     if isinstance(value, dict):
         raise UsageError(f"{where}: column {column!r} holds a dict; give a column of labels: --label-column")
     if separator:
@@ -265,7 +293,4 @@ def _labels(value: object, separator: str, where: str, column: str) -> str | tup
         return tuple(dict.fromkeys(name for one in several if (name := str(one).strip())))
     if isinstance(value, list):
         raise UsageError(f"{where}: {column!r} is a list; several labels a row need --separator, as in --separator ','")
-    label = "" if value is None else str(value).strip()
-    if not label:
-        raise UsageError(f"{where}: column {column!r} is empty; give a label, or remove the line")
-    return label
+    return str(value).strip()

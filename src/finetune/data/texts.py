@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from finetune.data.batch import Batch, Request
-from finetune.data.folder import list_folder
-from finetune.data.source import PARTS, TextSource, encode_labels
-from finetune.data.table import TABLE_SUFFIXES, Columns, plain_value, sample_rows
+from finetune.data.folder import TEXTS as TEXT_FILES
+from finetune.data.folder import before, list_folder
+from finetune.data.source import PARTS, Reading, TextSource, encode_labels
+from finetune.data.table import TABLE_SUFFIXES, Columns, notes_on_rows, plain_value, sample_rows
 from finetune.data.tokens import TokenTable
 from finetune.errors import RunError, UsageError
 
@@ -48,6 +49,7 @@ def open_texts(
     columns: Columns = Columns(),
     classes: Sequence[str] | None = None,
     allow_outside: bool = False,
+    reading: Reading = Reading(),
 ) -> TextSource:
     """The data set that `--texts` names: `messages`, a csv, tsv, jsonl or parquet file, a folder of class/*.txt; for
     "distillation" also a .txt file with a text a line, and no labels.
@@ -65,33 +67,40 @@ def open_texts(
         path = bundled_file()
     labels: Sequence[Label]
     parts: list[int] | None
+    left, left_out, notes = "", list[str](), list[str]()
     if path.is_dir():
         if columns != Columns():
             raise UsageError(f"{what}: columns and --separator belong to a table; leave them out")
-        found = list_folder(path, TEXT_SUFFIXES, what, "text", allow_outside)
+        found = list_folder(path, TEXT_FILES if reading.by_content else before(TEXT_FILES), what, allow_outside)
         contents, names, labels = [read_text(path / file) for file in found.paths], found.paths, found.labels
-        parts, ignored = found.parts, found.ignored
+        parts, left, notes = found.parts, found.left.text, found.left.notes
     elif path.suffix.lower() in TABLE_SUFFIXES:
-        rows = list(sample_rows(path, columns, TEXT_COLUMNS, "--text-column", labelled=kind != "distillation"))
+        rows = list(
+            sample_rows(
+                path, columns, TEXT_COLUMNS, "--text-column", labelled=kind != "distillation", reading=reading,
+                left_out=left_out,
+            )
+        )  # fmt: skip
         contents = [text_of(row.content, row.where) for row in rows]
         names = [f"line {row.line}" for row in rows]  # not the file's name: it may be moved
-        labels, ignored = [row.label for row in rows], 0
+        labels = [row.label for row in rows]
         parts = [row.part for row in rows if row.part is not None] if columns.split else None
     elif kind == "distillation" and path.is_file():
         contents = [line for line in read_text(path).splitlines() if line.strip()]
         names = [f"text {number}" for number in range(1, len(contents) + 1)]
         if not contents:
             raise UsageError(f"{what}: is empty; give a line a text")
-        labels, parts, ignored = [None] * len(contents), None, 0
+        labels, parts = [None] * len(contents), None
     else:
         raise UsageError(
             f"{what}: no such data; give {BUNDLED!r}, a {', '.join(TABLE_SUFFIXES)} file, or a folder with one "
             "sub-folder of .txt files a class"
         )
-    targets, classes = _targets(kind, labels, parts, classes, names, what)
+    targets, classes, of_names = _targets(kind, labels, parts, classes, names, what, reading)
+    notes += [*notes_on_rows(left_out), *of_names]
     fingerprint = _fingerprint(contents, labels, parts)
     part_numbers = None if parts is None else torch.tensor(parts, dtype=torch.int64)
-    return TextSource(contents, names, targets, classes, fingerprint, parts=part_numbers, ignored=ignored)
+    return TextSource(contents, names, targets, classes, fingerprint, parts=part_numbers, left=left, notes=tuple(notes))
 
 
 def read_text(path: Path) -> str:
@@ -132,21 +141,23 @@ def _targets(
     classes: Sequence[str] | None,
     names: list[str],
     what: str,
-) -> tuple[Tensor, list[str]]:
-    """Targets and classes as in `TextSource`."""
+    reading: Reading,
+) -> tuple[Tensor, list[str], list[str]]:
+    """Targets and classes as in `TextSource`, and what to say of the classes' names."""
     if kind == "distillation":
-        return torch.zeros(len(labels), 0), []
+        return torch.zeros(len(labels), 0), [], []
     if kind == "regression":
         numbers = [_number(label, name, what) for label, name in zip(labels, names, strict=True)]
-        return torch.tensor(numbers, dtype=torch.float64), []
+        return torch.tensor(numbers, dtype=torch.float64), [], []
     # Only what is to be distilled has no labels.
-    targets, found = encode_labels([label for label in labels if label is not None], parts, classes, what, "text")
+    given = [label for label in labels if label is not None]
+    targets, found, notes = encode_labels(given, parts, classes, what, "text", reading)
     if classes is None and kind == "classification" and len(found) > 20 and all(map(_is_fraction, found)):
         raise UsageError(
             f"{what}: {len(found)} labels, all of them numbers ({', '.join(found[:3])}, ...): to predict numbers, give "
             "--task regression"
         )
-    return targets, found
+    return targets, found, notes
 
 
 def _is_fraction(label: str) -> bool:

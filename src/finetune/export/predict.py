@@ -3,6 +3,7 @@
 import csv
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,12 @@ def predict(
     # The scale of numbers is folded into the export.
     task = make_task(TASKS[description["task"]](), len(classes), (0.0, 1.0))
     preprocessing = prepared(file, description)
+    say = partial(print, file=sys.stderr)
     samples: ImageInputs | TextInputs
     if isinstance(preprocessing, Tokenization):
-        samples = TextInputs(texts_in(inputs, text_column, allow_outside), preprocessing)
+        samples = TextInputs(texts_in(inputs, text_column, allow_outside, say), preprocessing)
     else:
-        samples = ImageInputs(image_files(inputs, image_column, allow_outside), preprocessing)
+        samples = ImageInputs(image_files(inputs, image_column, allow_outside, say), preprocessing)
     write = csv_writer(samples.fields, min(top_k, len(classes))) if as_csv else write_json_line
     failed = 0
     with progress_bar() as bar:

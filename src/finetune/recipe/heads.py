@@ -31,12 +31,19 @@ class Table:
         separator: between the several labels of a row: then each class is a yes or no of its own.
         allow_outside: read files outside the folder too: behind links, paths with .. or from the root. Only where you
             trust whoever made the data.
+        quotes: of a csv or tsv: standard = a value that begins with a quote ends with the next one, lines later if it
+            must; none = a quote is a letter; auto = standard, but a quote that would swallow rows is refused, and
+            between tabs it is a letter unless the value begins and ends with one.
+        missing_labels: rows whose label is empty or spelled like a missing value (nan, NA, null, None, ...): refuse
+            names the first; leave-out goes on without them; class takes the spelling for a class.
     """
 
     label_column: str = ""
     split_column: str = ""
     separator: str = ""
     allow_outside: bool = False
+    quotes: Literal["auto", "none", "standard"] = "auto"
+    missing_labels: Literal["refuse", "leave-out", "class"] = "refuse"
 
 
 @dataclass(frozen=True)
@@ -233,6 +240,10 @@ def _text_task(task: str, table: TextTable, training: Training) -> Task:
     if task == "regression":
         if training.label_smoothing or training.class_weights != "none":
             raise UsageError("--task regression: has no classes; leave --label-smoothing and --class-weights out")
+        if table.missing_labels == "class":
+            raise UsageError(
+                "--missing-labels class: --task regression has no classes; give leave-out, or leave it out"
+            )
         return Regression()
     kind = MultiLabel if table.separator else Classification
     return kind(label_smoothing=training.label_smoothing, class_weights=training.class_weights)

@@ -66,6 +66,11 @@ class Images:
         separator: between the several labels of a row; "" = one label a row.
         allow_outside: images may lie outside the folder, or that of the file: behind a link, "..", or a path from the
             root.
+        listing: "content" = files are known by their content, folders of services are left aside, names of classes are
+            compared by what they mean; "suffix" = by names alone, each spelling a class of its own.
+        quotes: of a csv or tsv: "auto", "none" or "standard"; see `table.read_rows`.
+        missing_labels: what is done with rows whose label is spelled like a missing value: "refuse", "leave-out" or
+            "class".
         image_size: edge in pixels; 0 = the size that the backbone was trained at.
         augment: "none", "light", "standard" or "glyphs".
         mixup, cutmix: alpha of the blending of two images; 0 = off.
@@ -83,6 +88,9 @@ class Images:
     split_column: str = ""
     separator: str = ""
     allow_outside: bool = False
+    listing: str = named("content", before="suffix")
+    quotes: str = named("auto", before="standard")
+    missing_labels: str = named("refuse", before="class")
     image_size: int = 0
     augment: str = "none"
     mixup: float = 0.0
@@ -107,7 +115,8 @@ class Texts:
     Attributes:
         texts: "messages", a csv, tsv, jsonl or parquet file, or a folder of class/*.txt.
         text_column, label_column: of such a file; "" = found by their names.
-        split_column, separator, allow_outside, validation_fraction, train_samples: as of images.
+        split_column, separator, allow_outside, listing, quotes, missing_labels, validation_fraction, train_samples: as
+            of images.
         max_length: tokens of a text, what is longer is cut off; 0 = what the backbone takes, 512 at most.
     """
 
@@ -118,6 +127,9 @@ class Texts:
     split_column: str = ""
     separator: str = ""
     allow_outside: bool = False
+    listing: str = named("content", before="suffix")
+    quotes: str = named("auto", before="standard")
+    missing_labels: str = named("refuse", before="class")
     max_length: int = 0
     validation_fraction: float = 0.2
     train_samples: int = 0
@@ -303,6 +315,9 @@ class Recipe:
         return METRICS[self.task.kind][0] if self.stop.metric == "auto" else self.stop.metric
 
 
+LISTINGS = ("content", "suffix")
+QUOTES = ("auto", "none", "standard")
+MISSING_LABELS = ("refuse", "leave-out", "class")
 AUGMENTATIONS = ("none", "light", "standard", "glyphs")
 
 
@@ -335,6 +350,9 @@ def check_ranges(recipe: Recipe) -> None:
     if isinstance(recipe.task, Classification | MultiLabel):
         share = recipe.task.label_smoothing
         rules.append(("label-smoothing", share, 0 <= share < 1, "0 up to, not including, 1"))
+    for name, choices in (("listing", LISTINGS), ("quotes", QUOTES), ("missing-labels", MISSING_LABELS)):
+        chosen = getattr(data, name.replace("-", "_"))
+        rules.append((name, chosen, chosen in choices, f"one of {', '.join(choices)}"))
     rules += _image_rules(data) if isinstance(data, Images) else _text_rules(data, recipe.task)
     for name, value, allowed, range_text in rules:
         if not allowed:

@@ -12,6 +12,7 @@ from finetune.base.events import Begun
 from finetune.base.formatting import best_text
 from finetune.base.lock import alone_in_process
 from finetune.data.contents import Contents
+from finetune.data.names import same_classes
 from finetune.data.order import key
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, StoppedEarly, UsageError
@@ -41,6 +42,8 @@ from finetune.training.schedule import count_steps
 from finetune.training.setup import Setup, make_loaders
 from finetune.training.teacher import taught
 from finetune.watch.watch import Subject
+
+SHOWN_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -181,9 +184,11 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         backbone, network, other = network_from_run(recipe, init_from)
         weights, weights_text, preprocessing_of = None, f"from {init_from}", init_from
         data = open_data(recipe_here, backbone)
-        if list(data.source.classes) != other.classes:
-            count = len(other.classes)
-            raise RunError(f"--init-from {init_from}: trained on other classes ({count}, here {data.class_count})")
+        if not same_classes(data.source.classes, other.classes):
+            ours, theirs = (
+                ", ".join(map(repr, names[:SHOWN_CLASSES])) for names in (data.source.classes, other.classes)
+            )
+            raise RunError(f"--init-from {init_from}: trained on other classes ({theirs}; here {ours})")
         if data.scale:
             tensors = network.module.state_dict()
             rescale(tensors, network.last_layer_path, other.scale, data.scale)

@@ -26,7 +26,14 @@ def facts_of(run: str, setup: Setup, phase: Phase) -> dict[str, str]:
         ),
         "device": f"{setup.device}, {setup.numerics.precision}, {torch.get_num_threads()} threads",
         **({"run folder": run} if run else {}),
+        **({"note": "\n".join(notes)} if (notes := notes_on(setup)) else {}),
     }
+
+
+def notes_on(setup: Setup) -> list[str]:
+    """What a person should know before it trains, a sentence each."""
+    source = setup.data.source
+    return [] if isinstance(source, ArraySource) else list(source.notes)
 
 
 def _data(setup: Setup) -> str:
@@ -34,8 +41,8 @@ def _data(setup: Setup) -> str:
     train, validation, test = map(len, data.split)
     parts = [f"{train:,} to train on", f"{validation:,} to validate", *([f"{test:,} to test"] if test else [])]
     unread = isinstance(data.source, FileSource) and not data.skipped and train + validation + test > CHECKED_FILES
-    if not isinstance(data.source, ArraySource) and data.source.ignored:
-        parts.append(f"{data.source.ignored:,} other files ignored")
+    if not isinstance(data.source, ArraySource) and data.source.left:
+        parts.append(f"left aside: {data.source.left}")
     if data.skipped:
         parts.append(f"{len(data.skipped):,} left out as broken")
     if data.class_count:

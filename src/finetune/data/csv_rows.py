@@ -1,0 +1,146 @@
+"""Rows of a csv or tsv, with the lines that they stand in; and what a quote means there."""
+
+import csv
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+from finetune.errors import UsageError
+
+# A long text is one value.
+csv.field_size_limit(1 << 26)
+QUOTE = '"'
+# Values that are remembered of a column, to know a row by.
+MOST_VALUES, LONGEST_VALUE = 10_000, 100
+# Where it is not known whether a quote is a letter.
+SAYS = "close the quote, or say what one is: --quotes none (a letter) or standard (it holds a value together)"
+
+
+class _Lines:
+    """The lines of a file, of which the newest are at hand."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.number = 0
+        self.newest: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._stream)
+        self.number += 1
+        self.newest.append(line)
+        return line
+
+
+def csv_rows(path: Path, stream: TextIO, quotes: str) -> Iterator[tuple[int, dict[str, object]]]:
+    """(number of its first line, column name to value) of each row; see `table.read_rows`.
+
+    Raises:
+        UsageError: a row that is none; names the line.
+    """
+    header = stream.readline()
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
+    stream.seek(0)
+    lines = _Lines(stream)
+    letters = quotes == "none"
+    read = partial(csv.reader, lines, delimiter=delimiter, strict=True)
+    standard = read(quoting=csv.QUOTE_NONE) if letters else read()
+    begins = 1  # where the row begins: one that is never closed is read to the end of the file
+    try:
+        names = [name.strip() for name in next(standard, [])]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise UsageError(f"{path}: has several columns called {repeated[0]!r}; rename all but one")
+        suspicion = _Suspicion(delimiter, len(names))
+        between_tabs = delimiter == "\t" and quotes == "auto"
+        records = _between_tabs(lines, len(names)) if between_tabs else iter(standard)
+        while True:
+            begins = lines.number + 1
+            lines.newest.clear()
+            row = next(records, None)
+            if row is None:
+                if quotes == "auto":
+                    suspicion.check(path)
+                return
+            if not row:
+                continue
+            newest = list(lines.newest)
+            if len(row) != len(names):
+                raise UsageError(
+                    f"{path} line {begins}: has {len(row)} values, the header {len(names)} columns; "
+                    "quote values that hold the separator"
+                )
+            suspicion.note(begins, newest, row)
+            yield begins, dict(zip(names, row, strict=True))
+    except csv.Error as error:
+        swallowed = "" if letters else f"; {SAYS}"
+        raise UsageError(f"{path} line {begins}: {error}; check the quotes from there on{swallowed}") from None
+
+
+class _Suspicion:
+    """Rows of several lines each of which looks like a row: a quote that was a letter may have swallowed them.
+
+    A letter of several lines, well quoted, can have as many separators a line. So each line must also have, in one of
+    the columns, what that column holds in other rows: a label, or a number.
+    """
+
+    def __init__(self, delimiter: str, columns: int):
+        self._delimiter, self._columns = delimiter, columns
+        self._rows: list[tuple[int, list[str]]] = []
+        self._seen: list[set[str]] = [set() for _ in range(columns)]
+
+    def note(self, begins: int, lines: list[str], row: list[str]) -> None:
+        """Take a row that stands in `lines`."""
+        if len(lines) > 1 and all(line.count(self._delimiter) == self._columns - 1 > 0 for line in lines):
+            self._rows.append((begins, lines))
+            return
+        for seen, value in zip(self._seen, row, strict=True):
+            if len(seen) < MOST_VALUES and len(value) <= LONGEST_VALUE:
+                seen.add(value.strip())
+
+    def check(self, path: Path) -> None:
+        """Raises: UsageError: a row has swallowed others; names its lines."""
+        for begins, lines in self._rows:
+            columns = zip(*(line.strip("\r\n").split(self._delimiter) for line in lines), strict=True)
+            if not any(map(self._has_such, self._seen, columns)):
+                continue
+            raise UsageError(
+                f"{path} line {begins}: the quote that begins there holds {len(lines)} lines together, up to line "
+                f"{begins + len(lines) - 1}, and each of them looks like a row; {SAYS}"
+            )
+
+    @staticmethod
+    def _has_such(seen: set[str], values: tuple[str, ...]) -> bool:
+        plain = [value.strip() for value in values]
+        return not seen or seen.issuperset(plain) or all(map(_is_number, [*seen, *plain]))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _between_tabs(lines: _Lines, columns: int) -> Iterator[list[str]]:
+    """Rows between tabs: a quote is a letter unless its value begins and ends with one.
+
+    Where that does not give one value for each column, quotes may hold a tab or a line break: then they are read by
+    the standard.
+    """
+    for line in lines:
+        values = [_unquoted(value) for value in line.rstrip("\r\n").split("\t")] if line.strip("\r\n") else []
+        if values and len(values) != columns and any(value.startswith(QUOTE) for value in line.split("\t")):
+            values = next(csv.reader(itertools.chain([line], lines), delimiter="\t", strict=True))
+        yield values
+
+
+def _unquoted(value: str) -> str:
+    """The value without the quotes around it, if they are that."""
+    inner = value[1:-1]
+    is_quoted = len(value) > 1 and value[0] == value[-1] == QUOTE and QUOTE not in inner.replace(QUOTE * 2, "")
+    return inner.replace(QUOTE * 2, QUOTE) if is_quoted else value
