@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from finetune.data.augment import augment, mix
 from finetune.data.batch import Request
 from finetune.data.contents import Contents
 from finetune.data.decode import BrokenImage, formats_by_suffix, read_image
+from finetune.data.folder import LeftAside
 from finetune.data.images import open_images, split_source
 from finetune.data.loader import Loader
 from finetune.data.order import keyed_generator, stratified_split
@@ -187,13 +189,14 @@ def test_what_systems_and_programs_leave_is_no_class_and_the_rest_is_counted_by_
     service += ["$RECYCLE.BIN", "System Volume Information", "lost+found", "a/@eaDir", "a/.ipynb_checkpoints"]
     folder = make_folder(tmp_path / "data", {"a": 2, "b": 2} | dict.fromkeys(service, 1))
     (folder / "a" / "._00.png").write_bytes(b"a shadow of 00.png")
-    for name in ("notes.txt", "clip.mov", "IMG_1.HEIC", "IMG_2.heic", "scan.tif.bak", "README"):
+    for name in ("notes.txt", "clip.mov", "IMG_1.CR2", "IMG_2.cr2", "scan.tif.bak", "README"):
         (folder / "b" / name).write_text("")
     source = open_images(str(folder))
     assert source.paths == ["a/00.png", "a/01.png", "b/00.png", "b/01.png"]
-    for part in ("2 .heic", "1 without a suffix", "1 .mov", "1 .txt", "1 more", "13 folder(s) ("):
+    for part in ("2 .cr2", "1 without a suffix", "1 .mov", "1 .txt", "1 more", "13 folder(s) ("):
         assert part in source.left, (part, source.left)
-    assert source.notes == ("2 .heic left aside: to read that format, pip install pillow-heif",)
+    phone = LeftAside(Counter({".heic": 2, ".txt": 1}))
+    assert phone.notes == ["2 .heic left aside: to read that format, pip install pillow-heif"]
     before = open_images(str(make_folder(tmp_path / "old", {"a": 1, ".b": 1})), reading=Reading(by_content=False))
     assert before.classes == [".b", "a"]
 
@@ -201,8 +204,8 @@ def test_what_systems_and_programs_leave_is_no_class_and_the_rest_is_counted_by_
 def test_a_class_without_images_says_what_it_holds_instead(tmp_path):
     folder = make_folder(tmp_path / "data", {"a": 2})
     (folder / "b").mkdir()
-    (folder / "b" / "IMG_1.heic").write_text("")
-    with pytest.raises(UsageError, match=r"'b' holds no images .*; it holds 1 \.heic; .*pip install pillow-heif"):
+    (folder / "b" / "IMG_1.cr2").write_text("")
+    with pytest.raises(UsageError, match=r"'b' holds no images .*; it holds 1 \.cr2; fill or remove it"):
         open_images(str(folder))
 
 
@@ -232,6 +235,17 @@ def test_whatever_pillow_decodes_by_itself_is_read(tmp_path, suffix):
     assert f"a/x.{suffix}" in source.paths
     pixel = source.read(source.paths.index(f"a/x.{suffix}"))[0][:, 8, 8].int()
     assert (pixel - torch.tensor([200, 30, 60])).abs().max() <= 6
+
+
+@pytest.mark.slow
+def test_photos_of_a_phone_are_read_where_their_package_is_there(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pip install '.[test-all]' brings pillow-heif")
+    folder = make_folder(tmp_path / "data", {"a": 1, "b": 1})
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), (200, 30, 60))).save(folder / "a" / "IMG_1.HEIC")
+    source = open_images(str(folder))
+    assert source.paths == ["a/00.png", "a/IMG_1.HEIC", "b/00.png"] and source.left == ""
+    image = source.read(1)[0]
+    assert image.shape == (3, 48, 64) and (image[:, 20, 20].int() - torch.tensor([200, 30, 60])).abs().max() <= 6
 
 
 def test_a_program_is_never_started_for_a_picture(tmp_path):

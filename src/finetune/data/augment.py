@@ -48,14 +48,17 @@ def augment(image: Tensor, size: int, preset: str) -> Tensor:
     et al., "RandAugment: practical automated data augmentation with a reduced search space", NeurIPS 2020).
 
     Args:
-        image: (3, height, width) uint8.
+        image: (3, height, width) uint8, or float32 in 0..255.
         size: edge of the result in pixels.
 
     Returns:
-        (3, size, size) uint8.
+        (3, size, size), of the same kind.
     """
-    transform = {"light": _light, "standard": _standard}[preset]
-    return transform(size)(_shrink(image, size))
+    transform = {"light": _light, "standard": _standard}[preset](size)
+    small = _shrink(image, size)
+    # To torchvision's transforms white is 1 where values are floats.
+    changed: Tensor = transform(small / 255) * 255 if small.is_floating_point() else transform(small)
+    return changed
 
 
 def mix(images: Tensor, targets: Tensor, class_count: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import mimetypes
 import os
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from finetune.data.wide import is_wide, scaled, values_of
 from finetune.errors import RunError, one_line
 
 # For these PIL starts another program, needs a handler that nobody has, or reads no picture.
@@ -61,7 +62,7 @@ def formats_by_suffix() -> Mapping[str, str]:
     return {suffix: name for suffix, name in suffixes.items() if name in Image.OPEN and name not in NOT_DECODED}
 
 
-def _formats(suffix: str) -> list[str]:
+def formats_of(suffix: str) -> list[str]:
     """What a file of that suffix may be: a format known by its content, or the one that its name says."""
     named = formats_by_suffix().get(suffix.lower(), "")
     return [name for name in (*KNOWN_BY_CONTENT, named) if name in Image.OPEN]
@@ -78,7 +79,7 @@ def is_image(folder: str, name: str) -> bool:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep us waiting for ever
             return False
-        with Image.open(path, formats=_formats("")):
+        with Image.open(path, formats=formats_of("")):
             return True
     except Exception:  # whatever a decoder stumbles over: it is no image
         return False
@@ -103,21 +104,24 @@ def read_bytes(path: Path) -> bytes:
         raise BrokenImage(f"image {path} cannot be read ({one_line(error)}); repair or remove it") from None
 
 
-def decode(content: bytes, path: Path) -> Tensor:
+def decode(content: bytes, path: Path, pixel_range: Sequence[float] = ()) -> Tensor:
     """An image file as a person sees it: upright (EXIF), red-green-blue, transparency on white, a film's first frame.
 
     Args:
         content: of the file.
         path: named in the error.
+        pixel_range: which values of more than 8 bits become black and white; () = the ends of their type's range.
 
     Returns:
-        (3, height, width) uint8.
+        (3, height, width) uint8; with a range, of a picture of more than 8 bits, float32 in 0..255.
 
     Raises:
         BrokenImage: not an image that can be decoded.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=_formats(path.suffix)) as image:
+        with Image.open(io.BytesIO(content), formats=formats_of(path.suffix)) as image:
+            if pixel_range and is_wide(image):
+                return scaled(values_of(image, content), *pixel_range)
             return to_rgb_tensor(image)
     except UnidentifiedImageError:
         package = PACKAGES.get(path.suffix.lower())
@@ -130,9 +134,9 @@ def decode(content: bytes, path: Path) -> Tensor:
         raise BrokenImage(f"image {path} cannot be decoded ({one_line(error)}); repair or remove it") from None
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path, pixel_range: Sequence[float] = ()) -> Tensor:
     """`decode` of the file at `path`."""
-    return decode(read_bytes(path), path)
+    return decode(read_bytes(path), path, pixel_range)
 
 
 def to_rgb_tensor(image: Image.Image) -> Tensor:

@@ -1,5 +1,6 @@
 """From `--images` to batches: which samples there are, how they are split, and what is done to each on its way."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from finetune.data.digits import load_digits
 from finetune.data.folder import open_folder
 from finetune.data.order import key, keyed_generator, stratified_split
 from finetune.data.preprocess import Preprocessing
-from finetune.data.source import ImageSource, Reading, Source
+from finetune.data.source import FileSource, ImageSource, Reading, Source
 from finetune.data.table import TABLE_SUFFIXES, Columns, open_table
 from finetune.errors import UsageError
 
@@ -51,6 +52,13 @@ def open_images(
             f"--images {images}: columns and --separator belong to a {', '.join(TABLE_SUFFIXES)} file; leave them out"
         )
     return open_folder(path, classes, allow_outside, reading)
+
+
+def with_pixel_range(source: Source, preprocessing: object) -> Source:
+    """The source as the preprocessing of its run wants its pictures read."""
+    if isinstance(source, FileSource) and isinstance(preprocessing, Preprocessing):
+        return dataclasses.replace(source, pixel_range=tuple(preprocessing.pixel_range))
+    return source
 
 
 def split_source(source: Source, validation_fraction: float, seed: int, train_samples: int = 0) -> Split:
@@ -121,11 +129,11 @@ class ImagePipeline:
         return Batch(normalised, targets, chosen, torch.tensor(digests, dtype=torch.int64), broken)
 
     def _prepare(self, images: list[Tensor], indices: list[int], epoch: int | None) -> Tensor:
-        """(batch, 3, image_size, image_size) uint8."""
+        """(batch, 3, image_size, image_size), uint8 or float32 in 0..255."""
         if epoch is None or self.augment == "none":
-            if all(image.shape == images[0].shape for image in images):
+            if all((image.shape, image.dtype) == (images[0].shape, images[0].dtype) for image in images):
                 return self.preprocessing.resize(torch.stack(images))  # the same, at a tenth of the calls
-            return torch.stack([self.preprocessing.resize(image) for image in images])
+            return _stacked([self.preprocessing.resize(image) for image in images])
         if self.augment == "glyphs":
             from finetune.data.glyphs import distort
 
@@ -134,7 +142,14 @@ class ImagePipeline:
         for image, index in zip(images, indices, strict=True):
             with keyed_generator("augment", self.seed, epoch, index):
                 prepared.append(augment(image, self.preprocessing.image_size, self.augment))
-        return torch.stack(prepared)
+        return _stacked(prepared)
+
+
+def _stacked(images: list[Tensor]) -> Tensor:
+    """Images of 8 bits beside others become floats."""
+    if any(image.is_floating_point() for image in images):
+        images = [image.float() for image in images]
+    return torch.stack(images)
 
 
 def without(indices: Tensor, dropped: Sequence[int]) -> Tensor:

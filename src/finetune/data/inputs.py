@@ -98,7 +98,7 @@ class ImageInputs:
 
         def read(path: Path) -> Tensor | RunError:
             try:
-                return self.preprocessing.resize(read_image(path))
+                return self.preprocessing.resize(read_image(path, self.preprocessing.pixel_range)).float()
             except RunError as error:
                 return error
 

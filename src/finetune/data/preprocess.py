@@ -27,6 +27,8 @@ class Preprocessing:
         keep_proportions: resize the shorter edge; else both edges, whatever the proportions.
         interpolation: "bilinear", "bicubic", ...: torchvision's names. Always antialiased.
         mean, std: per channel, for values in 0..1.
+        pixel_range: [low, high]: which values of pictures of more than 8 bits become black and white; [] = the ends of
+            their type's range, after which 8 bits are left.
     """
 
     image_size: int
@@ -35,6 +37,7 @@ class Preprocessing:
     interpolation: str
     mean: list[float]
     std: list[float]
+    pixel_range: list[float] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Refuse what no picture can be prepared with: it may come from a file that somebody else wrote."""
@@ -45,10 +48,13 @@ class Preprocessing:
             raise ValueError(f"interpolation {self.interpolation!r} is unknown")
         if not all(isinstance(values, list) and len(values) == 3 for values in triples):
             raise ValueError("mean and std must be lists of 3 numbers")
-        if not all(isinstance(value, int | float) and math.isfinite(value) for values in triples for value in values):
+        if not all(_is_finite(value) for values in triples for value in values):
             raise ValueError("mean and std must be numbers")
         if min(self.std) <= 0:
             raise ValueError(f"std {self.std} must be above 0")
+        limits = self.pixel_range
+        if limits and not (len(limits) == 2 and all(map(_is_finite, limits)) and limits[0] < limits[1]):
+            raise ValueError(f"pixel_range {limits} must be two numbers, the lower one first")
 
     def at(self, image_size: int) -> "Preprocessing":
         """The same for another edge, in the same proportion of crop and resized image."""
@@ -56,7 +62,7 @@ class Preprocessing:
         return dataclasses.replace(self, image_size=image_size, resize_size=resize_size)
 
     def resize(self, image: Tensor) -> Tensor:
-        """(..., 3, height, width) uint8 to (..., 3, image_size, image_size) uint8."""
+        """(..., 3, height, width) to (..., 3, image_size, image_size), uint8 or float32 in 0..255 both."""
         mode = InterpolationMode(self.interpolation)
         height, width = image.shape[-2:]
         if self.keep_proportions and max(height, width) <= MAX_ASPECT * min(height, width):
@@ -69,7 +75,7 @@ class Preprocessing:
         return functional.center_crop(image, [self.image_size, self.image_size])
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (batch, 3, height, width) to float32, scaled to 0..1, then (value - mean) / std per channel."""
+        """(batch, 3, height, width) in 0..255 to float32, scaled to 0..1, then (value - mean) / std per channel."""
         scale = torch.tensor(self.std).view(3, 1, 1) * 255
         shift = torch.tensor(self.mean).view(3, 1, 1) * 255
         return images.float().sub_(shift).div_(scale)
@@ -80,13 +86,21 @@ class Preprocessing:
             return torch.randn(count, 3, self.image_size, self.image_size)
 
     def to_plain(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
+        plain = dataclasses.asdict(self)
+        if not self.pixel_range:
+            del plain["pixel_range"]  # as it was written before there was one: kept features go by it
+        return plain
 
     @property
     def text(self) -> str:
         how = "shorter edge" if self.keep_proportions else "both edges"
         resized = f"{how} to {self.resize_size}, " if self.resize_size != self.image_size else ""
-        return f"{resized}{self.image_size} x {self.image_size} px, {self.interpolation}"
+        levels = f"pixels {self.pixel_range[0]:g} to {self.pixel_range[1]:g}, " if self.pixel_range else ""
+        return f"{levels}{resized}{self.image_size} x {self.image_size} px, {self.interpolation}"
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def squash(image_size: int, mean: list[float], std: list[float]) -> Preprocessing:

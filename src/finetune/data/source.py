@@ -83,7 +83,8 @@ class FileSource:
     """Image files, decoded when asked for. Attributes as in `ArraySource`; `paths` are relative to `folder`.
 
     `targets` of a multi-label data set are (samples, classes) uint8: 1 where the class applies. `left` says in words
-    what lies beside the samples and is none, "" = nothing; `notes` are sentences for whoever trains on them.
+    what lies beside the samples and is none, "" = nothing; `notes` are sentences for whoever trains on them;
+    `pixel_range` is as of `decode`.
     """
 
     folder: Path
@@ -95,17 +96,18 @@ class FileSource:
     parts: Tensor | None = None
     left: str = ""
     notes: tuple[str, ...] = ()
+    pixel_range: tuple[float, ...] = ()
     noun: ClassVar[str] = "image"
 
     def read(self, index: int) -> tuple[Tensor, int]:
-        """One image, (3, height, width) uint8; and a digest of the file's content, a positive int64.
+        """One image, (3, height, width), as of `decode`; and a digest of the file's content, a positive int64.
 
         Raises:
             BrokenImage: the file is missing or cannot be decoded.
         """
         path = self.folder / self.paths[index]
         content = read_bytes(path)
-        return decode(content, path), digest_of(content)
+        return decode(content, path, self.pixel_range), digest_of(content)
 
     def digest(self, index: int) -> int:
         """The digest that `read` gives, without decoding; 0 = the file cannot be read."""

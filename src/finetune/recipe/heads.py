@@ -111,11 +111,14 @@ class ImageTraining(Training):
         cutmix: paste a piece of another image into each; 0 = off; with mixup, each batch gets one of the two.
         views: with augment: keep so many augmented views of each image, so that a frozen backbone runs once over each;
             0 = a new view in every epoch, and the backbone runs in every epoch.
+        pixel_range: LOW,HIGH: which values of pictures of more than 8 bits become black and white; auto = those that
+            the data set uses; full = the ends of their type's range, after which 8 bits are left.
     """
 
     mixup: float = 0.0
     cutmix: float = 0.0
     views: int = 0
+    pixel_range: str = "auto"
 
 
 def image_head(
@@ -166,6 +169,7 @@ def image_head(
             mixup=training.mixup,
             cutmix=training.cutmix,
             views=training.views,
+            pixel_range=training.pixel_range,
             validation_fraction=training.validation_fraction,
             train_samples=training.train_samples,
         ),

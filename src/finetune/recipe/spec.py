@@ -4,6 +4,7 @@ No import of torch here: help, summaries and search workers make recipes freely.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
@@ -79,6 +80,8 @@ class Images:
         validation_fraction: share of each class that validates, where the data has no validation part of its own.
         train_samples: train on so many only, each class in its share; 0 = all.
         fonts: folder of fonts for "glyphs"; "" = those that matplotlib ships.
+        pixel_range: which values of pictures of more than 8 bits become black and white: "LOW,HIGH"; "auto" = those
+            that the data set uses; "full" = the ends of their type's range, after which 8 bits are left.
     """
 
     kind: str = field(default="images", init=False)
@@ -99,6 +102,7 @@ class Images:
     validation_fraction: float = 0.2
     train_samples: int = 0
     fonts: str = ""
+    pixel_range: str = named("auto", before="full")
 
     @property
     def place(self) -> str:
@@ -321,6 +325,23 @@ MISSING_LABELS = ("refuse", "leave-out", "class")
 AUGMENTATIONS = ("none", "light", "standard", "glyphs")
 
 
+def pixel_limits(pixel_range: str) -> tuple[float, float] | tuple[()]:
+    """The two numbers of an image's `pixel_range`; () = it gives none.
+
+    Raises:
+        UsageError: it is none of those that are allowed.
+    """
+    if pixel_range in ("auto", "full"):
+        return ()
+    try:
+        low, high = map(float, pixel_range.split(","))
+        if -math.inf < low < high < math.inf:
+            return low, high
+    except ValueError:
+        pass
+    raise UsageError(f"--pixel-range {pixel_range}: not allowed; give auto, full, or LOW,HIGH as in 0,4095")
+
+
 def check_ranges(recipe: Recipe) -> None:
     """Refuse values that no training can have.
 
@@ -353,6 +374,8 @@ def check_ranges(recipe: Recipe) -> None:
     for name, choices in (("listing", LISTINGS), ("quotes", QUOTES), ("missing-labels", MISSING_LABELS)):
         chosen = getattr(data, name.replace("-", "_"))
         rules.append((name, chosen, chosen in choices, f"one of {', '.join(choices)}"))
+    if isinstance(data, Images):
+        pixel_limits(data.pixel_range)
     rules += _image_rules(data) if isinstance(data, Images) else _text_rules(data, recipe.task)
     for name, value, allowed, range_text in rules:
         if not allowed:

@@ -55,7 +55,8 @@ def _example(sample: Fields, classes: Sequence[str], source: Source | None) -> E
 def picture_of(source: ImageSource, index: int) -> bytes:
     """A PNG, at most 160 pixels wide and high; nothing where the file cannot be read any more."""
     try:
-        image = Image.fromarray(source.read(index)[0].permute(1, 2, 0).numpy())
+        pixels = source.read(index)[0].round().clamp(0, 255).byte()
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     except Exception:  # a missing picture is no reason to show nothing at all
         return b""
     image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))

@@ -6,6 +6,7 @@ escaped by the template.
 
 import base64
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,10 @@ from finetune.base.events import Example
 from finetune.base.files import BadFile, make_folders, write_atomically
 from finetune.base.formatting import number_text, printable
 from finetune.base.lock import is_held
+from finetune.data.images import with_pixel_range
 from finetune.data.open import open_source
-from finetune.data.source import Source
+from finetune.data.preprocess import Preprocessing
+from finetune.data.source import FileSource, Source
 from finetune.errors import FinetuneError, RunError, UsageError, one_line
 from finetune.recipe.execution import split_config
 from finetune.recipe.spec import located
@@ -132,6 +135,10 @@ def _open_data(data: RunData, place: str) -> Source | None:
             f"{spec.option} {spec.place}: is not what run {data.run} was trained on; say where that lies now with "
             f"{spec.option}"
         )
+    prepared = data.checkpoint.backbone.get("preprocessing")
+    if isinstance(source, FileSource) and isinstance(prepared, dict):
+        with suppress(TypeError, ValueError):
+            source = with_pixel_range(source, Preprocessing(**prepared))
     return source
 
 

@@ -21,7 +21,7 @@ from finetune.models.network import store_frozen
 from finetune.models.pretrained import new_network, pretrained
 from finetune.models.weights import Weights
 from finetune.recipe.execution import Machine, Numerics, check_precision
-from finetune.recipe.spec import Recipe, located
+from finetune.recipe.spec import Images, Recipe, located
 from finetune.runs.startup_table import facts_of
 from finetune.store.checkpoint import step_files
 from finetune.store.restore import network_from_run
@@ -34,7 +34,7 @@ from finetune.store.state import (
 )
 from finetune.training.context import RunContext
 from finetune.training.data_check import leave_out_broken, look
-from finetune.training.dataset import open_data
+from finetune.training.dataset import open_data, survey_pixels
 from finetune.training.loop import train
 from finetune.training.optimizer import find_optimizer
 from finetune.training.phase import Phase, start_phase
@@ -198,6 +198,8 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         weights_text = weights.text if weights else "random: nothing is pretrained"
         preprocessing_of = weights.preprocessing_of if weights else "its default weights"
         data = open_data(recipe_here, backbone)
+        if isinstance(recipe.data, Images):
+            data, backbone = survey_pixels(data, backbone, recipe.data.pixel_range)
         network = new_network(recipe, backbone, weights, data.output_count, begins_with)
         if begins_with is not None:  # a part of the file is not the file
             weights, weights_text = None, f"begins as a part of {weights_text}"

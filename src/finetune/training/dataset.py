@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from finetune.data.batch import Split
-from finetune.data.images import ImagePipeline, names_to_indices, without
+from finetune.data.decode import formats_of
+from finetune.data.images import ImagePipeline, names_to_indices, with_pixel_range, without
 from finetune.data.open import open_source, split_data
 from finetune.data.order import epoch_order, side_by_side
-from finetune.data.source import Source, TextSource, class_counts
+from finetune.data.preprocess import Preprocessing
+from finetune.data.source import FileSource, Source, TextSource, class_counts
 from finetune.data.texts import TextPipeline
 from finetune.data.tokens import Tokenization
+from finetune.data.wide import survey
 from finetune.errors import UsageError
 from finetune.models import text_encoders
 from finetune.models.backbones import Backbone
 from finetune.recipe import spec as recipes
-from finetune.recipe.spec import Recipe
+from finetune.recipe.spec import Recipe, pixel_limits
 from finetune.store.state import DataFacts
 from finetune.tasks.losses import scale_of, standardised
 
@@ -73,7 +76,10 @@ class Data:
 
     def with_targets(self, targets: Tensor) -> "Data":
         """The same with other targets."""
-        source = dataclasses.replace(self.source, targets=targets)
+        return self.with_source(dataclasses.replace(self.source, targets=targets))
+
+    def with_source(self, source: Source) -> "Data":
+        """The same samples, from a source that says something else of them."""
         pipeline: ImagePipeline | TextPipeline
         if isinstance(self.pipeline, TextPipeline):
             assert isinstance(source, TextSource)
@@ -119,6 +125,7 @@ def make_pipeline(source: Source, spec: recipes.Data, backbone: Backbone, seed: 
     if isinstance(preprocessing, Tokenization):
         assert isinstance(source, TextSource)
         return TextPipeline(source, preprocessing.tokenize(source.texts))
+    source = with_pixel_range(source, preprocessing)
     assert not isinstance(source, TextSource)
     return ImagePipeline(source, preprocessing, spec.augment, spec.mixup, spec.cutmix, seed)
 
@@ -143,6 +150,7 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
         raise UsageError(f"{spec.option} {spec.place}: has {several} a sample, which is no {kind} task")
     if spec.augment == "glyphs" and spec.place != "glyphs":
         raise UsageError("--augment glyphs: is for --images glyphs only; give none, light or standard")
+    source = with_pixel_range(source, backbone.preprocessing)
     whole = split_data(source, recipe)
     data = Data(source, whole, whole, make_pipeline(source, spec, backbone, recipe.seed))
     data = data.leave_out(skipped)
@@ -151,3 +159,48 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
         scale = tuple(scale_of(source.targets[whole.train]))
         data = dataclasses.replace(data.with_targets(standardised(source.targets, scale)), scale=scale)
     return data
+
+
+def survey_pixels(data: Data, backbone: Backbone, pixel_range: str) -> tuple[Data, Backbone]:
+    """Look into some image files to train on: which values pictures of more than 8 bits use, and how many hold several.
+
+    Args:
+        pixel_range: as a recipe has it.
+
+    Returns:
+        The data and the backbone that prepare such pictures by what was found, or given.
+
+    Raises:
+        UsageError: a range is given, and there is no picture that it applies to.
+    """
+    source, preprocessing = data.source, backbone.preprocessing
+    limits: tuple[float, ...] = pixel_limits(pixel_range)
+    if not isinstance(source, FileSource) or not isinstance(preprocessing, Preprocessing):
+        if pixel_range != "auto":
+            raise UsageError(f"--pixel-range {pixel_range}: is for image files only; leave it out")
+        return data, backbone
+    found = survey(source.folder, [source.paths[index] for index in data.split.train.tolist()], formats_of(""))
+    if pixel_range != "auto" and not found.wide:
+        raise UsageError(
+            f"--pixel-range {pixel_range}: none of the {found.looked_at:,} images looked at has more than 8 bits a "
+            "value; leave it out"
+        )
+    if pixel_range == "auto" and found.used and not found.is_full and found.used[0] < found.used[1]:
+        limits = found.used
+    notes, said = list[str](), f"{found.wide:,} of {found.looked_at:,} images looked at have more than 8 bits a value"
+    if found.used:
+        said += f", of which {found.used[0]:,g} to {found.used[1]:,g} are used"
+    if found.wide:
+        how = f"{limits[0]:,g} becomes black and {limits[1]:,g} white" if limits else "8 bits are kept of them"
+        notes.append(f"{said}: {how} (--pixel-range LOW,HIGH or full decides otherwise)")
+    if found.several:
+        notes.append(
+            f"{len(found.several):,} of {found.looked_at:,} images looked at hold several pictures, like "
+            f"{found.several[0]}: the first of each is taken"
+        )
+    prepared = dataclasses.replace(preprocessing, pixel_range=list(limits))
+    source = dataclasses.replace(source, pixel_range=limits, notes=(*source.notes, *notes))
+    assert isinstance(data.pipeline, ImagePipeline)
+    pipeline = dataclasses.replace(data.pipeline, preprocessing=prepared)
+    looked_at = dataclasses.replace(data, pipeline=pipeline).with_source(source)
+    return looked_at, dataclasses.replace(backbone, preprocessing=prepared)

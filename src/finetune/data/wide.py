@@ -1,0 +1,165 @@
+"""Pictures of more than 8 bits a value, as thermal cameras, microscopes, detectors and scanners store them.
+
+Few of the 65,536 values of such a file are used. Scaled by its type's full range a thermal picture would keep four
+levels of grey; so the range that a data set uses is found, or given, and becomes black to white.
+"""
+
+import io
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from PIL.ImageFile import ImageFile
+from torch import Tensor
+
+FULL_RANGE = (0.0, 65535.0)
+# Where at least this share of the values of 16 bits is used, 8 bits keep 128 levels: files stay as they were read.
+FULL_SHARE = 0.5
+# Ends of the range: a dead pixel, or a hot one, must not decide.
+LOW_QUANTILE, HIGH_QUANTILE = 0.001, 0.999
+# Looked at: headers of so many files, values of so many of those that are wide, so many values of each.
+LOOKED_AT, MEASURED_FILES, MEASURED_VALUES = 512, 64, 20_000
+TIFF_BITS, EXIF_ORIENTATION = 258, 274
+Values = NDArray[np.float32]
+
+
+def is_wide(image: Image.Image) -> bool:
+    """Whether a picture, opened but not decoded, has more than 8 bits a value."""
+    return image.mode.startswith("I") or image.mode == "F" or _bits_a_colour(image) > 8
+
+
+def _bits_a_colour(image: Image.Image) -> int:
+    """Of a PNG or TIFF in colours: PIL opens it as one of 8 bits, whatever it holds."""
+    if image.mode not in ("RGB", "RGBA"):
+        return 8
+    if image.format == "PNG":
+        return 16 if isinstance(image, ImageFile) and any("16" in str(tile[3]) for tile in image.tile) else 8
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    return max((int(bits) for bits in tags.get(TIFF_BITS, (8,))), default=8)
+
+
+def values_of(image: Image.Image, content: bytes) -> Values:
+    """The values of a wide picture, upright: (height, width), or (height, width, 3 or 4).
+
+    Args:
+        image: opened from `content`.
+    """
+    if image.mode in ("RGB", "RGBA"):
+        colours = _colours_of(image, content)
+        return np.ascontiguousarray(_upright(colours, image.getexif().get(EXIF_ORIENTATION, 1)), dtype=np.float32)
+    image.load()
+    with suppress(Exception):  # what a camera wrote beside the picture is damaged: it stays as it is
+        image = ImageOps.exif_transpose(image)
+    values = np.asarray(image).astype(np.float32)
+    return np.nan_to_num(values, nan=float(np.finfo(np.float32).min))  # what is no number is black
+
+
+def _colours_of(image: Image.Image, content: bytes) -> NDArray[np.float32]:
+    """(height, width, 3 or 4), as they lie in the file."""
+    # Both take a moment to import, and few pictures need them.
+    if image.format == "PNG":
+        import imagecodecs
+
+        return imagecodecs.png_decode(content).astype(np.float32)
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        page = file.pages.first
+        pixels = page.asarray()
+    planes_first = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
+    return (np.moveaxis(pixels, 0, -1) if planes_first else pixels).astype(np.float32)
+
+
+def _upright(pixels: NDArray[np.float32], orientation: int) -> NDArray[np.float32]:
+    """As EXIF's orientation says, for PIL turns pictures of 8 bits only."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def scaled(values: Values, low: float, high: float) -> Tensor:
+    """(3, height, width) float32 in 0..255: `low` becomes black, `high` white, what lies beyond is that, too.
+
+    Args:
+        values: (height, width), or (height, width, 3 or 4); the fourth is transparency, and is put on white.
+    """
+    if values.ndim == 3 and values.shape[2] == 4:
+        opaque = values[:, :, 3:] / FULL_RANGE[1]
+        shades = np.clip((values[:, :, :3] - low) / (high - low), 0, 1) * opaque + (1 - opaque)
+    else:
+        shades = np.clip((values - low) / (high - low), 0, 1)
+    pixels = torch.from_numpy(shades.astype(np.float32) * np.float32(255))
+    return pixels.permute(2, 0, 1).contiguous() if pixels.dim() == 3 else pixels.expand(3, -1, -1).contiguous()
+
+
+# ---- What a data set holds ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What some files of a data set hold.
+
+    Attributes:
+        looked_at: how many were opened.
+        wide: how many of them are wide.
+        several: those that hold several pictures, pages or frames, of which the first is taken.
+        used: the range that values of wide pictures lie in, () = none was measured.
+        whole_numbers: whether the values are such.
+    """
+
+    looked_at: int
+    wide: int
+    several: list[str]
+    used: tuple[float, ...]
+    whole_numbers: bool = True
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the type's whole range is used, so that 8 bits hold what there is."""
+        return bool(self.used) and self.whole_numbers and self.used[1] - self.used[0] >= FULL_SHARE * FULL_RANGE[1]
+
+
+def survey(folder: Path, paths: Iterable[str], formats: Iterable[str]) -> Survey:
+    """Look into files, evenly spread over the data set; those that are broken are found elsewhere."""
+    chosen = list(paths)
+    chosen = [
+        chosen[place * len(chosen) // min(len(chosen), LOOKED_AT)] for place in range(min(len(chosen), LOOKED_AT))
+    ]
+    formats = list(formats)
+    wide, several = list[str](), list[str]()
+    for path in chosen:
+        with suppress(Exception), Image.open(folder / path, formats=formats) as image:
+            if is_wide(image):
+                wide.append(path)
+            # A photo that holds a second one (of its depth, of another eye) is one photo to everybody.
+            if image.format in ("TIFF", "GIF", "PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
+                several.append(path)
+    parts, whole_numbers = list[Values](), True
+    for path in _spread(wide, MEASURED_FILES):
+        with suppress(Exception):
+            content = (folder / path).read_bytes()
+            with Image.open(io.BytesIO(content), formats=formats) as image:
+                whole_numbers &= image.mode != "F"
+                values = values_of(image, content)
+            values = values[..., :3].reshape(-1) if values.ndim == 3 else values.reshape(-1)
+            parts.append(values[:: max(len(values) // MEASURED_VALUES, 1)])
+    used: tuple[float, ...] = ()
+    if parts:
+        low, high = np.quantile(np.concatenate(parts).astype(np.float64), [LOW_QUANTILE, HIGH_QUANTILE]).tolist()
+        used = (float(np.floor(low)), float(np.ceil(high))) if whole_numbers else (low, high)
+    return Survey(len(chosen), len(wide), several, used, whole_numbers)
+
+
+def _spread(paths: list[str], most: int) -> list[str]:
+    """At most so many of them, evenly spread."""
+    count = min(len(paths), most)
+    return [paths[place * len(paths) // count] for place in range(count)]
