@@ -211,13 +211,6 @@ def test_numbers_are_split_so_that_both_parts_have_small_and_large_ones(tmp_path
     assert tenths.tolist() == [4] * 10
 
 
-def test_texts_that_stand_in_both_parts_are_counted(tmp_path, encoder):
-    from finetune.data.texts import repeated
-
-    data = data_of(write_csv(tmp_path / "a.csv", [("the same", "a"), ("the same", "b")] * 10), encoder)
-    assert repeated(data.source, *data.split[:2]) == 4
-
-
 # ---- Tokens -----------------------------------------------------------------------------------------------------------
 
 

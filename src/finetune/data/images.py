@@ -14,9 +14,9 @@ from finetune.data.batch import Batch, Request, Split
 from finetune.data.decode import BrokenImage
 from finetune.data.digits import load_digits
 from finetune.data.folder import open_folder
-from finetune.data.order import key, keyed_generator, stratified_split
+from finetune.data.order import grouped_split, key, keyed_generator, stratified_split
 from finetune.data.preprocess import Preprocessing
-from finetune.data.source import FileSource, ImageSource, Reading, Source
+from finetune.data.source import ArraySource, FileSource, ImageSource, Reading, Source
 from finetune.data.table import TABLE_SUFFIXES, Columns, open_table
 from finetune.errors import UsageError
 
@@ -62,24 +62,30 @@ def with_pixel_range(source: Source, preprocessing: object) -> Source:
 
 
 def split_source(source: Source, validation_fraction: float, seed: int, train_samples: int = 0) -> Split:
-    """The data's own parts; else stratified by class, or by whole groups where the source has groups.
+    """The data's own parts; else stratified by class, whole groups on one side where the source has groups.
 
     Without a validation part, some of the training part validates.
     """
     none = torch.zeros(0, dtype=torch.int64)
-    if source.groups is not None:
+    if source.groups is not None and isinstance(source, ArraySource):  # fonts have all classes: any of them will do
         group_count = int(source.groups.max()) + 1
         order = torch.randperm(group_count, generator=torch.Generator().manual_seed(key("split", seed)))
         held_out = torch.zeros(group_count, dtype=torch.bool)
         held_out[order[: max(round(group_count * validation_fraction), 1)]] = True
         in_validation = held_out[source.groups]
         return Split((~in_validation).nonzero().squeeze(1), in_validation.nonzero().squeeze(1), none)
-    if source.parts is None:
-        return Split(*stratified_split(source.targets, validation_fraction, seed, train_samples), none)
-    train, validation, test = ((source.parts == part).nonzero().squeeze(1) for part in range(3))
+    everything = torch.arange(len(source.targets))
+    train, validation, test = everything, none, none
+    if source.parts is not None:
+        train, validation, test = ((source.parts == part).nonzero().squeeze(1) for part in range(3))
     fraction = 0.0 if len(validation) else validation_fraction
-    chosen, held_out = stratified_split(source.targets[train], fraction, seed, train_samples)
-    return Split(train[chosen], validation if len(validation) else train[held_out], test)
+    if fraction and source.groups is not None:
+        kept, held = grouped_split(source.targets[train], source.groups[train], fraction, seed)
+        train, validation, fraction = train[kept], train[held], 0.0
+    # Of embeddings, which are one number expanded until the teacher has run, no copy is made.
+    targets = source.targets if len(train) == len(source.targets) else source.targets[train]
+    chosen, rest = stratified_split(targets, fraction, seed, train_samples)
+    return Split(train[chosen], train[rest] if fraction else validation, test)
 
 
 @dataclass(frozen=True)

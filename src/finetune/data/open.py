@@ -17,11 +17,11 @@ def open_source(spec: recipes.Data, kind: str, classes: Sequence[str] | None = N
     Args:
         kind: of the task.
     """
-    reading = Reading(spec.listing == "content", spec.quotes, spec.missing_labels)
+    reading = Reading(spec.listing == "content", spec.quotes, spec.missing_labels, spec.group_by)
     if isinstance(spec, Texts):
-        columns = Columns(spec.text_column, spec.label_column, spec.split_column, spec.separator)
+        columns = Columns(spec.text_column, spec.label_column, spec.split_column, spec.separator, spec.group_column)
         return open_texts(spec.texts, kind, columns, classes, spec.allow_outside, reading)
-    columns = Columns(spec.image_column, spec.label_column, spec.split_column, spec.separator)
+    columns = Columns(spec.image_column, spec.label_column, spec.split_column, spec.separator, spec.group_column)
     return open_images(spec.images, spec.fonts, columns, classes, spec.allow_outside, reading)
 
 

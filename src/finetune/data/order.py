@@ -137,6 +137,42 @@ def stratified_split(
     return torch.cat(train).sort().values, torch.cat(validation).sort().values
 
 
+def grouped_split(targets: Tensor, groups: Tensor, validation_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split so that the samples of a group stay on one side, and each class keeps its share as well as groups allow.
+
+    Groups are shuffled and taken from the largest to the smallest; one validates if that brings the classes nearer to
+    their shares and leaves each class something to train on.
+
+    Args:
+        targets, validation_fraction, seed: as of `stratified_split`.
+        groups: (samples,) int64.
+
+    Returns:
+        (train, validation) sorted int64 indices.
+    """
+    stratum = torch.zeros(len(targets), dtype=torch.int64)
+    for number, (_, members) in enumerate(_strata(targets)):
+        stratum[members] = number
+    left = stratum.bincount().double()
+    wanted, taken = left * validation_fraction, torch.zeros_like(left)
+    order = groups.argsort(stable=True)
+    members_of = order.split(groups[order].unique_consecutive(return_counts=True)[1].tolist())
+    generator = torch.Generator().manual_seed(key("split", seed, "groups"))
+    shuffled = [members_of[place] for place in torch.randperm(len(members_of), generator=generator).tolist()]
+    validation = []
+    for members in sorted(shuffled, key=len, reverse=True):
+        here, counts = stratum[members].unique(return_counts=True)
+        before, after = taken[here] - wanted[here], taken[here] + counts - wanted[here]
+        gain = ((before.square() - after.square()) / wanted[here]).sum()
+        if gain > 0 and (left[here] > counts).all():
+            left[here] -= counts
+            taken[here] += counts
+            validation.append(members)
+    held_out = torch.zeros(len(targets), dtype=torch.bool)
+    held_out[torch.cat([*validation, torch.zeros(0, dtype=torch.int64)])] = True
+    return (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
+
+
 def _give_back(targets: Tensor, train: Tensor, validation: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Move samples back until every class has one to train on: a common class may have gone with rare ones."""
     for label in range(targets.shape[1]):

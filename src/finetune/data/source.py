@@ -42,11 +42,13 @@ class Reading:
         quotes: of a csv or tsv: "auto", "none" or "standard"; see `table.read_rows`.
         missing_labels: what is done with a row whose label is spelled like a missing value: "refuse", "leave-out", or
             "class", which takes the spelling for a class.
+        group_by: a regular expression; samples of whose names it finds the same stay on one side of a split.
     """
 
     by_content: bool = True
     quotes: str = "auto"
     missing_labels: str = "refuse"
+    group_by: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@ import importlib.util
 import json
 import math
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from torch import Tensor
+
 from finetune.data.csv_rows import csv_rows
+from finetune.data.groups import group_numbers, groups_by_name
 from finetune.data.names import MISSING
 from finetune.data.source import PART_NAMES, FileSource, Reading, check_inside, make_file_source
 from finetune.errors import UsageError, one_line
@@ -25,13 +28,14 @@ LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "tags", "inte
 class Columns:
     """Which columns hold what; "" = found by their names. With a separator, a row has several labels.
 
-    `content` holds the image's path, or the text.
+    `content` holds the image's path, or the text; `group` what samples have in common that stay on one side of a split.
     """
 
     content: str = ""
     label: str = ""
     split: str = ""
     separator: str = ""
+    group: str = ""
 
 
 def read_rows(path: Path, quotes: str = "auto") -> Iterator[tuple[int, dict[str, object]]]:
@@ -131,6 +135,7 @@ class Row:
         content: what it holds.
         label: one, or, with a separator, all of them; None where the table is read without labels.
         part: place in `PARTS`; None without a split column.
+        group: what the group column holds; "" without one.
     """
 
     where: str
@@ -139,6 +144,7 @@ class Row:
     content: object
     label: str | tuple[str, ...] | None
     part: int | None
+    group: str = ""
 
 
 def sample_rows(
@@ -171,6 +177,8 @@ def sample_rows(
                 label_column = find_column(path, names, columns.label, LABEL_COLUMNS, "--label-column")
             if columns.split:
                 find_column(path, names, columns.split, (), "--split-column")
+            if columns.group:
+                find_column(path, names, columns.group, (), "--group-column")
         where, part = f"{path} line {number}", None
         label = None
         if labelled:
@@ -187,9 +195,44 @@ def sample_rows(
             if name.lower() not in PART_NAMES:
                 raise UsageError(f"{where}: {columns.split} {name!r} is not allowed; give train, val or test")
             part = PART_NAMES[name.lower()]
-        yield Row(where, number, content_column, row.get(content_column), label, part)
+        group = _group_of(row, columns.group, where) if columns.group else ""
+        yield Row(where, number, content_column, row.get(content_column), label, part, group)
     if not content_column:
         raise UsageError(f"{path}: holds no rows; give a line a sample")
+
+
+def _group_of(row: Mapping[str, object], column: str, where: str) -> str:
+    value = plain_value(row.get(column), where)
+    group = "" if value is None else str(value).strip()
+    if not group:
+        raise UsageError(f"{where}: column {column!r} is empty; say what the sample belongs to, or remove the line")
+    return group
+
+
+def groups_of(
+    names: Sequence[str], rows: Sequence[str], columns: Columns, reading: Reading, noun: str
+) -> tuple[Tensor | None, list[str]]:
+    """Groups of samples, (samples,) int64, and what to say of them; None where samples stand alone.
+
+    Args:
+        names: of the samples' files; [] = they have none.
+        rows: what the group column holds of each.
+
+    Raises:
+        UsageError: see `groups_by_name` and `group_numbers`.
+    """
+    if columns.group and reading.group_by:
+        raise UsageError("--group-column and --group-by: only one of both; leave the other one out")
+    if columns.group:
+        numbers, sentence = group_numbers(rows, f"--group-column {columns.group}", noun)
+    elif reading.group_by:
+        if not names:
+            raise UsageError(f"--group-by {reading.group_by}: is for names of files; give --group-column")
+        found = groups_by_name(names, reading.group_by)
+        numbers, sentence = group_numbers(found, f"--group-by {reading.group_by}", noun)
+    else:
+        return None, []
+    return numbers, [sentence]
 
 
 def _image_of(row: Row) -> str:
@@ -227,6 +270,7 @@ def open_table(
     labels: list[str | tuple[str, ...]] = []
     parts: list[int] = []
     left_out: list[str] = []
+    rows: list[str] = []
     for row in sample_rows(path, columns, IMAGE_COLUMNS, "--image-column", reading=reading, left_out=left_out):
         image = posixpath.normpath(_image_of(row))
         if image in lines:
@@ -237,13 +281,15 @@ def open_table(
         lines[image] = row.line
         assert row.label is not None, "the table is read with its labels"
         labels.append(row.label)
+        rows.append(row.group)
         if row.part is not None:
             parts.append(row.part)
     if not allow_outside:
         check_inside(path.parent, list(lines), f"--images {path}")
     given_parts = parts if columns.split else None
     source = make_file_source(path.parent, list(lines), labels, given_parts, classes, f"--images {path}", reading)
-    return dataclasses.replace(source, notes=(*notes_on_rows(left_out), *source.notes))
+    groups, of_groups = groups_of(source.paths, rows, columns, reading, "image")
+    return dataclasses.replace(source, notes=(*notes_on_rows(left_out), *source.notes, *of_groups), groups=groups)
 
 
 def notes_on_rows(left_out: Sequence[str]) -> list[str]:

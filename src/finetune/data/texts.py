@@ -15,7 +15,7 @@ from finetune.data.batch import Batch, Request
 from finetune.data.folder import TEXTS as TEXT_FILES
 from finetune.data.folder import before, list_folder
 from finetune.data.source import PARTS, Reading, TextSource, encode_labels
-from finetune.data.table import TABLE_SUFFIXES, Columns, notes_on_rows, plain_value, sample_rows
+from finetune.data.table import TABLE_SUFFIXES, Columns, groups_of, notes_on_rows, plain_value, sample_rows
 from finetune.data.tokens import TokenTable
 from finetune.errors import RunError, UsageError
 
@@ -67,7 +67,7 @@ def open_texts(
         path = bundled_file()
     labels: Sequence[Label]
     parts: list[int] | None
-    left, left_out, notes = "", list[str](), list[str]()
+    left, left_out, notes, row_groups = "", list[str](), list[str](), list[str]()
     if path.is_dir():
         if columns != Columns():
             raise UsageError(f"{what}: columns and --separator belong to a table; leave them out")
@@ -83,7 +83,7 @@ def open_texts(
         )  # fmt: skip
         contents = [text_of(row.content, row.where) for row in rows]
         names = [f"line {row.line}" for row in rows]  # not the file's name: it may be moved
-        labels = [row.label for row in rows]
+        labels, row_groups = [row.label for row in rows], [row.group for row in rows]
         parts = [row.part for row in rows if row.part is not None] if columns.split else None
     elif kind == "distillation" and path.is_file():
         contents = [line for line in read_text(path).splitlines() if line.strip()]
@@ -98,9 +98,12 @@ def open_texts(
         )
     targets, classes, of_names = _targets(kind, labels, parts, classes, names, what, reading)
     notes += [*notes_on_rows(left_out), *of_names]
+    files = names if path.is_dir() else []
+    groups, of_groups = groups_of(files, row_groups, columns, reading, "text")
+    notes += of_groups
     fingerprint = _fingerprint(contents, labels, parts)
     part_numbers = None if parts is None else torch.tensor(parts, dtype=torch.int64)
-    return TextSource(contents, names, targets, classes, fingerprint, parts=part_numbers, left=left, notes=tuple(notes))
+    return TextSource(contents, names, targets, classes, fingerprint, groups, part_numbers, left, tuple(notes))
 
 
 def read_text(path: Path) -> str:
@@ -186,12 +189,6 @@ def _fingerprint(texts: list[str], labels: Sequence[Label], parts: list[int] | N
         content = "\0".join([part, *label, text]).encode("utf-8", "surrogatepass")
         listing.update(len(content).to_bytes(8, "little") + content)
     return f"texts {listing.hexdigest()}"
-
-
-def repeated(source: TextSource, train: Tensor, validation: Tensor) -> int:
-    """How many of the texts that validate are also trained on."""
-    known = {source.texts[index] for index in train.tolist()}
-    return sum(source.texts[index] in known for index in validation.tolist())
 
 
 @dataclass(frozen=True)

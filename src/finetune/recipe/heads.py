@@ -36,6 +36,10 @@ class Table:
             between tabs it is a letter unless the value begins and ends with one.
         missing_labels: rows whose label is empty or spelled like a missing value (nan, NA, null, None, ...): refuse
             names the first; leave-out goes on without them; class takes the spelling for a class.
+        group_column: says what a sample belongs to, as a patient or a camera: samples of one never stand on both sides
+            of the split.
+        group_by: the same from the names of files: a regular expression, as in "patient(\\d+)".
+        drop_duplicates: leave out samples with the very content of another one; of those with different labels all.
     """
 
     label_column: str = ""
@@ -44,6 +48,9 @@ class Table:
     allow_outside: bool = False
     quotes: Literal["auto", "none", "standard"] = "auto"
     missing_labels: Literal["refuse", "leave-out", "class"] = "refuse"
+    group_column: str = ""
+    group_by: str = ""
+    drop_duplicates: bool = False
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,9 @@ class Images:
         quotes: of a csv or tsv: "auto", "none" or "standard"; see `table.read_rows`.
         missing_labels: what is done with rows whose label is spelled like a missing value: "refuse", "leave-out" or
             "class".
+        group_column: of a table: says what samples have in common that stay on one side of a split; "" = none.
+        group_by: a regular expression that finds that in the names of files; "" = none.
+        drop_duplicates: leave out samples whose content is that of another one.
         image_size: edge in pixels; 0 = the size that the backbone was trained at.
         augment: "none", "light", "standard" or "glyphs".
         mixup, cutmix: alpha of the blending of two images; 0 = off.
@@ -94,6 +97,9 @@ class Images:
     listing: str = named("content", before="suffix")
     quotes: str = named("auto", before="standard")
     missing_labels: str = named("refuse", before="class")
+    group_column: str = named("", before="")
+    group_by: str = named("", before="")
+    drop_duplicates: bool = named(False, before=False)
     image_size: int = 0
     augment: str = "none"
     mixup: float = 0.0
@@ -119,8 +125,8 @@ class Texts:
     Attributes:
         texts: "messages", a csv, tsv, jsonl or parquet file, or a folder of class/*.txt.
         text_column, label_column: of such a file; "" = found by their names.
-        split_column, separator, allow_outside, listing, quotes, missing_labels, validation_fraction, train_samples: as
-            of images.
+        split_column, separator, allow_outside, listing, quotes, missing_labels, group_column, group_by,
+            drop_duplicates, validation_fraction, train_samples: as of images.
         max_length: tokens of a text, what is longer is cut off; 0 = what the backbone takes, 512 at most.
     """
 
@@ -134,6 +140,9 @@ class Texts:
     listing: str = named("content", before="suffix")
     quotes: str = named("auto", before="standard")
     missing_labels: str = named("refuse", before="class")
+    group_column: str = named("", before="")
+    group_by: str = named("", before="")
+    drop_duplicates: bool = named(False, before=False)
     max_length: int = 0
     validation_fraction: float = 0.2
     train_samples: int = 0

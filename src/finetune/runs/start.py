@@ -33,7 +33,7 @@ from finetune.store.state import (
     seed_generators,
 )
 from finetune.training.context import RunContext
-from finetune.training.data_check import leave_out_broken, look
+from finetune.training.data_check import check_copies, leave_out_broken, look
 from finetune.training.dataset import open_data, survey_pixels
 from finetune.training.loop import train
 from finetune.training.optimizer import find_optimizer
@@ -90,12 +90,14 @@ def start(plan: Plan, context: RunContext) -> Progress:
             setup = taught(setup, context.terminal, context.stop)
             with closing(setup.loaders), closing(start_phase(setup, 0, context)) as phase:
                 # Another run's weights come with that run's measured features, and these stay.
+                all_files = plan.skip_broken or plan.recipe.data.drop_duplicates
                 broken = look(
-                    setup, phase.feed, measure=not plan.init_from, all_files=plan.skip_broken,
-                    terminal=context.terminal, stop=context.stop,
+                    setup, phase.feed, measure=not plan.init_from, all_files=all_files, terminal=context.terminal,
+                    stop=context.stop,
                 )  # fmt: skip
                 data = leave_out_broken(setup.data, broken, plan.skip_broken, context.terminal)
                 setup = dataclasses.replace(setup, data=data)
+                setup = dataclasses.replace(setup, data=check_copies(setup, phase.feed))
                 context.save_contents(setup.loaders.train.contents)
                 seed_generators(key("train", plan.recipe.seed))
                 progress = Progress(history=[{"event": "start", "step": 0, "epoch": 0}])

@@ -3,7 +3,7 @@
 import torch
 
 from finetune.data.source import ArraySource, FileSource
-from finetune.data.texts import TextPipeline, repeated
+from finetune.data.texts import TextPipeline
 from finetune.training.phase import Phase
 from finetune.training.setup import CHECKED_FILES, Setup
 
@@ -44,7 +44,7 @@ def _data(setup: Setup) -> str:
     if not isinstance(data.source, ArraySource) and data.source.left:
         parts.append(f"left aside: {data.source.left}")
     if data.skipped:
-        parts.append(f"{len(data.skipped):,} left out as broken")
+        parts.append(f"{len(data.skipped):,} left out")
     if data.class_count:
         several = f", several a {data.source.noun}" if recipe.data.separator else ""
         parts.append(f"{data.class_count} classes{several}")
@@ -60,9 +60,7 @@ def _prepared(setup: Setup) -> str:
         used = torch.cat(data.split)
         truncated = int(data.pipeline.table.truncated[used.numpy()].sum())
         share = f"{truncated:,} of {len(used):,} are longer and cut off" if truncated else "none is longer"
-        twice = repeated(data.pipeline.source, data.split.train, data.split.validation)
-        also = f"; {twice:,} of those that validate are also trained on" if twice else ""
-        return f"{how}, {share}; pooling {setup.backbone.options['pooling']}{also}"
+        return f"{how}, {share}; pooling {setup.backbone.options['pooling']}"
     mixed = [f"{name} {alpha:g}" for name, alpha in (("mixup", spec.mixup), ("cutmix", spec.cutmix)) if alpha]
     return ", ".join([how, f"augment {spec.augment}", *mixed])
 

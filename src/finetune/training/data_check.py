@@ -1,21 +1,26 @@
 """The first look at the data, before the first step: broken samples are found, the head's features are measured."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from finetune.base.device import to_device
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
 from finetune.data.batch import Batch, Request
+from finetune.data.copies import digests_of_texts, find_copies, limits_of
+from finetune.data.groups import straddling
 from finetune.data.images import without
 from finetune.data.order import batches_from
-from finetune.data.source import ArraySource
+from finetune.data.source import ArraySource, TextSource
 from finetune.data.texts import TextPipeline
 from finetune.errors import RunError
+from finetune.features.kept import Features
 from finetune.models.heads import standardise, standardised_layers
 from finetune.training.dataset import Data
 from finetune.training.phase import Feed
@@ -25,6 +30,11 @@ from finetune.training.setup import CHECKED_FILES, Setup
 MEASURED_SAMPLES = 2_048
 BATCH_SAMPLES = 64
 SHOWN_FILES = 10
+# Samples of so nearly the same features are near copies: of different digits, letters or photos hardly any two are so
+# near, of a picture that was saved again, or scaled, most are. Above the second they are copies outright.
+NEAR_COSINE, SAME_COSINE = 0.98, 0.999_999
+# So many are compared: a second or two.
+NEAR_TRAIN, NEAR_VALIDATION = 20_000, 2_000
 
 
 @dataclass(frozen=True)
@@ -162,3 +172,62 @@ def leave_out_broken(data: Data, broken: list[BrokenSample], skip_broken: bool, 
         )
     terminal.say("\n".join([f"left out, {len(broken)} broken {noun}(s):", *shown]))
     return data.leave_out([file.name for file in broken])
+
+
+# ---- Samples that are not what they seem: copies, and what belongs together on two sides ---------------------------
+
+
+def check_copies(setup: Setup, feed: Feed) -> Data:
+    """Look for copies among the samples whose content is known, and for groups on both sides of the split.
+
+    Returns:
+        The data with a note of what was found; without the copies, if that is wanted.
+    """
+    data, source = setup.data, setup.data.source
+    if isinstance(source, ArraySource):  # ships with the kit, and is known
+        return data
+    digests = digests_of_texts(source) if isinstance(source, TextSource) else setup.loaders.train.contents.digests
+    copies = find_copies(digests, source.targets, data.split)
+    notes = copies.notes(source, limits_of(digests, data.split))
+    if setup.recipe.data.drop_duplicates and copies.dropped:
+        names = [source.name(index) for index in copies.dropped]
+        data = data.leave_out(names)
+        # What was advised has been done.
+        notes = [note.rpartition(":")[0] for note in notes]
+        notes.append(f"{len(names):,} {source.noun}(s) left out as copies (--drop-duplicates), like {names[0]}")
+    if source.groups is not None and (count := straddling(source.groups, data.split)):
+        notes.append(
+            f"{count:,} group(s) have {source.noun}s in more than one part that the data brings along: figures will be "
+            "better than the model is; divide the data anew, or leave the parts to be drawn"
+        )
+    if feed.features is not None:
+        notes += near_copies(feed.features, data, measured_view(setup))
+    return data.with_source(dataclasses.replace(source, notes=(*source.notes, *notes))) if notes else data
+
+
+def near_copies(features: Features, data: Data, view: int | None) -> list[str]:
+    """What to say of samples that validate whose features nearly equal those of one that is trained on.
+
+    Features are centred first: what all samples have in common says nothing of two of them.
+    """
+    train, validation = spread(data.split.train, NEAR_TRAIN), spread(data.split.validation, NEAR_VALIDATION)
+    if not len(train) or not len(validation):
+        return []
+    known, judged = features.read(train, view).float(), features.read(validation, None).float()
+    centre = known.mean(0)
+    known, judged = (functional.normalize(rows - centre, dim=1) for rows in (known, judged))
+    best = [part.max(1) for part in (judged_rows @ known.T for judged_rows in judged.split(BATCH_SAMPLES))]
+    likeness, places = (torch.cat(parts) for parts in zip(*best, strict=True))
+    near = ((likeness >= NEAR_COSINE) & (likeness < SAME_COSINE)).nonzero().squeeze(1)
+    if not len(near):
+        return []
+    first = int(near[likeness[near].argmax()])
+    name, source = data.source.name, data.source
+    advice = "if they belong together, --group-column or --group-by keeps them on one side"
+    if source.parts is not None:
+        advice = "if they belong together, figures will be better than the model is"
+    pair = f"{name(int(validation[first]))} and {name(int(train[places[first]]))}"
+    return [
+        f"{len(near):,} of {len(validation):,} {source.noun}s that validate are near to one that is trained on, like "
+        f"{pair} (cosine of features {likeness[first]:.3f}): {advice}"
+    ]
