@@ -240,7 +240,7 @@ def test_empty_texts_are_named_and_left_out_when_asked(tmp_path, encoder, capsys
         assert "2 broken text(s): text of line 9 is empty, and 1 more" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
         assert main([*words, *more, "--skip-broken", "--run", str(tmp_path / f"left out{len(more)}")]) == 0
-        said = capsys.readouterr().out
+        said = " ".join(capsys.readouterr().out.split())
         assert "2 left out" in said and "line 23 is empty" in said
         run = RunFolder(tmp_path / f"left out{len(more)}")
         assert read(run)["data"]["skipped"] == ["line 23", "line 9"]

@@ -41,15 +41,14 @@ def _data(setup: Setup) -> str:
     train, validation, test = map(len, data.split)
     parts = [f"{train:,} to train on", f"{validation:,} to validate", *([f"{test:,} to test"] if test else [])]
     unread = isinstance(data.source, FileSource) and not data.skipped and train + validation + test > CHECKED_FILES
-    if not isinstance(data.source, ArraySource) and data.source.left:
-        parts.append(f"left aside: {data.source.left}")
     if data.skipped:
         parts.append(f"{len(data.skipped):,} left out")
     if data.class_count:
         several = f", several a {data.source.noun}" if recipe.data.separator else ""
         parts.append(f"{data.class_count} classes{several}")
     later = f"; {CHECKED_FILES:,} files were looked at, the others are in the first epoch" if unread else ""
-    return f"{recipe.data.place}: {', '.join(parts)}{later}"
+    left = "" if isinstance(data.source, ArraySource) or not data.source.left else f"; left aside: {data.source.left}"
+    return f"{recipe.data.place}: {', '.join(parts)}{left}{later}"
 
 
 def _prepared(setup: Setup) -> str:

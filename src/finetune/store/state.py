@@ -40,7 +40,7 @@ class DataFacts:
         outputs: numbers that the network gives for a sample.
         scale: mean and deviation of the training targets, where those are numbers to predict; else [].
         taught_by: hash of the teacher that the targets are of; "" = none.
-        skipped: names of samples that were left out as broken.
+        skipped: names of samples that were left out, as broken or as copies.
     """
 
     fingerprint: str

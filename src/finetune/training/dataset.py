@@ -32,7 +32,7 @@ class Data:
 
     Attributes:
         whole: the split before broken images were left out.
-        skipped: names of samples that were left out because they are broken.
+        skipped: names of samples that were left out, as broken or as copies.
         scale: mean and deviation of the training targets, where those are numbers to predict: they are standardised.
         taught_by: hash of the teacher that the targets are of.
     """
