@@ -227,3 +227,10 @@ def test_groups_on_both_sides_of_parts_that_are_given_are_said(data, tmp_path):
     recipe = small_recipe(data=Images(str(tmp_path / "parts"), group_by=r"/(p\d+)-"), epochs=1, augment="none")
     _, notes = begin(tmp_path / "run", recipe)
     assert any("1 group(s) have images in more than one part" in note for note in notes), json.dumps(notes)
+
+
+def test_a_class_that_nothing_validates_is_named(data, tmp_path):
+    (data / "c").mkdir()
+    Image.new("RGB", (16, 16), (9, 200, 9)).save(data / "c" / "only.png")
+    _, notes = begin(tmp_path / "run", small_recipe(data=Images(str(data)), epochs=1, augment="none"))
+    assert "1 class(es) have no image that validates, like 'c' (1 to train on): no figure says" in "\n".join(notes)

@@ -112,3 +112,42 @@ def test_a_missing_value_is_no_class_unless_it_is_said_to_be_one(tmp_path, spell
 
 def test_words_that_only_look_like_a_missing_value_are_classes(tmp_path):
     assert open_texts(make_table(tmp_path, ["none", "Nan", "na"]), "classification").classes == ["Nan", "na", "none"]
+
+
+# ---- What may be meant otherwise ---------------------------------------------------------------------------------------
+
+
+def test_labels_made_of_others_may_be_several_a_row(tmp_path):
+    labels = ["scab", "complex", "scab complex", "healthy", "scab complex"]
+    source = open_texts(make_table(tmp_path, labels), "classification")
+    assert source.notes == (
+        "1 label(s) are made of others, like 'scab complex' of 'scab' and 'complex': if a row has several labels, give "
+        "--separator ' '",
+    )
+    assert open_texts(make_table(tmp_path, ["hot dog", "dog", "cat"]), "classification").notes == ()
+    assert "--separator '|'" in open_texts(make_table(tmp_path, ["a|b", "a", "b"]), "classification").notes[0]
+    assert open_texts(make_table(tmp_path, ["a|b", "a", "b"]), "multi-label", Columns(separator="|")).notes == ()
+
+
+def test_a_column_that_is_chosen_among_several_is_said(tmp_path):
+    (tmp_path / "a.csv").write_text("text,title,label,category\na,b,0,x\nc,d,1,y\n")
+    source = open_texts(str(tmp_path / "a.csv"), "classification")
+    assert source.notes == (
+        "column 'text' is read, not 'title' (--text-column decides otherwise)",
+        "column 'label' is read, not 'category' (--label-column decides otherwise)",
+    )
+    assert open_texts(str(tmp_path / "a.csv"), "classification", Columns("title", "category")).notes == ()
+
+
+def test_folders_that_every_class_holds_may_be_the_classes(tmp_path):
+    for outer in ("studio", "street"):
+        for inner in ("cat", "dog"):
+            (tmp_path / outer / inner).mkdir(parents=True)
+            Image.new("L", (4, 4)).save(tmp_path / outer / inner / "x.png")
+    source = open_images(str(tmp_path))
+    assert source.classes == ["street", "studio"]
+    assert source.notes[0].startswith(
+        "every class holds the same folders ('cat', 'dog') and nothing else: if those are"
+    )
+    Image.new("L", (4, 4)).save(tmp_path / "street" / "y.png")
+    assert open_images(str(tmp_path)).notes == ()

@@ -57,10 +57,12 @@ class LeftAside:
     Attributes:
         files: how many, by suffix in small letters.
         folders: names of the folders that are no classes.
+        nested: names of folders that are in every class, if there is nothing else in any.
     """
 
     files: Counter[str] = dataclasses.field(default_factory=Counter)
     folders: list[str] = dataclasses.field(default_factory=list)
+    nested: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -79,10 +81,18 @@ class LeftAside:
     def notes(self) -> list[str]:
         """What to do about it, a sentence each."""
         found = {suffix: PACKAGES[suffix] for suffix in self.files if suffix in PACKAGES}
-        return [
+        notes = [
             f"{self.files[suffix]:,} {suffix} left aside: to read that format, pip install {package}"
             for suffix, package in found.items()
         ]
+        if self.nested:
+            more = ["..."] if len(self.nested) > SHOWN_FOLDERS else []
+            names = ", ".join([*map(repr, self.nested[:SHOWN_FOLDERS]), *more])
+            notes.append(
+                f"every class holds the same folders ({names}) and nothing else: if those are the classes, put what "
+                "belongs to each into one folder"
+            )
+        return notes
 
 
 def files_below(folder: Path, kind: Kind = IMAGES) -> tuple[list[str], LeftAside]:
@@ -197,9 +207,21 @@ def list_folder(folder: Path, kind: Kind, what: str, allow_outside: bool) -> Lis
             paths += [prefix + file for file in files]
             labels += [class_name] * len(files)
             parts += [part] * len(files)
+    left.nested = _nested(paths, labels, 2 if layout else 1)
     if not allow_outside:
         check_inside(folder, paths, what, kind.noun)
     return Listing(paths, labels, parts if layout else None, left)
+
+
+def _nested(paths: Sequence[str], labels: Sequence[str], depth: int) -> list[str]:
+    """Names of the folders below the class folders, if all of these hold the same ones, several, and nothing else."""
+    below: dict[str, set[str]] = {}
+    for path, label in zip(paths, labels, strict=True):
+        names = path.split("/")[depth:]
+        below.setdefault(label, set()).add(names[0] if len(names) > 1 else "")
+    found = list(below.values())
+    same = len(found) > 1 and all(names == found[0] for names in found) and "" not in found[0]
+    return sorted(found[0]) if same and len(found[0]) > 1 else []
 
 
 def open_folder(

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 # Folders that systems and programs leave beside a person's files; so is every folder whose name begins with a dot.
 SERVICE_FOLDERS = frozenset(
@@ -23,6 +23,8 @@ MISSING = frozenset((
     "NULL", "NaN", "None", "n/a", "nan", "null", "NaT",
 ))  # fmt: skip
 SHOWN_NAMES = 5
+# Between the labels of a row that has several, as people write them.
+SEPARATORS = ("|", ";", ",", "+", "/", " ")
 
 
 def is_service_folder(name: str) -> bool:
@@ -93,3 +95,21 @@ def notes_on_names(counts: Mapping[str, int], noun: str) -> list[str]:
             shown = " and ".join(map(repr, names[:SHOWN_NAMES]))
             notes.append(f"classes that differ in case only: {shown}; rename one of them if they are the same")
     return notes
+
+
+def notes_on_separators(names: Collection[str]) -> list[str]:
+    """What to say of labels that are made of others: perhaps a row has several, and they are separated so."""
+    known = set(map(normal, names))
+    for separator in SEPARATORS:
+        made = sorted(name for name in known if separator in name and set(_parts(name, separator)) <= known)
+        if made:
+            parts = " and ".join(map(repr, _parts(made[0], separator)))
+            return [
+                f"{len(made):,} label(s) are made of others, like {made[0]!r} of {parts}: if a row has several labels, "
+                f"give --separator {separator!r}"
+            ]
+    return []
+
+
+def _parts(name: str, separator: str) -> list[str]:
+    return [part.strip() for part in name.split(separator)]

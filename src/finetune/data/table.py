@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finetune.data.csv_rows import csv_rows
 from finetune.data.groups import group_numbers, groups_by_name
-from finetune.data.names import MISSING
+from finetune.data.names import MISSING, notes_on_separators
 from finetune.data.source import PART_NAMES, FileSource, Reading, check_inside, make_file_source
 from finetune.errors import UsageError, one_line
 
@@ -147,6 +147,33 @@ class Row:
     group: str = ""
 
 
+@dataclass
+class Found:
+    """What a person should know of a table besides its rows.
+
+    Attributes:
+        left_out: the lines of rows without a label.
+        chosen: sentences on columns that could as well be others.
+    """
+
+    left_out: list[str] = dataclasses.field(default_factory=list)
+    chosen: list[str] = dataclasses.field(default_factory=list)
+
+    def choose(self, column: str, columns: Sequence[str], candidates: Sequence[str], option: str) -> None:
+        """Note a column that was found by its name, where others have such names, too."""
+        others = [name for name in columns if name != column and name.strip().lower() in candidates]
+        if others:
+            self.chosen.append(
+                f"column {column!r} is read, not {', '.join(map(repr, others))} ({option} decides otherwise)"
+            )
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences."""
+        left_out = f"{len(self.left_out):,} rows without a label left out, like {(self.left_out or [''])[0]}"
+        return [*self.chosen, *([left_out] if self.left_out else [])]
+
+
 def sample_rows(
     path: Path,
     columns: Columns,
@@ -155,7 +182,7 @@ def sample_rows(
     *,
     labelled: bool = True,
     reading: Reading = Reading(),
-    left_out: list[str] | None = None,
+    found: Found | None = None,
 ) -> Iterator[Row]:
     """The samples that a table lists.
 
@@ -163,7 +190,7 @@ def sample_rows(
         candidates: names of the content column, tried where none is given.
         option: that names it.
         labelled: whether there must be labels.
-        left_out: takes the lines of rows without a label, where those are to be left out.
+        found: takes what is not in the rows.
 
     Raises:
         UsageError: a line cannot be read, or lacks a label; names it.
@@ -175,6 +202,10 @@ def sample_rows(
             content_column = find_column(path, names, columns.content, candidates, option)
             if labelled:
                 label_column = find_column(path, names, columns.label, LABEL_COLUMNS, "--label-column")
+            if found is not None and not columns.content:
+                found.choose(content_column, names, candidates, option)
+            if found is not None and not columns.label and labelled:
+                found.choose(label_column, names, LABEL_COLUMNS, "--label-column")
             if columns.split:
                 find_column(path, names, columns.split, (), "--split-column")
             if columns.group:
@@ -186,8 +217,8 @@ def sample_rows(
             if _is_missing(value, columns.separator, reading.missing_labels):
                 if reading.missing_labels != "leave-out":
                     raise UsageError(_unlabelled(value, where, label_column))
-                if left_out is not None:
-                    left_out.append(f"line {number}")
+                if found is not None:
+                    found.left_out.append(f"line {number}")
                 continue
             label = _labels(value, columns.separator, where, label_column)
         if columns.split:
@@ -269,9 +300,8 @@ def open_table(
     lines: dict[str, int] = {}
     labels: list[str | tuple[str, ...]] = []
     parts: list[int] = []
-    left_out: list[str] = []
-    rows: list[str] = []
-    for row in sample_rows(path, columns, IMAGE_COLUMNS, "--image-column", reading=reading, left_out=left_out):
+    found, rows = Found(), list[str]()
+    for row in sample_rows(path, columns, IMAGE_COLUMNS, "--image-column", reading=reading, found=found):
         image = posixpath.normpath(_image_of(row))
         if image in lines:
             raise UsageError(
@@ -289,12 +319,13 @@ def open_table(
     given_parts = parts if columns.split else None
     source = make_file_source(path.parent, list(lines), labels, given_parts, classes, f"--images {path}", reading)
     groups, of_groups = groups_of(source.paths, rows, columns, reading, "image")
-    return dataclasses.replace(source, notes=(*notes_on_rows(left_out), *source.notes, *of_groups), groups=groups)
+    notes = (*found.notes, *source.notes, *made_of_others(labels, classes), *of_groups)
+    return dataclasses.replace(source, notes=notes, groups=groups)
 
 
-def notes_on_rows(left_out: Sequence[str]) -> list[str]:
-    """What to say of rows that were left out."""
-    return [f"{len(left_out):,} rows without a label left out, like {left_out[0]}"] if left_out else []
+def made_of_others(labels: Sequence[str | tuple[str, ...] | None], classes: Sequence[str] | None) -> list[str]:
+    """See `notes_on_separators`; of labels of a new data set, one a row."""
+    return notes_on_separators({one for one in labels if isinstance(one, str)}) if classes is None else []
 
 
 def plain_value(value: object, where: str) -> object:

@@ -15,7 +15,7 @@ from finetune.data.batch import Batch, Request
 from finetune.data.folder import TEXTS as TEXT_FILES
 from finetune.data.folder import before, list_folder
 from finetune.data.source import PARTS, Reading, TextSource, encode_labels
-from finetune.data.table import TABLE_SUFFIXES, Columns, groups_of, notes_on_rows, plain_value, sample_rows
+from finetune.data.table import TABLE_SUFFIXES, Columns, Found, groups_of, made_of_others, plain_value, sample_rows
 from finetune.data.tokens import TokenTable
 from finetune.errors import RunError, UsageError
 
@@ -67,7 +67,7 @@ def open_texts(
         path = bundled_file()
     labels: Sequence[Label]
     parts: list[int] | None
-    left, left_out, notes, row_groups = "", list[str](), list[str](), list[str]()
+    left, of_rows, notes, row_groups = "", Found(), list[str](), list[str]()
     if path.is_dir():
         if columns != Columns():
             raise UsageError(f"{what}: columns and --separator belong to a table; leave them out")
@@ -78,7 +78,7 @@ def open_texts(
         rows = list(
             sample_rows(
                 path, columns, TEXT_COLUMNS, "--text-column", labelled=kind != "distillation", reading=reading,
-                left_out=left_out,
+                found=of_rows,
             )
         )  # fmt: skip
         contents = [text_of(row.content, row.where) for row in rows]
@@ -97,7 +97,7 @@ def open_texts(
             "sub-folder of .txt files a class"
         )
     targets, classes, of_names = _targets(kind, labels, parts, classes, names, what, reading)
-    notes += [*notes_on_rows(left_out), *of_names]
+    notes += [*of_rows.notes, *of_names]
     files = names if path.is_dir() else []
     groups, of_groups = groups_of(files, row_groups, columns, reading, "text")
     notes += of_groups
@@ -155,6 +155,7 @@ def _targets(
     # Only what is to be distilled has no labels.
     given = [label for label in labels if label is not None]
     targets, found, notes = encode_labels(given, parts, classes, what, "text", reading)
+    notes += made_of_others(given, classes)
     if classes is None and kind == "classification" and len(found) > 20 and all(map(_is_fraction, found)):
         raise UsageError(
             f"{what}: {len(found)} labels, all of them numbers ({', '.join(found[:3])}, ...): to predict numbers, give "
