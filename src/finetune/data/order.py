@@ -90,6 +90,11 @@ def batches_from(order: Tensor, batch_size: int, position_samples: int = 0) -> I
         yield order[start : start + batch_size]
 
 
+def count_batches(samples: int, batch_size: int) -> int:
+    """How many batches an epoch has."""
+    return -(-samples // batch_size)
+
+
 @contextmanager
 def keyed_generator(*parts: str | int) -> Iterator[torch.Generator]:
     """Within the block the CPU's default generator is seeded by `parts`; afterwards it is as it was.

@@ -1,7 +1,6 @@
 """A run begins: what can be wrong is looked at, its folder is made, it is trained."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -31,13 +30,13 @@ from finetune.store.state import (
     generators_put_back,
     seed_generators,
 )
+from finetune.store.steps import count_steps
 from finetune.training.context import RunContext
 from finetune.training.data_check import leave_out_broken, look
 from finetune.training.dataset import open_data
 from finetune.training.loop import train
 from finetune.training.optimizer import find_optimizer
 from finetune.training.phase import Phase, start_phase
-from finetune.training.schedule import count_steps
 from finetune.training.setup import Setup, make_loaders
 from finetune.training.teacher import taught
 from finetune.watch.watch import Subject
@@ -242,7 +241,7 @@ def tell_of_beginning(setup: Setup, context: RunContext, phase: Phase, progress:
         facts=facts,
         step=progress.step,
         total_steps=steps.end,
-        epochs=math.ceil(steps.end / steps.per_epoch),
+        epochs=steps.epochs,
         is_resumed=is_resumed,
         best_metric=setup.recipe.best_metric,
         best=progress.best,

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -99,11 +99,19 @@ class LogMark:
 
 
 class Extension(TypedDict):
-    """A run made longer: from which step on, to how many epochs in all, at which rate (0 = the recipe's final one)."""
+    """A run made longer.
+
+    Attributes:
+        from_step: it begins behind so many steps.
+        epochs: in all.
+        lr: its learning rate; 0 = the recipe's final one.
+        own_rate: that rate holds; where it is missing, the first extension's does, as an older version computed.
+    """
 
     from_step: int
     epochs: int
     lr: float
+    own_rate: NotRequired[bool]
 
 
 @dataclass
@@ -115,14 +123,14 @@ class Progress:
         epoch: the epoch that the next step belongs to.
         position_samples: samples of that epoch that are consumed.
         reductions: of the learning rate by the plateau schedule.
-        extensions: [{"from_step", "epochs", "lr"}], in order, by `resume --epochs`.
+        extensions: in order, by `resume --epochs`.
         best: of the best validation so far.
         validations_without_best: in a row.
         loss_sum, loss_samples: the running training loss of the unfinished epoch.
         last_validation: metrics of the newest validation, or {}.
         validated_step: the step of that one; a stop may have come before it, then whoever resumes begins with it.
         halvings: how often memory ran out, and fewer samples were computed at once from then on.
-        history: [{"event", "step", "epoch", ...}]: starts, resumes, extensions, thaws.
+        history: [{"event", "step", "epoch", ...}]: starts, resumes, extensions, thaws, ends of an early stop.
         status: "running", "finished" or "stopped early".
     """
 

@@ -23,13 +23,13 @@ from finetune.store.state import (
     numeric_environment,
     restore_generators,
 )
+from finetune.store.steps import count_steps
 from finetune.tasks.losses import Task
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_unbroken
 from finetune.training.nan_guard import Losses
 from finetune.training.optimizer import learning_rates, load_optimizer_state, optimizer_state
 from finetune.training.phase import Phase, start_phase
-from finetune.training.schedule import count_steps
 from finetune.training.setup import Setup
 from finetune.training.step import free_memory, in_halves
 from finetune.training.validation import record_validation, validate
@@ -96,7 +96,7 @@ class Session:
         self.task: Task = setup.make_task()
         self.samples = len(setup.data.split.train)
         self.steps = count_steps(setup.recipe, self.samples, progress)
-        self.epochs = math.ceil(self.steps.end / self.steps.per_epoch)
+        self.epochs = self.steps.epochs
         if not 0 <= progress.position_samples <= self.samples:
             raise RunError(
                 f"the checkpoint stands at sample {progress.position_samples} of an epoch of {self.samples}; go on "
