@@ -10,6 +10,7 @@ from finetune.store.state import Progress
 from finetune.store.steps import count_steps, way_on
 from finetune.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
 from finetune.training.schedule import learning_rate, schedule_factor
+from finetune.training.step import optimizer_step
 from finetune.training.validation import record_validation
 
 SCHEDULE = {"total_steps": 100, "steps_per_epoch": 10, "final_fraction": 0.01, "step_epochs": 3, "factor": 0.1}
@@ -68,6 +69,21 @@ def test_an_unknown_optimizer_names_the_nearest_and_lbfgs_is_not_offered():
         build_optimizer(dict(nn.Linear(1, 1).named_parameters()), "adamm", 1e-3, 0.0, 0.9)
     with pytest.raises(UsageError, match="--optimizer lbfgs: unknown"):
         build_optimizer(dict(nn.Linear(1, 1).named_parameters()), "lbfgs", 1e-3, 0.0, 0.9)
+
+
+# ---- fp16 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_a_step_that_fp16_skips_says_so(clip_norm):
+    layer, scaler = nn.Linear(2, 1), torch.amp.GradScaler("cpu")
+    optimizer, before = torch.optim.SGD(layer.parameters(), 0.1), layer.weight.clone()
+    moved = []
+    for value in (1.0, float("inf"), 2.0, float("nan")):
+        scaler.scale(layer(torch.full((1, 2), value)).sum()).backward()
+        moved.append(optimizer_step(optimizer, scaler, clip_norm))
+    assert moved == [True, False, True, False] and not torch.equal(layer.weight, before)
+    assert layer.weight.isfinite().all()
 
 
 # ---- A run made longer ----------------------------------------------------------------------------------------------

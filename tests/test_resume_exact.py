@@ -26,12 +26,15 @@ from finetune import Images, Optimizer, RunError, Schedule, Stop, StoppedEarly, 
 from finetune.base.signals import StopRequest
 from finetune.cli import main
 from finetune.errors import FinetuneError
+from finetune.listing.found import describe
 from finetune.recipe.execution import Numerics, Settings
+from finetune.report.curves import read_curves
 from finetune.runs import start as begin
 from finetune.runs.start import Machine
 from finetune.store import checkpoint
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.losses import ClassificationTask
+from finetune.training import step as one_step
 from finetune.training.context import RunContext
 
 # Four deaths in the first epoch of seven steps and two in the second.
@@ -135,6 +138,24 @@ def test_a_polite_signal_finishes_the_step_saves_and_the_rest_is_exact(tmp_path,
     resume_run(run)
     unbroken = train_run(tmp_path / "unbroken", recipe, save_every_steps=0)
     assert_equal_runs(run, unbroken)
+
+
+def test_steps_that_fp16_skips_are_counted_logged_as_no_number_and_survive(tmp_path, monkeypatch):
+    real, real_loss = torch.amp.GradScaler, one_step.training_loss
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda _device, enabled: real("cpu", init_scale=2.0**127))
+    monkeypatch.setattr(one_step, "training_loss", lambda *arguments: 20 * real_loss(*arguments))
+    recipe = small_recipe(epochs=1, augment="none")
+    unbroken = train_run(tmp_path / "unbroken", recipe)
+    run = train_with_deaths(tmp_path / "run", recipe, [2, 5])
+    assert_equal_runs(run, unbroken)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in run.metrics_file.read_text().splitlines()]
+    assert lines[0]["train/gradient_norm"] is None
+    assert 0 < read(run)["skipped_steps"] == lines[-2]["train/skipped_steps"] < 7
+    assert "train/loss" in read_curves(run.metrics_file) and describe(run.path).step == 7
 
 
 # ---- What a resume refuses, and says --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import html
 import json
+import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ class FinishedRun:
     def report(self) -> Path:
         return self.folder / "report.html"
 
-    def validations(self) -> list[dict[str, float]]:
-        """A dict each: step, epoch, train/epoch_loss, val/loss, val/accuracy, ..."""
+    def validations(self) -> list[dict[str, float | None]]:
+        """A dict each: step, epoch, train/epoch_loss, val/loss, val/accuracy, ...; None = no finite number."""
         lines = []
         for text in (self.folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):  # a line that a kill has torn
@@ -190,7 +191,12 @@ def _given(kind: type[Options], command: str, run: str | Path, options: dict[str
             words += [f"--{option}={one}" for one in value]
         elif value is not None:
             words.append(f"--{option}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}")
-    return dataclasses.replace(parse(kind, command, "", words), run=str(run))
+    state = random.getstate()
+    try:
+        parsed = parse(kind, command, "", words)
+    finally:
+        random.setstate(state)  # the parser draws from these numbers, which are the caller's
+    return dataclasses.replace(parsed, run=str(run))
 
 
 def _conclude(context: "RunContext", progress: "Progress") -> FinishedRun:

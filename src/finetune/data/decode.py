@@ -3,7 +3,6 @@
 import io
 import os
 import stat
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,8 +16,6 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 # By content, whatever the name. PIL knows many more, and starts other programs for some of them.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 LARGEST_FILE_BYTES = 1 << 30
-# A large photo is no reason to warn; PIL still refuses what would fill the memory.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BrokenImage(RunError):

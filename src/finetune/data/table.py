@@ -18,7 +18,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "image_path", "file_path", "filepath", "file_name", "img")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "tags", "intent", "topic", "sentiment")
 # A long text is one value.
-csv.field_size_limit(1 << 26)
+LARGEST_FIELD = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,12 @@ def _csv_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, objec
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     begins = 1  # where the row begins: one that is never closed is read to the end of the file
     try:
-        names = [name.strip() for name in next(reader, [])]
+        rows = _of_any_length(reader)
+        names = [name.strip() for name in next(rows, [])]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise UsageError(f"{path}: has several columns called {repeated[0]!r}; rename all but one")
         begins = reader.line_num + 1
-        for row in reader:
+        for row in rows:
             if row:
                 if len(row) != len(names):
                     raise UsageError(
@@ -103,6 +104,19 @@ def _csv_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, objec
             begins = reader.line_num + 1
     except csv.Error as error:
         raise UsageError(f"{path} line {begins}: {error}; check the quotes from there on") from None
+
+
+def _of_any_length(reader: Iterator[list[str]]) -> Iterator[list[str]]:
+    """The rows of a csv reader. The limit for a field is one for all of the process: it is put back behind each row."""
+    while True:
+        before = csv.field_size_limit(LARGEST_FIELD)
+        try:
+            row = next(reader, None)
+        finally:
+            csv.field_size_limit(before)
+        if row is None:
+            return
+        yield row
 
 
 def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, object]]]:

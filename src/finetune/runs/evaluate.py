@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from finetune.base.device import module_to_device, pick_device, set_numerics
+from finetune.base.device import module_to_device, numerics_put_back, pick_device, set_numerics
 from finetune.base.formatting import number_text, printable
 from finetune.data.batch import Request
 from finetune.data.contents import Contents
@@ -29,7 +29,7 @@ from finetune.recipe.serialize import spec_from_plain
 from finetune.recipe.spec import Data, Distillation, Recipe
 from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
-from finetune.store.state import DataFacts
+from finetune.store.state import DataFacts, generators_put_back
 from finetune.tasks.evaluation import evaluate as evaluate_batches
 from finetune.tasks.losses import make_task, standardised
 from finetune.training.dataset import make_pipeline
@@ -47,6 +47,8 @@ LABELS = {
 }
 
 
+@numerics_put_back()
+@generators_put_back()
 def evaluate(
     run: RunFolder, which: str, place: str, table: AnyTable, device_name: str, workers: int | None
 ) -> dict[str, Any]:

@@ -210,6 +210,11 @@ def run_setup(
     """Show what is about to happen, then train. The lock is held; everybody who watches is there."""
     tell_of_beginning(setup, context, phase, progress, is_resumed=resumed is not None)
     progress = train(setup, context, phase, progress, resumed)
+    if progress.skipped_steps:
+        context.watch.say(
+            f"fp16: {progress.skipped_steps:,} of {progress.step:,} steps moved nothing, as their gradients were too "
+            "large for it; --precision bf16 knows no such limit"
+        )
     context.watch.end(progress.status, f"{progress.status}: {best_text(progress.best)}")
     return progress
 

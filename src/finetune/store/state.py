@@ -130,6 +130,7 @@ class Progress:
         last_validation: metrics of the newest validation, or {}.
         validated_step: the step of that one; a stop may have come before it, then whoever resumes begins with it.
         halvings: how often memory ran out, and fewer samples were computed at once from then on.
+        skipped_steps: in fp16: those that moved nothing, as their gradient was too large for its numbers.
         history: [{"event", "step", "epoch", ...}]: starts, resumes, extensions, thaws, ends of an early stop.
         status: "running", "finished" or "stopped early".
     """
@@ -161,6 +162,9 @@ class Progress:
         default=0, metadata=stored("metrics.validated_step", writer="validation", reader="session")
     )
     halvings: int = field(default=0, metadata=stored("halvings", writer="loop, session", reader="loop, session"))
+    skipped_steps: int = field(
+        default=0, metadata=stored("skipped_steps", writer="session", reader="session, start", may_lack=True)
+    )
     history: list[dict[str, object]] = field(
         default_factory=list, metadata=stored("history", writer="start, resume, session", reader="report")
     )
@@ -259,7 +263,8 @@ def restore_generators(states: dict[str, object]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(fields.take("torch", Tensor))
     if "cuda" in fields and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(fields.items("cuda", Tensor))
+        # There may be fewer devices now; that it is not exact then, `environment_differences` says.
+        torch.cuda.set_rng_state_all(fields.items("cuda", Tensor)[: torch.cuda.device_count()])
     if "mps" in fields and torch.backends.mps.is_available():
         torch.mps.set_rng_state(fields.take("mps", Tensor))
 
@@ -272,6 +277,9 @@ def generators_put_back() -> Iterator[None]:
         yield
     finally:
         restore_generators(states)
+        if "cuda" not in states and torch.cuda.is_available() and torch.cuda.is_initialized():
+            # It began within the block; `torch.manual_seed` before it was meant for it as well.
+            torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 def seed_generators(seed: int) -> None:

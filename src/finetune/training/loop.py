@@ -53,10 +53,10 @@ def train(
                 loss, progress.halvings = in_halves(attempt, at_once, halvings, session.free_memory, statistics)
                 norm = gradient_norm(optimizer, scaler) if (progress.step + 1) % log_every == 0 else None
                 watch.take_gradients()
-                optimizer_step(optimizer, scaler, spec.clip_norm)
+                moved = optimizer_step(optimizer, scaler, spec.clip_norm)
 
                 # ---- Where we are now --------------------------------------------------------------------------------
-                session.advance(batch, loss)
+                session.advance(batch, loss, moved)
                 if norm is not None:
                     session.log(loss, norm)
 

@@ -167,10 +167,11 @@ class Session:
 
     # ---- After a step -----------------------------------------------------------------------------------------------
 
-    def advance(self, batch: Batch, batch_loss: Tensor) -> None:
-        """Count a step. Nothing here waits for the device."""
+    def advance(self, batch: Batch, batch_loss: Tensor, moved: bool) -> None:
+        """Count a step, and whether it moved anything. Nothing here waits for the device."""
         progress, count = self.progress, len(batch.targets)
         progress.step += 1
+        progress.skipped_steps += not moved
         progress.position_samples += count
         progress.loss_sum = progress.loss_sum.to(self.device).add(batch_loss, alpha=count)
         progress.loss_samples += count
@@ -182,6 +183,8 @@ class Session:
         self.losses.check()
         progress, watch = self.progress, self.context.watch
         values = {"train/loss": batch_loss.item(), "train/gradient_norm": norm.item()}
+        if self.scaler.is_enabled():
+            values["train/skipped_steps"] = progress.skipped_steps
         values |= learning_rates(self.phase.optimizer) | watch.measure()
         self._log.write({"step": progress.step, "epoch": progress.epoch + 1} | values)
         watch.logged(progress.step, values)

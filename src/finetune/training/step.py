@@ -61,15 +61,19 @@ def gradient_norm(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     return norm / scaler.get_scale() if scaler.is_enabled() else norm
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float) -> None:
+def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float) -> bool:
     """Move the weights along their gradients.
 
     Args:
         clip_norm: largest norm of the whole gradient; 0 = any.
 
+    Returns:
+        False where fp16 skipped the step: the gradient was too large for its numbers, and will be scaled less.
+
     Raises:
         RunError: out of memory; some weights have moved already, so there is no second attempt.
     """
+    scale = scaler.get_scale()
     try:
         if clip_norm:
             scaler.unscale_(optimizer)
@@ -84,6 +88,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
             "train fewer layers, give --optimizer sgd, or a device with more memory"
         ) from None
     optimizer.zero_grad(set_to_none=True)
+    return scaler.get_scale() >= scale
 
 
 def free_memory(device: torch.device) -> None:
