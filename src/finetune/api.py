@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from finetune import commands
 from finetune.base.events import Best
 from finetune.base.formatting import best_text
 from finetune.base.signals import StopRequest
@@ -131,8 +132,6 @@ def fit(
         )
     given = _given(RunOptions, "RECIPE", run, {"resume": bool(run)} | options)
     _check_handed_in(trackers, stop)
-    from finetune import commands
-
     return commands.train(name, (), recipe, given, [], _conclude, trackers=trackers, stop=stop)
 
 
@@ -155,8 +154,6 @@ def resume(
     """
     given = _given(ResumeOptions, "resume", run, options)
     _check_handed_in(trackers, stop)
-    from finetune import commands
-
     return commands.resume(given, _conclude, trackers=trackers, stop=stop)
 
 
