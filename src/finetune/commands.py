@@ -244,7 +244,7 @@ def evaluate_run(options: EvaluateOptions) -> int:
     workers = check_workers(options.workers)
     with open_run(options.run, _say_aside, writes=False) as run:
         place = options.images or options.texts
-        figures = evaluate(run, options.from_, place, options.table, options.device, workers)
+        figures = evaluate(run, options.from_, place, options.table, options.device, workers, _say_aside)
     if options.json:
         print(json_line(figures))
     else:

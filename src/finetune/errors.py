@@ -39,13 +39,16 @@ class RunError(FinetuneError):
     exit_code = 1
 
 
-# How torch's allocators say it, and oneDNN.
+# How torch's allocators say it, oneDNN, and CUDA's libraries, which need memory of their own.
 OUT_OF_MEMORY_WORDS = (
     "can't allocate memory",
     "not enough memory",
     "bad_alloc",
     "out of memory",
     "could not create a primitive",
+    "ALLOC_FAILED",
+    "unable to find an engine",
+    "Unable to find a valid cuDNN algorithm",
 )
 
 

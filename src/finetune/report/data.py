@@ -1,13 +1,14 @@
 """What the files of a run say, gathered for its report; nothing is drawn here, and nothing is trusted."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.base.events import Best
 from finetune.base.files import BadFile, read_json
 from finetune.base.plain import Fields, Plain
-from finetune.errors import RunError
+from finetune.data.order import count_batches
+from finetune.errors import FinetuneError, RunError
+from finetune.recipe.execution import split_config
 from finetune.recipe.spec import LOWER_IS_BETTER
 from finetune.report.curves import Curve, read_curves
 from finetune.store.checkpoint import LATEST, newest_good
@@ -243,10 +244,13 @@ class RunData:
     @property
     def steps_per_epoch(self) -> int:
         """0 = not known."""
-        size = self.config.get("batch_size")
-        if self.checkpoint is None or not isinstance(size, int) or size < 1:
+        try:
+            recipe, _ = split_config(self.config)
+        except FinetuneError:  # of another version, or edited
             return 0
-        return math.ceil(self.checkpoint.train_samples / size)
+        if self.checkpoint is None:
+            return 0
+        return count_batches(self.checkpoint.train_samples, recipe.batch_size, recipe.folds)
 
     def best_figures(self) -> dict[str, float]:
         """Of the best validation: the metric that decided, the others, the loss."""

@@ -121,7 +121,7 @@ def go_on(context: RunContext, setup: Setup, state: CheckpointState) -> Progress
     context.say(f"resuming {run} at {where}")
     _say_old_rate(context, progress)
     progress.history.append({"event": "resume", "step": progress.step, "epoch": progress.epoch})
-    setup = taught(setup, context.terminal, context.stop, state.data.taught_by)
+    setup = taught(setup, context.terminal, context.stop, state.data.taught_by, state.data.taught_halvings)
     with (
         closing(setup.loaders),
         closing(start_phase(setup, state.frozen.epoch, context, state.frozen)) as phase,
@@ -211,8 +211,8 @@ def resumed_setup(
     backbone = backbone_of_run(run, state)
     data = open_data(located(recipe, place), backbone, state.data.skipped)
     # The teacher of a distillation, if there is one, is looked at when it runs.
-    was, now = dataclasses.asdict(state.data) | {"taught_by": ""}, dataclasses.asdict(data.facts())
-    check_same_config(was, now, f"the data is not what run {run} was trained on")
+    was = dataclasses.asdict(dataclasses.replace(state.data, taught_by="", taught_halvings=0))
+    check_same_config(was, dataclasses.asdict(data.facts()), f"the data is not what run {run} was trained on")
     network = saved_network(run, recipe, state)
     # Last: which libraries the network needs is known once it is built.
     for line in environment_differences(state.versions, device):

@@ -31,6 +31,7 @@ from finetune.store.state import (
     seed_generators,
 )
 from finetune.store.steps import count_steps
+from finetune.training.batchnorm import check_parts, lines_on_parts
 from finetune.training.context import RunContext
 from finetune.training.data_check import leave_out_broken, look
 from finetune.training.dataset import open_data
@@ -92,6 +93,9 @@ def start(plan: Plan, context: RunContext) -> Progress:
                 )  # fmt: skip
                 data = leave_out_broken(setup.data, broken, plan.skip_broken, context.terminal)
                 setup = dataclasses.replace(setup, data=data)
+                check_parts(setup)
+                for line in lines_on_parts(setup):
+                    context.say(line)
                 context.save_contents(setup.loaders.train.contents)
                 seed_generators(key("train", plan.recipe.seed))
                 progress = Progress(history=[{"event": "start", "step": 0, "epoch": 0}])
@@ -201,6 +205,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     setup = Setup(
         recipe, numerics, plan.machine, backbone, network, freeze, data, loaders, device, weights_text, preprocessing_of
     )
+    check_parts(setup)
     return setup, weights
 
 

@@ -40,6 +40,7 @@ class DataFacts:
         outputs: numbers that the network gives for a sample.
         scale: mean and deviation of the training targets, where those are numbers to predict; else [].
         taught_by: hash of the teacher that the targets are of; "" = none.
+        taught_halvings: how often memory ran out while it gave them, so that fewer samples were at once.
         skipped: names of samples that were left out as broken.
     """
 
@@ -51,6 +52,7 @@ class DataFacts:
     train_samples: int
     validation_samples: int
     skipped: list[str]
+    taught_halvings: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class FrozenFacts:
         phase: thaws before it; for people, nothing reads it.
         sha256: over the frozen tensors.
         features_kept: whether training read kept features.
+        features_halvings: how often memory ran out while they were computed, so that fewer samples were at once.
     """
 
     parameters: list[str]
@@ -88,6 +91,7 @@ class FrozenFacts:
     phase: int
     sha256: str
     features_kept: bool = False
+    features_halvings: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,8 @@ class Progress:
         loss_sum, loss_samples: the running training loss of the unfinished epoch.
         last_validation: metrics of the newest validation, or {}.
         validated_step: the step of that one; a stop may have come before it, then whoever resumes begins with it.
-        halvings: how often memory ran out, and fewer samples were computed at once from then on.
+        halvings: how often memory ran out in a step, and fewer samples were computed at once from then on.
+        validation_halvings: likewise in a validation, which begins with those of the steps.
         skipped_steps: in fp16: those that moved nothing, as their gradient was too large for its numbers.
         history: [{"event", "step", "epoch", ...}]: starts, resumes, extensions, thaws, ends of an early stop.
         status: "running", "finished" or "stopped early".
@@ -161,7 +166,10 @@ class Progress:
     validated_step: int = field(
         default=0, metadata=stored("metrics.validated_step", writer="validation", reader="session")
     )
-    halvings: int = field(default=0, metadata=stored("halvings", writer="loop, session", reader="loop, session"))
+    halvings: int = field(default=0, metadata=stored("halvings", writer="loop", reader="loop, session"))
+    validation_halvings: int = field(
+        default=0, metadata=stored("validation_halvings", writer="session", reader="session", may_lack=True)
+    )
     skipped_steps: int = field(
         default=0, metadata=stored("skipped_steps", writer="session", reader="session, start", may_lack=True)
     )

@@ -32,6 +32,7 @@ class Data:
         skipped: names of samples that were left out because they are broken.
         scale: mean and deviation of the training targets, where those are numbers to predict: they are standardised.
         taught_by: hash of the teacher that the targets are of.
+        taught_halvings: of the batch in which it ran.
     """
 
     source: Source
@@ -41,6 +42,7 @@ class Data:
     skipped: tuple[str, ...] = ()
     scale: tuple[float, ...] = ()
     taught_by: str = ""
+    taught_halvings: int = 0
 
     @property
     def class_count(self) -> int:
@@ -69,6 +71,7 @@ class Data:
             train_samples=len(self.split.train),
             validation_samples=len(self.split.validation),
             skipped=list(self.skipped),
+            taught_halvings=self.taught_halvings,
         )
 
     def with_targets(self, targets: Tensor) -> "Data":

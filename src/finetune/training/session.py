@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.base.events import Validated
+from finetune.base.halves import free_memory, freeing, in_halves
 from finetune.data.batch import Batch, Request
 from finetune.data.order import batches_from, reading_order
 from finetune.errors import RunError
@@ -31,7 +32,6 @@ from finetune.training.nan_guard import Losses
 from finetune.training.optimizer import learning_rates, load_optimizer_state, optimizer_state
 from finetune.training.phase import Phase, start_phase
 from finetune.training.setup import Setup
-from finetune.training.step import free_memory, in_halves
 from finetune.training.validation import record_validation, validate
 
 # A validation needs no gradients, so more samples fit at once.
@@ -149,7 +149,7 @@ class Session:
             return
         carried = optimizer_state(self.phase.optimizer)
         self.phase.close()
-        self.phase = start_phase(self.setup, progress.epoch, self.context)
+        self.phase = start_phase(self.setup, progress.epoch, self.context, halvings=self.phase.feed.halvings)
         check_unbroken(self.setup.data, self.phase.feed)
         load_optimizer_state(self.phase.optimizer, carried)
         progress.history.append({"event": "thaw", "step": progress.step, "epoch": progress.epoch})
@@ -159,7 +159,7 @@ class Session:
         """The rest of the epoch: an order that depends on seed and epoch alone, from the position on."""
         recipe, progress = self.recipe, self.progress
         order = self.setup.data.epoch_samples(recipe.seed, progress.epoch, recipe.batch_size, self._train)
-        batches = batches_from(order, recipe.batch_size, progress.position_samples)
+        batches = batches_from(order, recipe.batch_size, progress.position_samples, recipe.folds)
         batches = itertools.islice(batches, self.steps.end - progress.step)
         view = progress.epoch % recipe.data.views if recipe.data.views else progress.epoch
         augment_epoch = view if recipe.data.views or not self.phase.feed.is_kept else None
@@ -237,7 +237,9 @@ class Session:
             validate, self.phase.feed, self._validation, size, self.task, self.device, setup.numerics.precision,
             self.context.stop, watch.layer,
         )  # fmt: skip
-        evaluation, progress.halvings = in_halves(attempt, size, progress.halvings, self.free_memory)
+        # Its batches are larger than those that train, which stay as they are when one of these does not fit.
+        halvings, free = max(progress.halvings, progress.validation_halvings), freeing(self.device, watch.say)
+        evaluation, progress.validation_halvings = in_halves(attempt, size, halvings, free, note=" in validations")
         self.phase.freeze.modes()
         if evaluation is None:
             return False
@@ -248,11 +250,6 @@ class Session:
         self._log.write({"step": progress.step, "epoch": epoch} | values)
         watch.validated(Validated(progress.step, epoch, self.epochs, values, progress.best, best), evaluation)
         return best
-
-    def free_memory(self, text: str) -> None:
-        """Memory ran out: let go of what can be, and say what follows."""
-        free_memory(self.device)
-        self.context.watch.say(text)
 
     # ---- Checkpoints ------------------------------------------------------------------------------------------------
 
