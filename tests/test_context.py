@@ -1,9 +1,14 @@
 """One boundary for side effects: a context that leaves no trace, many trainings in one process, trackers and a stop of
 one's own."""
 
+import csv
+import os
 import random
 import signal
+import subprocess
+import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +25,17 @@ from conftest import (
     small_recipe,
     train_run,
 )
+from PIL import Image
+from torch.utils import deterministic
 
 import finetune
-from finetune import RunError, StoppedEarly, StopRequest, UsageError
+from finetune import Images, RunError, StoppedEarly, StopRequest, UsageError
 from finetune.base.terminal import Terminal, make_console
+from finetune.errors import FinetuneError
 from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.runs.start import Plan, start
 from finetune.store.run_folder import RunFolder
+from finetune.store.state import capture_generators, restore_generators
 from finetune.training.context import RunContext
 
 CPU = Machine(device="cpu", workers=0)
@@ -61,6 +70,12 @@ def surroundings() -> list[object]:
         torch.get_rng_state().tolist(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.benchmark,
+        deterministic.fill_uninitialized_memory,
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        csv.field_size_limit(),
+        dict(os.environ),
+        [one for one in warnings.filters if one[2] is Image.DecompressionBombWarning],
         [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
     ]
 
@@ -115,6 +130,48 @@ def test_trainings_in_one_process_do_not_know_of_each_other(tmp_path):
     again = train_run(tmp_path / "again", small_recipe(epochs=1))
     assert_equal_values(comparable(read(again)), comparable(read(first)))
     assert surroundings() == before
+
+
+def test_what_is_called_from_python_leaves_the_process_as_it_was(tmp_path, trained):
+    from finetune.recipe.heads import AnyTable
+    from finetune.runs.evaluate import evaluate
+    from finetune.runs.summary import summary_text
+
+    before = surroundings()
+    run = finetune.fit(small_recipe(epochs=1), tmp_path / "run", **QUIET)
+    assert surroundings() == before
+    finetune.load(run.export())
+    assert surroundings() == before
+    evaluate(trained, "best", "", AnyTable(), "cpu", 0)
+    assert surroundings() == before
+    summary_text(small_recipe())
+    assert surroundings() == before
+    with pytest.raises(FinetuneError, match="nowhere"):
+        finetune.fit(small_recipe(data=Images(str(tmp_path / "nowhere"))), tmp_path / "other", **QUIET)
+    assert surroundings() == before
+
+
+def test_what_is_imported_at_the_first_call_draws_nothing_that_a_caller_would_miss():
+    words = "import random; random.seed(1); import finetune; finetune._import_unnoticed(); print(random.random())"
+    found = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert float(found.stdout) == random.Random(1).random()
+
+
+@pytest.mark.parametrize("devices", [0, 1, 3])
+def test_generators_of_two_devices_are_put_back_on_as_many_as_there_are(monkeypatch, devices):
+    states = capture_generators() | {"cuda": [torch.zeros(4), torch.ones(4)]}
+    found: dict[int, torch.Tensor] = {}
+
+    def put(state: torch.Tensor, device: int) -> None:
+        if device >= devices:
+            raise IndexError(device)
+        found[device] = state
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda.random, "set_rng_state", put)
+    restore_generators(states)
+    assert list(found) == list(range(min(devices, 2)))
 
 
 def test_trackers_from_python_are_told_and_what_they_raise_reaches_the_caller(tmp_path):

@@ -246,7 +246,7 @@ def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as the kit does, which pytest undoes
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as the command does
 def test_a_large_photo_is_not_refused(tmp_path):
     assert read_image(png_of_size(tmp_path / "photo.png", 10_000, 10_000)).shape == (3, 10_000, 10_000)
 

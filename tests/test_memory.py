@@ -23,6 +23,7 @@ from conftest import (
 
 from finetune import RunError
 from finetune.base import memory
+from finetune.base.halves import in_halves
 from finetune.base.memory import Limit, Use, describe_shortage, guard_memory, limits
 from finetune.base.signals import StopRequest
 from finetune.models.freeze import learning_statistics
@@ -233,7 +234,9 @@ def test_validation_is_halved_as_well(tmp_path, monkeypatch):
 
     monkeypatch.setattr(session, "validate", validate)
     run = train_run(tmp_path / "run", small_recipe(epochs=1))
-    assert sizes == [16] and read(run)["halvings"] == 2
+    state = read(run)
+    assert sizes == [16] and state["validation_halvings"] == 2
+    assert state["halvings"] == 0  # the batches that train fit
 
 
 @pytest.mark.parametrize("samples", [1, 2, 7, 64])
@@ -245,7 +248,7 @@ def test_halving_goes_down_to_one_sample_and_no_further(samples):
         raise MemoryError
 
     with pytest.raises(RunError, match="one sample at a time"):
-        step.in_halves(never, samples, 0, lambda _: None)
+        in_halves(never, samples, 0, lambda _: None)
     assert tried[-1] == 1 and len(tried) == math.floor(math.log2(samples)) + 1
 
 
@@ -332,7 +335,7 @@ def test_a_failed_attempt_leaves_no_trace_in_statistics_and_random_numbers():
         return outputs
 
     torch.manual_seed(5)
-    found, halvings = step.in_halves(compute, 8, 0, lambda _: None, statistics)
+    found, halvings = in_halves(compute, 8, 0, lambda _: None, statistics)
     assert halvings == 1 and torch.equal(found, attempts[0])
     assert norm[0].num_batches_tracked == 1
 
@@ -350,8 +353,8 @@ def test_the_gradients_of_an_attempt_that_failed_halfway_do_not_count():
             raise MemoryError
         return layer(part)
 
-    attempt = partial(step.gradients, forward, task, inputs, targets, 2, optimizer, scaler, "fp32")
-    loss, halvings = step.in_halves(attempt, 4, 0, lambda _: None)
+    attempt = partial(step.gradients, forward, task, inputs, targets, 2, optimizer, scaler, "fp32", False)
+    loss, halvings = in_halves(attempt, 4, 0, lambda _: None)
     assert parts == [4, 4, 2, 2, 2, 2] and halvings == 1
     expected = torch.nn.functional.cross_entropy(layer(inputs), targets)
     torch.testing.assert_close(loss, expected.detach())

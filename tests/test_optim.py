@@ -4,9 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from finetune import UsageError
+from finetune import Images, Model, Optimizer, Recipe, Schedule, Stop, UsageError
+from finetune.runs.resume import extend
+from finetune.store.state import Progress
+from finetune.store.steps import count_steps, way_on
 from finetune.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
-from finetune.training.schedule import schedule_factor
+from finetune.training.schedule import learning_rate, schedule_factor
+from finetune.training.step import optimizer_step
+from finetune.training.validation import record_validation
 
 SCHEDULE = {"total_steps": 100, "steps_per_epoch": 10, "final_fraction": 0.01, "step_epochs": 3, "factor": 0.1}
 
@@ -64,3 +69,139 @@ def test_an_unknown_optimizer_names_the_nearest_and_lbfgs_is_not_offered():
         build_optimizer(dict(nn.Linear(1, 1).named_parameters()), "adamm", 1e-3, 0.0, 0.9)
     with pytest.raises(UsageError, match="--optimizer lbfgs: unknown"):
         build_optimizer(dict(nn.Linear(1, 1).named_parameters()), "lbfgs", 1e-3, 0.0, 0.9)
+
+
+# ---- fp16 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_a_step_that_fp16_skips_says_so(clip_norm):
+    layer, scaler = nn.Linear(2, 1), torch.amp.GradScaler("cpu")
+    optimizer, before = torch.optim.SGD(layer.parameters(), 0.1), layer.weight.clone()
+    moved = []
+    for value in (1.0, float("inf"), 2.0, float("nan")):
+        scaler.scale(layer(torch.full((1, 2), value)).sum()).backward()
+        moved.append(optimizer_step(optimizer, scaler, clip_norm))
+    assert moved == [True, False, True, False] and not torch.equal(layer.weight, before)
+    assert layer.weight.isfinite().all()
+
+
+# ---- A run made longer ----------------------------------------------------------------------------------------------
+
+SAMPLES = 100  # seven steps an epoch
+
+
+def a_recipe(**changes) -> Recipe:
+    values = {"optimizer": Optimizer(lr=1.0), "schedule": Schedule(final_fraction=0.01), "epochs": 2, "batch_size": 16}
+    return Recipe(Model("bundled/vgg"), Images("digits"), **values | changes)
+
+
+def rates(recipe: Recipe, progress: Progress) -> list[float]:
+    """Of every step of a run."""
+    steps = count_steps(recipe, SAMPLES, progress)
+    found = []
+    for progress.step in range(steps.end):
+        found.append(learning_rate(recipe, progress, steps))
+    progress.step = steps.end
+    return found
+
+
+def test_the_schedule_holds_up_to_its_horizon_whatever_the_run_is_extended_by():
+    recipe, progress = a_recipe(), Progress()
+    own = rates(recipe, progress)
+    progress.status = "finished"
+    extend(progress, 3, 0.5, recipe, SAMPLES)
+    assert rates(recipe, progress)[:14] == own and own[-1] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("chosen", list(itertools.product((0.0, 0.1, 0.5), repeat=3)), ids=str)
+@pytest.mark.parametrize("begun", [True, False], ids=["each after the other ended", "all at once"])
+def test_of_three_extensions_each_runs_at_its_own_rate(chosen, begun):
+    recipe, progress = a_recipe(), Progress()
+    for number, lr in enumerate(chosen):
+        if begun:
+            progress.step, progress.status = 14 + 7 * number, "finished"
+        said = extend(progress, 3 + number, lr, recipe, SAMPLES)
+        rate = f"{lr:g}" if lr else "0.01, the recipe's final one"
+        wanted = f"from step {15 + 7 * number} to {21 + 7 * number} the rate is {rate}"
+        assert said == f"extended to {3 + number} epochs: {wanted}"
+        assert extend(progress, 3 + number, lr, recipe, SAMPLES) == ""  # the same command again
+    found = rates(recipe, progress)
+    for number, lr in enumerate(chosen):
+        assert found[14 + 7 * number : 21 + 7 * number] == [pytest.approx(lr or 0.01)] * 7
+
+
+def test_extensions_that_an_older_version_recorded_go_on_at_the_first_ones_rate():
+    recipe = a_recipe()
+    for first, second in ((0.0, 0.5), (0.5, 0.0), (0.5, 0.1)):
+        old = [{"from_step": 14, "epochs": 3, "lr": first}, {"from_step": 21, "epochs": 4, "lr": second}]
+        progress = Progress(step=28, status="finished", extensions=old)
+        assert rates(recipe, progress)[14:] == [pytest.approx(first or 0.01)] * 14
+        extend(progress, 5, 0.2, recipe, SAMPLES)  # by this version: at its own
+        assert rates(recipe, progress)[14:] == [pytest.approx(first or 0.01)] * 14 + [0.2] * 7
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_steps": 10},
+        {"max_steps": 3},
+        {"epochs": 0, "max_steps": 20},
+        {"schedule": Schedule(final_fraction=0.0)},
+        {"schedule": Schedule(name="step", step_epochs=1)},
+        {"epochs": 8, "schedule": Schedule(final_fraction=0.0)},
+        {"epochs": 0, "max_steps": 20, "schedule": Schedule(final_fraction=0.0)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("status", ["finished", "stopped early"])
+def test_what_is_advised_after_the_end_trains_on(changes, status):
+    recipe = a_recipe(stop=Stop(patience=2), **changes)
+    progress = Progress(status=status, validations_without_best=2)
+    for _ in range(3):
+        end = count_steps(recipe, SAMPLES, progress).end
+        progress.step = end if status == "finished" else end - 1
+        progress.epoch = progress.step // 7
+        words, meaning = way_on(recipe, progress, SAMPLES)
+        assert words[0] == "--epochs" and words[2:3] in ([], ["--lr"])
+        assert ("to the end of its" in meaning) == (status == "stopped early")
+        said = extend(progress, int(words[1]), float(words[3]) if words[2:] else 0.0, recipe, SAMPLES)
+        assert "; the patience of 2 validations without a new best begins anew" in said
+        assert progress.status == "running" and progress.validations_without_best == 0
+        assert progress.step < count_steps(recipe, SAMPLES, progress).end
+        progress.status, progress.validations_without_best = status, 2
+
+
+def test_the_patience_of_a_run_that_goes_on_is_not_begun_anew_by_an_extension():
+    progress = Progress(step=9, validations_without_best=1)
+    assert "anew" not in extend(progress, 3, 0.0, a_recipe(stop=Stop(patience=2)), SAMPLES)
+    assert progress.validations_without_best == 1
+
+
+def test_a_run_that_stopped_in_its_last_step_has_nothing_left_of_its_own():
+    progress = Progress(step=14, status="stopped early")
+    assert extend(progress, 2, 0.0, a_recipe(), SAMPLES) == "" and progress.status == "stopped early"
+    assert way_on(a_recipe(), progress, SAMPLES) == (["--epochs", "4"], "train longer")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "lr", "words"),
+    [
+        (1, 0.0, "--epochs 1: the run stopped early at step 9 of 14; give 2 to go on to its end, or more"),
+        (2, 0.1, "goes on by its own schedule up to there, so --lr 0.1 would not be used; leave it out, or give more"),
+    ],
+)
+def test_what_an_early_stop_does_not_allow_is_refused_by_name(epochs, lr, words):
+    with pytest.raises(UsageError, match=words):
+        extend(Progress(step=9, status="stopped early"), epochs, lr, a_recipe(), SAMPLES)
+
+
+def test_a_rate_of_an_extensions_own_is_no_step_of_the_plateau():
+    recipe = a_recipe(schedule=Schedule(name="plateau", patience=1, warmup_fraction=0), stop=Stop(metric="loss"))
+    progress = Progress(step=14, status="finished", best={"metric": "loss", "value": 0.0, "step": 1, "epoch": 1})
+    for epochs, lr, reductions in ((3, 0.0, 1), (4, 0.5, 1), (5, 0.0, 2)):
+        extend(progress, epochs, lr, recipe, SAMPLES)
+        progress.step, progress.status = 7 * epochs, "finished"
+        record_validation(recipe, progress, {"val/loss": 1.0}, epochs)
+        assert progress.reductions == reductions

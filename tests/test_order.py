@@ -1,6 +1,7 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from finetune.data.order import (
@@ -8,6 +9,7 @@ from finetune.data.order import (
     LARGE_SAMPLES,
     WINDOW_SAMPLES,
     batches_from,
+    count_batches,
     epoch_order,
     key,
     keyed_generator,
@@ -109,3 +111,22 @@ def test_samples_of_two_sets_lie_in_the_same_order_in_both():
     lying = reading_order(whole, 240_000)
     for is_part in (whole % 5 != 0, whole % 5 == 0):  # those that train, those that validate
         assert torch.equal(reading_order(whole[is_part], 240_000), lying[is_part[lying]])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 32])
+@pytest.mark.parametrize("folds", [False, True])
+def test_a_sample_left_over_joins_the_batch_before_it_where_that_is_asked_for(size, folds):
+    for count in range(1, 70):
+        order = torch.arange(count)
+        batches = list(batches_from(order, size, 0, folds))
+        assert torch.equal(torch.cat(batches), order) and len(batches) == count_batches(count, size, folds)
+        sizes = [len(batch) for batch in batches]
+        assert sizes[:-1] == [size] * (len(sizes) - 1)
+        if folds and size > 1 and count > 1:
+            assert 2 <= sizes[-1] <= size + 1
+        position = 0
+        for number, batch in enumerate(batches):  # from wherever a checkpoint stands
+            assert [rest.tolist() for rest in batches_from(order, size, position, folds)] == [
+                rest.tolist() for rest in batches[number:]
+            ]
+            position += len(batch)

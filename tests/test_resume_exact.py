@@ -11,6 +11,7 @@ from conftest import (
     DyingTerminal,
     Killed,
     assert_equal_runs,
+    metrics_lines,
     read,
     resume_in,
     resume_run,
@@ -23,12 +24,17 @@ from PIL import Image
 
 from finetune import Images, Optimizer, RunError, Schedule, Stop, StoppedEarly, Trainable, UsageError
 from finetune.base.signals import StopRequest
+from finetune.cli import main
 from finetune.errors import FinetuneError
+from finetune.listing.found import describe
 from finetune.recipe.execution import Numerics, Settings
+from finetune.report.curves import read_curves
 from finetune.runs import start as begin
 from finetune.runs.start import Machine
+from finetune.store import checkpoint
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.losses import ClassificationTask
+from finetune.training import step as one_step
 from finetune.training.context import RunContext
 
 # Four deaths in the first epoch of seven steps and two in the second.
@@ -134,6 +140,24 @@ def test_a_polite_signal_finishes_the_step_saves_and_the_rest_is_exact(tmp_path,
     assert_equal_runs(run, unbroken)
 
 
+def test_steps_that_fp16_skips_are_counted_logged_as_no_number_and_survive(tmp_path, monkeypatch):
+    real, real_loss = torch.amp.GradScaler, one_step.training_loss
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda _device, enabled: real("cpu", init_scale=2.0**127))
+    monkeypatch.setattr(one_step, "training_loss", lambda *arguments: 20 * real_loss(*arguments))
+    recipe = small_recipe(epochs=1, augment="none")
+    unbroken = train_run(tmp_path / "unbroken", recipe)
+    run = train_with_deaths(tmp_path / "run", recipe, [2, 5])
+    assert_equal_runs(run, unbroken)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in run.metrics_file.read_text().splitlines()]
+    assert lines[0]["train/gradient_norm"] is None
+    assert 0 < read(run)["skipped_steps"] == lines[-2]["train/skipped_steps"] < 7
+    assert "train/loss" in read_curves(run.metrics_file) and describe(run.path).step == 7
+
+
 # ---- What a resume refuses, and says --------------------------------------------------------------------------------
 
 
@@ -152,7 +176,7 @@ def test_an_extension_keeps_the_first_horizon_then_runs_at_the_final_rate(tmp_pa
     assert len(rates) == 14
     assert rates[6:] == [rates[6]] * 8 and rates[6] == pytest.approx(3e-3 * 0.01)
     state = read(run)
-    assert state["scheduler"]["extensions"] == [{"from_step": 7, "epochs": 2, "lr": 0.0}]
+    assert state["scheduler"]["extensions"] == [{"from_step": 7, "epochs": 2, "lr": 0.0, "own_rate": True}]
     assert state["status"] == "finished" and state["step"] == 14
 
 
@@ -167,6 +191,71 @@ def test_an_extension_at_its_own_rate_killed_in_the_middle_is_exact_and_not_forg
     resume_run(run)
     assert_equal_runs(run, unbroken)
     assert read(run)["step"] == 21
+
+
+def lrs(run: RunFolder) -> list[float]:
+    return [line["lr"] for line in metrics_lines(run) if "lr" in line]
+
+
+def test_three_extensions_with_a_thaw_killed_and_rewound_are_exact_each_at_its_rate(tmp_path):
+    rules = (("head", "trainable", 0), ("features.6", "trainable", 3), ("*", "frozen", 0))
+    # Four steps an epoch.
+    recipe = small_recipe(epochs=1, augment="none", trainable=Trainable(rules=rules), batch_size=32)
+    more = [{"epochs": 2}, {"epochs": 4, "lr": 1e-3}, {"epochs": 5, "lr": 2e-3}]
+    unbroken = train_run(tmp_path / "unbroken", recipe)
+    for options in more:
+        resume_run(unbroken, **options)
+    assert lrs(unbroken)[4:] == [pytest.approx(3e-5)] * 4 + [1e-3] * 8 + [2e-3] * 4
+    run, kept = train_run(tmp_path / "run", recipe), tmp_path / "run" / "kept.pt"
+    for options, death in zip(more, (6, 14, 18), strict=True):
+        with pytest.raises(Killed):
+            resume_run(run, die_after_steps=death, **options)
+        if death == 14:
+            shutil.copy(run.latest, kept)
+        resume_run(run)
+    assert any("rewound to kept.pt" in line for line in resume_run(run, from_file=kept))
+    assert read(run)["step"] == 16
+    resume_run(run, **more[2])
+    assert_equal_runs(run, unbroken)
+    assert [event["event"] for event in read(unbroken)["history"]].count("thaw") == 1
+
+
+def test_an_extension_that_an_older_version_began_goes_on_as_it_began_and_says_so(tmp_path):
+    run = train_run(tmp_path / "run", small_recipe(epochs=1, batch_size=32))
+    resume_run(run, epochs=2)
+    with pytest.raises(Killed):
+        resume_run(run, epochs=3, lr=0.1, die_after_steps=10)
+    state = checkpoint.read_checkpoint(run.latest, run.read_recipe().id)
+    for extension in state.progress.extensions:
+        del extension["own_rate"]
+    checkpoint.write_checkpoint(run.checkpoints, state, is_best=False, keep=2)
+    said = resume_run(run)
+    assert any(
+        line.startswith("up to epoch 3 at the recipe's final rate, not at 0.1: an older version") for line in said
+    )
+    assert lrs(run)[9:] == [pytest.approx(3e-5)] * 3
+
+
+def test_what_is_printed_after_an_early_stop_is_typed_and_trains_on(tmp_path, capfd):
+    words = ["vgg_head", "--lr", "0.3", "--stop-metric", "loss", "--patience", "2", "--validate-every-steps", "2"]
+    words += ["--epochs", "4", "--train-samples", "100", "--batch-size", "16", "--device", "cpu", "--track", "none"]
+    run = RunFolder(tmp_path / "run")
+    assert main([*words, "--no-report", "--run", str(run.path)]) == 0
+
+    def advised() -> str:
+        return next(line.strip() for line in capfd.readouterr().out.splitlines() if "finetune resume" in line)
+
+    first = read(run)
+    assert first["status"] == "stopped early" and first["step"] < 20
+    advice = advised().partition("  ")[0]
+    assert advice == f"finetune resume {run} --epochs 4"
+    assert main(["resume", str(run.path)]) == 0  # without it nothing trains, and that is said
+    assert advised().endswith(f"to go on to the end of its 4 epochs, the patience begun anew: {advice}")
+    assert main([*advice.split()[1:], "--device", "cpu"]) == 0
+    second = read(run)
+    assert second["step"] > first["step"]
+    assert [one["event"] for one in second["history"]] == ["start", "patience", "resume"]
+    assert "the patience of 2 validations without a new best begins anew" in capfd.readouterr().out
 
 
 def test_fewer_epochs_than_there_are_is_refused(tmp_path):

@@ -61,6 +61,16 @@ __all__ = [
 # What follows imports torch when it is called, not before.
 
 
+def _import_unnoticed() -> None:
+    """Import what is needed: some of it draws from Python's random numbers, which are the caller's."""
+    import random
+
+    state = random.getstate()
+    from finetune import api  # noqa: F401
+
+    random.setstate(state)
+
+
 def load(path: "str | Path") -> "nn.Module":
     """The model of an export, rebuilt and in eval mode; see `finetune.export.load.load`."""
     from finetune.export.load import load as load_export
@@ -78,6 +88,7 @@ def fit(
     **options: object,
 ) -> "FinishedRun":
     """Train a recipe; see `finetune.api.fit`."""
+    _import_unnoticed()
     from finetune import api
 
     return api.fit(recipe, run, name=name, trackers=trackers, stop=stop, **options)
@@ -87,6 +98,7 @@ def resume(
     run: "str | Path" = "", *, trackers: Sequence[object] = (), stop: StopRequest | None = None, **options: object
 ) -> "FinishedRun":
     """Go on with a run; see `finetune.api.resume`."""
+    _import_unnoticed()
     from finetune import api
 
     return api.resume(run, trackers=trackers, stop=stop, **options)

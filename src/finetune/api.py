@@ -4,12 +4,14 @@ import dataclasses
 import difflib
 import html
 import json
+import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from finetune import commands
 from finetune.base.events import Best
 from finetune.base.formatting import best_text
 from finetune.base.signals import StopRequest
@@ -44,8 +46,8 @@ class FinishedRun:
     def report(self) -> Path:
         return self.folder / "report.html"
 
-    def validations(self) -> list[dict[str, float]]:
-        """A dict each: step, epoch, train/epoch_loss, val/loss, val/accuracy, ..."""
+    def validations(self) -> list[dict[str, float | None]]:
+        """A dict each: step, epoch, train/epoch_loss, val/loss, val/accuracy, ...; None = no finite number."""
         lines = []
         for text in (self.folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):  # a line that a kill has torn
@@ -130,8 +132,6 @@ def fit(
         )
     given = _given(RunOptions, "RECIPE", run, {"resume": bool(run)} | options)
     _check_handed_in(trackers, stop)
-    from finetune import commands
-
     return commands.train(name, (), recipe, given, [], _conclude, trackers=trackers, stop=stop)
 
 
@@ -154,8 +154,6 @@ def resume(
     """
     given = _given(ResumeOptions, "resume", run, options)
     _check_handed_in(trackers, stop)
-    from finetune import commands
-
     return commands.resume(given, _conclude, trackers=trackers, stop=stop)
 
 
@@ -190,7 +188,12 @@ def _given(kind: type[Options], command: str, run: str | Path, options: dict[str
             words += [f"--{option}={one}" for one in value]
         elif value is not None:
             words.append(f"--{option}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}")
-    return dataclasses.replace(parse(kind, command, "", words), run=str(run))
+    state = random.getstate()
+    try:
+        parsed = parse(kind, command, "", words)
+    finally:
+        random.setstate(state)  # the parser draws from these numbers, which are the caller's
+    return dataclasses.replace(parsed, run=str(run))
 
 
 def _conclude(context: "RunContext", progress: "Progress") -> FinishedRun:

@@ -31,6 +31,7 @@ from finetune.errors import (
     is_out_of_memory,
     one_line,
     reader_is_gone,
+    say_nothing_of_large_images,
 )
 from finetune.options import (
     CacheOptions,
@@ -337,6 +338,7 @@ def run() -> NoReturn:
         if getattr(sys, name) is None:  # closed by whoever started us, as by `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
     exit_on_signals()
+    say_nothing_of_large_images()
     try:
         code = main()
     except SystemExit as end:  # help was asked for

@@ -22,7 +22,7 @@ from finetune.recipe.execution import Machine, Numerics, Settings, asked_config,
 from finetune.recipe.scripts import local_modules
 from finetune.recipe.serialize import differences
 from finetune.recipe.spec import Recipe
-from finetune.store.run_folder import newest_unfinished
+from finetune.store.run_folder import newest_unfinished, peek
 from finetune.watch.remote_trackers import check_notify_urls, check_services, notify_urls
 
 if TYPE_CHECKING:
@@ -155,19 +155,21 @@ def resume(
 
 def finish(context: "RunContext", progress: "Progress") -> None:
     """Say how it ended and what to type next. The last line is the run folder, for scripts."""
+    from finetune.store.steps import way_on
+
     run, terminal = context.run, context.terminal
     terminal.say(f"\n{progress.status}: {best_text(progress.best)}")
     terminal.say("\nnext:")
-    longer = 2 * max(progress.epoch, 1)
+    recipe, _ = split_config(run.read_recipe().config)
+    words, meaning = way_on(recipe, progress, peek(run.latest).data.train_samples)
     hints = {}
     if run.report_file.exists():
         hints[str(run.report_file)] = "how it went and how good it is: open it in a browser"
     hints |= {
         f"finetune export {run}": "weights that other programs load",
         f"finetune evaluate {run}": "figures by class, confusion matrix",
-        f"finetune resume {run} --epochs {longer}": "train longer; after a crash, without --epochs",
+        " ".join(["finetune resume", str(run), *words]): f"{meaning}; after a crash, without {words[0]}",
     }
-    recipe, _ = split_config(run.read_recipe().config)
     if recipe.data.place == "digits":
         hints["finetune vgg_head --images FOLDER"] = "your own images, one sub-folder a class"
     if recipe.data.place == "messages":
@@ -242,7 +244,7 @@ def evaluate_run(options: EvaluateOptions) -> int:
     workers = check_workers(options.workers)
     with open_run(options.run, _say_aside, writes=False) as run:
         place = options.images or options.texts
-        figures = evaluate(run, options.from_, place, options.table, options.device, workers)
+        figures = evaluate(run, options.from_, place, options.table, options.device, workers, _say_aside)
     if options.json:
         print(json_line(figures))
     else:

@@ -1,6 +1,7 @@
 """What a user can be told: each error is one line that says what, the value, what is allowed and what to do."""
 
 import errno
+import warnings
 from collections.abc import Sequence
 
 
@@ -38,13 +39,16 @@ class RunError(FinetuneError):
     exit_code = 1
 
 
-# How torch's allocators say it, and oneDNN.
+# How torch's allocators say it, oneDNN, and CUDA's libraries, which need memory of their own.
 OUT_OF_MEMORY_WORDS = (
     "can't allocate memory",
     "not enough memory",
     "bad_alloc",
     "out of memory",
     "could not create a primitive",
+    "ALLOC_FAILED",
+    "unable to find an engine",
+    "Unable to find a valid cuDNN algorithm",
 )
 
 
@@ -53,6 +57,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+
+
+def say_nothing_of_large_images() -> None:
+    """In a process of our own: PIL's warning of a large photo is none; it still refuses what would fill the memory."""
+    warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
 
 
 def one_line(error: BaseException, length: int = 200) -> str:

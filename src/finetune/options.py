@@ -89,9 +89,10 @@ class ResumeOptions(SettingOptions, MachineOptions):
     run: Annotated[str, tyro.conf.Positional] = ""
     """The run's folder or URL; default: the newest unfinished below runs/."""
     epochs: int = 0
-    """Train to so many epochs in all: the schedule keeps its first horizon, then the rate is constant."""
+    """Train to so many epochs in all: the schedule keeps its first horizon, then the rate is constant. After an early
+    stop also the number that the run has: it goes on to that end, the patience begun anew."""
     lr: float = 0.0
-    """Learning rate behind that horizon; default: the recipe's final one."""
+    """Learning rate of what is added; default: the recipe's final one."""
     from_: Annotated[str, tyro.conf.arg(name="from")] = ""
     """Rewind to this checkpoint first; later ones move to superseded/."""
     images: str = ""

@@ -12,6 +12,8 @@ from finetune.errors import UsageError
 
 # torch makes this a property of the module, which no type checker knows.
 FILLS = "fill_uninitialized_memory"
+# What makes cuBLAS deterministic; torch looks at it before each call.
+CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,7 +39,7 @@ def pick_device(name: str) -> torch.device:
 def set_numerics(is_deterministic: bool) -> None:
     """Deterministic algorithms or fast ones. Must come before CUDA starts."""
     if is_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault(CUBLAS_VARIABLE, ":4096:8")
         # Filling fresh memory would only help against reading what was never written, and costs time.
         setattr(deterministic, FILLS, False)
     torch.use_deterministic_algorithms(is_deterministic)
@@ -46,16 +48,21 @@ def set_numerics(is_deterministic: bool) -> None:
 
 @contextlib.contextmanager
 def numerics_put_back() -> Iterator[None]:
-    """What `set_numerics` sets within the block is afterwards as it was, but for CUDA's own workspace."""
+    """What `set_numerics` sets within the block is afterwards as it was."""
     was_on = torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, fills = torch.backends.cudnn.benchmark, getattr(deterministic, FILLS)
+    workspace = os.environ.get(CUBLAS_VARIABLE)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
         torch.backends.cudnn.benchmark = benchmark
         setattr(deterministic, FILLS, fills)
+        if workspace is None:
+            os.environ.pop(CUBLAS_VARIABLE, None)
+        else:
+            os.environ[CUBLAS_VARIABLE] = workspace
 
 
 def to_device(inputs: Tensor, device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 """Names that others gave to files and classes, and numbers, as a person reads them in a terminal."""
 
 import json
+import math
 import re
 import sys
 import unicodedata
@@ -38,10 +39,19 @@ def best_text(best: Best) -> str:
     return f"best validation {best['metric']} {number_text(best['value'])} in epoch {best['epoch']}"
 
 
+def finite(value: object) -> object:
+    """A value with null in the place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def json_line(value: object) -> str:
     """A value as one line of JSON for standard output: nothing in it moves a cursor, names stay readable."""
     # Another encoding could not show every name, and what it shows instead would be no JSON.
-    text = json.dumps(value, ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8")
+    text = json.dumps(finite(value), ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8")
     # JSON leaves some characters as they are that a terminal obeys.
     return "".join(one if is_printable(one) else json.dumps(one)[1:-1] for one in text)
 

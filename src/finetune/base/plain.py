@@ -165,8 +165,9 @@ def _take(kind: object, fields: Fields, name: str) -> object:
 
 
 def _entries(kind: type, fields: Fields) -> Plain:
-    """The entries of a TypedDict: all of them, or none where it may be empty."""
-    kinds = typing.get_type_hints(kind)
+    """The entries of a TypedDict: all but those marked as not required, or none where it may be empty."""
+    kinds, marked = typing.get_type_hints(kind), typing.get_type_hints(kind, include_extras=True)
     if not fields.plain and not getattr(kind, "__required_keys__", ()):
         return {}
-    return {key: _take(one, fields, key) for key, one in kinds.items()}
+    may_lack = {key for key, one in marked.items() if typing.get_origin(one) is typing.NotRequired}
+    return {key: _take(one, fields, key) for key, one in kinds.items() if key in fields or key not in may_lack}

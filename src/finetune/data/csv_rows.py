@@ -10,7 +10,7 @@ from typing import TextIO
 from finetune.errors import UsageError
 
 # A long text is one value.
-csv.field_size_limit(1 << 26)
+LARGEST_FIELD = 1 << 26
 QUOTE = '"'
 # Values that are remembered of a column, to know a row by.
 MOST_VALUES, LONGEST_VALUE = 10_000, 100
@@ -51,7 +51,7 @@ def csv_rows(path: Path, stream: TextIO, quotes: str) -> Iterator[tuple[int, dic
     standard = read(quoting=csv.QUOTE_NONE) if letters else read()
     begins = 1  # where the row begins: one that is never closed is read to the end of the file
     try:
-        names = [name.strip() for name in next(standard, [])]
+        names = [name.strip() for name in _next(standard) or []]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise UsageError(f"{path}: has several columns called {repeated[0]!r}; rename all but one")
         suspicion = _Suspicion(delimiter, len(names))
@@ -60,7 +60,7 @@ def csv_rows(path: Path, stream: TextIO, quotes: str) -> Iterator[tuple[int, dic
         while True:
             begins = lines.number + 1
             lines.newest.clear()
-            row = next(records, None)
+            row = _next(records)
             if row is None:
                 if quotes == "auto":
                     suspicion.check(path)
@@ -78,6 +78,15 @@ def csv_rows(path: Path, stream: TextIO, quotes: str) -> Iterator[tuple[int, dic
     except csv.Error as error:
         swallowed = "" if letters else f"; {SAYS}"
         raise UsageError(f"{path} line {begins}: {error}; check the quotes from there on{swallowed}") from None
+
+
+def _next(records: Iterator[list[str]]) -> list[str] | None:
+    """The next row; None at the end. The limit for a value is one for all of the process: it is put back."""
+    before = csv.field_size_limit(LARGEST_FIELD)
+    try:
+        return next(records, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 class _Suspicion:

@@ -6,7 +6,6 @@ import io
 import mimetypes
 import os
 import stat
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -42,8 +41,6 @@ NO_IMAGES = (
     ".yml",
 )
 LARGEST_FILE_BYTES = 1 << 30
-# A large photo is no reason to warn; PIL still refuses what would fill the memory.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BrokenImage(RunError):

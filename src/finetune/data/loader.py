@@ -15,7 +15,7 @@ from finetune.data.batch import Batch, Request
 from finetune.data.contents import Contents
 from finetune.data.images import ImagePipeline
 from finetune.data.texts import TextPipeline
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, say_nothing_of_large_images
 
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
 
@@ -45,6 +45,7 @@ class _Requests:
 
 
 def _prepare_worker(_worker: int) -> None:
+    say_nothing_of_large_images()
     # Ctrl-C reaches the whole process group; only the run decides what to do about it.
     for name in ("SIGINT", "SIGUSR1", "SIGHUP", "SIGBREAK"):
         if hasattr(signal, name):

@@ -84,10 +84,23 @@ def side_by_side(order: Tensor, lengths: Tensor, batch_size: int) -> Tensor:
     return torch.cat(blocks) if blocks else order
 
 
-def batches_from(order: Tensor, batch_size: int, position_samples: int = 0) -> Iterator[Tensor]:
-    """The index batches of an epoch from `position_samples` on; the last one may be smaller."""
+def batches_from(order: Tensor, batch_size: int, position_samples: int = 0, folds: bool = False) -> Iterator[Tensor]:
+    """The index batches of an epoch from `position_samples` on; the last one may be smaller.
+
+    Args:
+        folds: a last batch of one sample joins the one before it.
+    """
     for start in range(position_samples, len(order), batch_size):
+        if folds and batch_size > 1 and start + batch_size + 1 == len(order):
+            yield order[start:]
+            return
         yield order[start : start + batch_size]
+
+
+def count_batches(samples: int, batch_size: int, folds: bool = False) -> int:
+    """How many batches an epoch has."""
+    has_left_over = folds and samples > batch_size > 1 and samples % batch_size == 1
+    return -(-samples // batch_size) - has_left_over
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from finetune.models import hub, text_encoders
 from finetune.models.heads import NO_HEAD
 from finetune.models.snippets import folder_lines, is_stock
 from finetune.store.run_folder import RunFolder
+from finetune.store.state import generators_put_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +63,7 @@ class FolderReport:
         )
 
 
+@generators_put_back()
 def export_folder(run: RunFolder, which: str, output: Path, half: bool) -> FolderReport:
     """Write a checkpoint as a folder for transformers, load it again and compare.
 

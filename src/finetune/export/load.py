@@ -15,6 +15,7 @@ from finetune.models.backbones import backbone_of_export
 from finetune.models.heads import find_head, plain_head, replaced_layers
 from finetune.models.weights import load_state, read_weights
 from finetune.recipe.spec import TASKS
+from finetune.store.state import generators_put_back
 
 SCHEMA_VERSION = 3
 # From the schema that is the key to the next one; 3 is the first that outlives a version of the kit.
@@ -44,6 +45,7 @@ def read_description(file: Path) -> dict[str, Any]:
     return description
 
 
+@generators_put_back()
 def rebuild(description: dict[str, Any], tensors: dict[str, Tensor], source: str) -> nn.Module:
     """The network that a description names, with these tensors; in eval mode, on the CPU.
 

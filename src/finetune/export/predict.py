@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from finetune.base.device import module_to_device, pick_device, to_device
 from finetune.base.formatting import json_line, printable
+from finetune.base.halves import freeing, in_halves
 from finetune.data.inputs import ImageInputs, TextInputs, image_files, texts_in
 from finetune.data.tokens import Tokenization
 from finetune.errors import UsageError
@@ -61,13 +62,15 @@ def predict(
     else:
         samples = ImageInputs(image_files(inputs, image_column, allow_outside, say), preprocessing)
     write = csv_writer(samples.fields, min(top_k, len(classes))) if as_csv else write_json_line
-    failed = 0
+    failed = halvings = 0
     with progress_bar() as bar:
         shown = bar.add_task("", total=samples.count)
         for batch in samples.batches(batch_size):
             outputs = iter(())
             if batch.inputs is not None:
-                outputs = iter(compute(model, to_device(batch.inputs, device), task))
+                attempt = partial(compute, model, batch.inputs, task, device)
+                found, halvings = in_halves(attempt, len(batch.inputs), halvings, freeing(device, _say_aside))
+                outputs = iter(found)
             for where, error in zip(batch.where, batch.errors, strict=True):
                 if error:
                     failed += 1
@@ -95,10 +98,23 @@ def progress_bar() -> Progress:
     )
 
 
+def _say_aside(text: str) -> None:
+    """Where standard output is for the lines."""
+    print(f"finetune: {text}", file=sys.stderr)
+
+
 @torch.inference_mode()
-def compute(model: nn.Module, inputs: Tensor, task: Task) -> Tensor:
-    """(batch, classes) probabilities, of several labels each on its own; or (batch,) numbers; on the CPU."""
-    outputs = model(inputs)
+def compute(model: nn.Module, inputs: Tensor, task: Task, device: torch.device, halvings: int = 0) -> Tensor:
+    """(batch, classes) probabilities, of several labels each on its own; or (batch,) numbers; on the CPU.
+
+    Args:
+        halvings: of the batch that is computed at once.
+    """
+    parts = inputs.split(max(1, len(inputs) >> halvings))
+    return torch.cat([_decided(model(to_device(part, device)), task) for part in parts])
+
+
+def _decided(outputs: Tensor, task: Task) -> Tensor:
     if isinstance(task, RegressionTask):
         return task.values(outputs).cpu()
     assert isinstance(task, Classifying), "nothing else predicts"

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.base.files import TEMPORARY_SUFFIX, write_atomically, write_json
+from finetune.base.formatting import finite
 from finetune.data.tokens import Tokenization, tokenizer_folder
 from finetune.errors import RunError, UsageError
 from finetune.export.load import SCHEMA_VERSION, read_description, rebuild
@@ -25,6 +26,7 @@ from finetune.models.snippets import is_stock, loading_lines
 from finetune.models.weights import read_weights
 from finetune.store.checkpoint import read_checkpoint
 from finetune.store.run_folder import RunFolder
+from finetune.store.state import generators_put_back
 
 FORMATS = (".pt", ".safetensors", ".onnx")
 # Another runtime has other kernels.
@@ -67,6 +69,7 @@ class ExportReport:
         return "\n".join(lines) + self.stock_lines
 
 
+@generators_put_back()
 def export(run: RunFolder, which: str, output: Path) -> ExportReport:
     """Write the weights of a checkpoint for other programs, load them again and compare.
 
@@ -127,7 +130,7 @@ def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
         },
         "preprocessing": preprocessing.to_plain(),
         "preprocessing_text": how,
-        "metrics": state.progress.last_validation,
+        "metrics": finite(state.progress.last_validation),
         "checkpoint": {"which": which, "step": state.progress.step},
         "source_run": run.path.resolve().name,
         "precision_trained": trained.numerics.precision,

@@ -1,8 +1,8 @@
 """Kept features: the frozen prefix runs once over the samples, its rows lie in a file, and training reads them.
 
 The pass is cut into fixed batches of the sorted samples, broken ones included, so that a row comes out the same in
-every bit whether it is computed at first, after a kill, or again because its block was damaged. Within a block, texts
-of about equal length are in one batch.
+every bit whether it is computed at first, after a kill, or again because its block was damaged. Where memory runs out
+the batches are smaller, and the rows are others. Within a block, texts of about equal length are in one batch.
 """
 
 import hashlib
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from finetune.base.formatting import parse_size, size_text
+from finetune.base.halves import freeing, in_halves
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
 from finetune.data.batch import Batch, Request
 from finetune.data.loader import Loader
 from finetune.data.order import WINDOW_SAMPLES, reading_order, shuffles_in_blocks
 from finetune.data.source import FileSource, Source
-from finetune.errors import RunError
+from finetune.errors import RunError, is_out_of_memory
 from finetune.features.cache import Entry, disk_limit, entry
 from finetune.features.feature_file import BATCH_ROWS, Layout, RowFile, RowReader, written_blocks
 
@@ -80,12 +81,13 @@ class KeptRows:
 
     Attributes:
         samples: (rows,) int64 sample indices, in the order of the rows.
+        batch_rows: how many are computed at once, which shows in their last bits.
         view: number of the augmented view, or None for the plain images.
         broken: samples that could not be read.
     """
 
-    def __init__(self, run: Pass, samples: Tensor, view: int | None):
-        self.run, self.samples, self.view = run, samples, view
+    def __init__(self, run: Pass, samples: Tensor, view: int | None, batch_rows: int = BATCH_ROWS):
+        self.run, self.samples, self.view, self.batch_rows = run, samples, view, batch_rows
         about = run.about if view is None else f"{run.about}, view {view + 1}"
         self.layout = Layout(len(samples), run.width, run.dtype, about)
         self.entry: Entry = entry(self._key())
@@ -96,7 +98,7 @@ class KeptRows:
 
     def _key(self) -> str:
         chosen = hashlib.sha256(self.samples.numpy().astype("<i8").tobytes()).hexdigest()
-        rows = {"block": self.layout.block_rows, "batch": BATCH_ROWS, "type": str(self.layout.dtype)}
+        rows = {"block": self.layout.block_rows, "batch": self.batch_rows, "type": str(self.layout.dtype)}
         parts = {**self.run.identity, "schema": SCHEMA, "rows": rows, "samples": chosen, "view": self.view}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -208,7 +210,7 @@ class KeptRows:
             rows = torch.arange(numbers.start, numbers.stop)
             if self.run.lengths is not None:
                 rows = rows[self.run.lengths[self.samples[rows]].argsort(stable=True)]
-            yield from torch.split(rows, BATCH_ROWS)
+            yield from torch.split(rows, self.batch_rows)
 
     def _digest_of_broken(self, index: int, reason: str) -> int:
         """Of a file that cannot be decoded, to know it again; `UNREADABLE` where it cannot even be read.
@@ -238,12 +240,14 @@ class Features:
     Args:
         parts: sorted samples by view.
         train_samples: how many an epoch goes through.
+        halvings: of the batch that is computed at once.
     """
 
-    def __init__(self, run: Pass, parts: dict[int | None, Tensor], train_samples: int):
-        self._run = run
+    def __init__(self, run: Pass, parts: dict[int | None, Tensor], train_samples: int, halvings: int = 0):
+        self._run, self.halvings, batch_rows = run, halvings, max(1, BATCH_ROWS >> halvings)
         self._parts = {
-            view: KeptRows(run, reading_order(samples, train_samples), view) for view, samples in parts.items()
+            view: KeptRows(run, reading_order(samples, train_samples), view, batch_rows)
+            for view, samples in parts.items()
         }
         self._resources = ExitStack()
         # The order jumps about within a window of training samples; between those lie the samples that validate.
@@ -294,14 +298,12 @@ class Features:
                         self._resources.enter_context(part.entry.in_use())
                         locks.enter_context(part.entry.filling(waits))
                 self._fill(terminal, stop)
-        except CannotKeep:
+        except BaseException as error:
             self.close()
-            for part in new:
+            # Nobody would go on with what cannot be finished.
+            for part in new if isinstance(error, CannotKeep) or is_out_of_memory(error) else ():
                 with suppress(OSError):
                     part.entry.clear()
-            raise
-        except BaseException:
-            self.close()
             raise
         finally:
             self._run.loader.close()
@@ -346,6 +348,40 @@ class Features:
 
     def close(self) -> None:
         self._resources.close()
+
+
+def filled(
+    run: Pass,
+    parts: dict[int | None, Tensor],
+    train_samples: int,
+    limit: str,
+    device: torch.device,
+    terminal: Terminal,
+    stop: StopRequest,
+    halvings: int = 0,
+) -> Features:
+    """The rows of all samples, computed where they are missing; with fewer samples at once where memory runs out.
+
+    Args:
+        parts, train_samples: see `Features`.
+        limit: see `Features.check_size`.
+        halvings: of the batch, to begin with: as many as a run that goes on had.
+
+    Raises:
+        CannotKeep: there is no room for them.
+        StoppedEarly: asked for; whole blocks are kept.
+        RunError: not even one sample at a time fits.
+    """
+
+    def attempt(halvings: int) -> Features:
+        features = Features(run, parts, train_samples, halvings)
+        features.check_size(limit)
+        features.fill(terminal, stop)
+        return features
+
+    note = "; the pass begins anew, as that shows in a row's last bits"
+    features, _ = in_halves(attempt, BATCH_ROWS, halvings, freeing(device, terminal.say), note=note)
+    return features
 
 
 def _waiting(terminal: Terminal, stop: StopRequest) -> Callable[[], None]:

@@ -1,10 +1,9 @@
 """What is said of one run in a table or in JSON."""
 
 import datetime
-import math
 import time
 
-from finetune.base.formatting import number_text, printable
+from finetune.base.formatting import finite, number_text, printable
 from finetune.listing.found import FoundRun
 
 STATE_STYLES = {"running": "bold green", "resumable": "yellow", "new": "yellow", "damaged": "bold red"}
@@ -28,15 +27,6 @@ def to_plain(run: FoundRun) -> dict[str, object]:
         "size_bytes": run.size_bytes,
         "changed": local_time_text(run.changed),
     }
-
-
-def finite(value: object) -> object:
-    """A value without the numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def local_time_text(seconds: float) -> str | None:

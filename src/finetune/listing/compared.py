@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.base.formatting import duration_text, number_text, printable, size_text, value_text
-from finetune.listing.cells import STATE_STYLES, ago_text, best_cell, epochs_text, finite, to_plain
+from finetune.base.formatting import duration_text, finite, number_text, printable, size_text, value_text
+from finetune.listing.cells import STATE_STYLES, ago_text, best_cell, epochs_text, to_plain
 from finetune.listing.found import FoundRun, differing, is_plain_file
 from finetune.recipe.spec import LOWER_IS_BETTER
 from finetune.report.curves import read_curves

@@ -81,6 +81,12 @@ class FreezeMap:
         rule = self._rule_of(path)
         return rule is not None and rule.trainable and epoch >= rule.from_epoch
 
+    @property
+    def learns_statistics(self) -> bool:
+        """Whether BatchNorm layers go on learning theirs, from the beginning or from a thaw on."""
+        rules = (self._rule_of(path) for path, one in self.module.named_modules() if isinstance(one, _BatchNorm))
+        return self.batchnorm and any(rule is not None and rule.trainable for rule in rules)
+
     def _rule_of(self, path: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.pattern == "*" or _matches(rule.pattern, path)), None)
 

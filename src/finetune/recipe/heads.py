@@ -86,7 +86,8 @@ class Training:
         label_smoothing: share of the target that is spread over all classes.
         class_weights: "balanced" = each class weighs the same, however many samples it has.
         clip_norm: the gradient's largest norm; 0 = no clipping.
-        accumulate: compute each batch in so many parts, to save memory; the step is the same.
+        accumulate: compute each batch in so many parts, to save memory; the step is the same (here BatchNorm does not
+            learn).
         patience: stop after so many validations without a new best; 0 = never.
         stop_metric: of the validation set; decides which checkpoint is best: accuracy (auto), f1 or loss; of numbers
             loss (auto), mae or r2.

@@ -252,7 +252,8 @@ class Optimizer:
         weight_decay: for weight matrices; biases and normalisation layers get none.
         momentum: where the optimizer has one.
         clip_norm: the gradient's largest norm; 0 = no clipping.
-        accumulate: a batch is computed in so many parts; the result is that of the whole batch.
+        accumulate: a batch is computed in so many parts; the result is that of the whole batch, but where BatchNorm
+            learns, which it does from each part by itself.
     """
 
     name: str = "adamw"
@@ -304,6 +305,8 @@ class Recipe:
         epochs: passes over the training data; 0 = as many as `max_steps` need.
         max_steps: end after so many optimizer steps even within an epoch; 0 = no limit.
         validate_every_steps: validate also every so many steps; 0 = at the end of each epoch only.
+        last_batch: of an epoch, where one sample is left over and BatchNorm may learn, which needs two: "fold" = it
+            joins the batch before it, and no part of a batch is one sample; "alone" = nothing of that.
     """
 
     model: Model
@@ -318,9 +321,15 @@ class Recipe:
     batch_size: int = 64
     validate_every_steps: int = 0
     seed: int = 0
+    last_batch: str = named("fold", before="alone")
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    @property
+    def folds(self) -> bool:
+        """Whether no sample is left alone in its batch."""
+        return self.trainable.batchnorm and self.last_batch == "fold"
 
     @property
     def best_metric(self) -> str:
@@ -365,6 +374,7 @@ def check_ranges(recipe: Recipe) -> None:
         ("batch-size", recipe.batch_size, recipe.batch_size >= 1, "1 or more"),
         ("validate-every-steps", recipe.validate_every_steps, recipe.validate_every_steps >= 0, "0 or more"),
         ("seed", recipe.seed, recipe.seed >= 0, "0 or more"),
+        ("last-batch", recipe.last_batch, recipe.last_batch in ("fold", "alone"), "fold or alone"),
         ("train-samples", data.train_samples, data.train_samples >= 0, "0 (all) or more"),
         ("validation-fraction", data.validation_fraction, 0 < data.validation_fraction < 1, "between 0 and 1"),
         ("dropout", recipe.model.dropout, 0 <= recipe.model.dropout < 1, "0 up to, not including, 1"),

@@ -13,6 +13,7 @@ from finetune.models.heads import NO_HEAD
 from finetune.models.snippets import folder_lines, is_stock, loading_lines
 from finetune.recipe.execution import split_config
 from finetune.report.data import NOT_AS_WRITTEN, Checkpoint, RunData
+from finetune.store.steps import way_on
 
 WITH_KIT = "with this kit, after finetune export"
 
@@ -42,9 +43,9 @@ def commands_of(data: RunData) -> list[Command]:
     """Repeat, resume; where there is something to judge and to export, also that."""
     run, checkpoint = str(data.run), data.checkpoint
     commands = [Command(*_repeat(data))]
-    if checkpoint is not None and checkpoint.status != "running":
-        longer = str(2 * max(checkpoint.epoch, 1))
-        commands.append(Command(typed(["finetune", "resume", run, "--epochs", longer]), "train longer"))
+    if checkpoint is not None and checkpoint.progress.status != "running":
+        words, meaning = _longer(data, checkpoint)
+        commands.append(Command(typed(["finetune", "resume", run, *words]), meaning))
     else:
         commands.append(Command(typed(["finetune", "resume", run]), "go on where it stopped, bit for bit"))
     if not data.best:
@@ -61,6 +62,14 @@ def commands_of(data: RunData) -> list[Command]:
         words = ["finetune", "predict", str(data.run.path / "model.pt"), inputs]
         commands.append(Command(typed(words), "use the export"))
     return commands
+
+
+def _longer(data: RunData, checkpoint: Checkpoint) -> tuple[list[str], str]:
+    try:
+        recipe, _ = split_config(data.config)
+    except FinetuneError:  # of another version, or edited
+        return ["--epochs", str(2 * max(checkpoint.progress.epoch, 1))], "train longer"
+    return way_on(recipe, checkpoint.progress, checkpoint.train_samples)
 
 
 def _repeat(data: RunData) -> tuple[str, str]:

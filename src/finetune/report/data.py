@@ -1,21 +1,22 @@
 """What the files of a run say, gathered for its report; nothing is drawn here, and nothing is trusted."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.base.events import Best
 from finetune.base.files import BadFile, read_json
 from finetune.base.plain import Fields, Plain
-from finetune.errors import RunError
+from finetune.data.order import count_batches
+from finetune.errors import FinetuneError, RunError
+from finetune.recipe.execution import split_config
 from finetune.recipe.spec import LOWER_IS_BETTER
 from finetune.report.curves import Curve, read_curves
 from finetune.store.checkpoint import LATEST, newest_good
 from finetune.store.run_folder import RunFolder, RunRecord, peek
-from finetune.store.state import CheckpointState
+from finetune.store.state import CheckpointState, Progress
 from finetune.tasks.evaluation import ClassRow, EvaluationRecord
 
-EVENTS = ("resume", "extend", "thaw")
+EVENTS = ("resume", "extend", "patience", "thaw")
 NOT_AS_WRITTEN = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError)
 
 
@@ -44,18 +45,14 @@ class Checkpoint:
     """Of the newest checkpoint, what a report says.
 
     Attributes:
-        status: "running", "finished" or "stopped early".
-        best: the best validation, if there was one.
+        progress: how far the run is.
         frozen_tensors, trained_tensors: how many parameters of the network.
         trained_parameters: numbers in the latter.
         outputs: numbers that the network gives for a sample.
         backbone: as `Backbone.to_plain` gives it.
     """
 
-    step: int
-    epoch: int
-    status: str
-    best: Best
+    progress: Progress
     events: list[Event]
     classes: list[str]
     outputs: int
@@ -76,10 +73,7 @@ def _checkpoint_of(state: CheckpointState, run_id: str) -> Checkpoint:
     progress, data = state.progress, state.data
     trained = state.frozen.trainable
     return Checkpoint(
-        progress.step,
-        progress.epoch,
-        progress.status,
-        progress.best,
+        progress,
         _events(progress.history),
         data.classes,
         data.outputs,
@@ -106,6 +100,8 @@ def _events(history: Sequence[Plain]) -> list[Event]:
 def _event_text(event: Fields) -> str:
     if event.text("event") == "thaw":
         return "thawed: more of the network trains from here on"
+    if event.text("event") == "patience":
+        return "gone on with after an early stop: the patience began anew"
     if event.text("event") == "extend":
         lr = event.number("lr") if "lr" in event else 0.0
         return f"extended to {event.integer('epochs')} epochs{f', lr {lr:g}' if lr else ''}"
@@ -196,7 +192,7 @@ def _best_validation(
         found = _validation_from_plain(plain, checkpoint.classes if checkpoint else None)
     except (BadFile, *NOT_AS_WRITTEN):
         raise BadFile(f"validation of the run {path} is not as finetune writes it; restore it, or delete it") from None
-    best_step = checkpoint.best.get("step") if checkpoint else None
+    best_step = checkpoint.progress.best.get("step") if checkpoint else None
     if found.step == best_step:
         return found, []
     of_best = f"that of the best checkpoint was at step {best_step:,}" if best_step else "no checkpoint holds it"
@@ -233,7 +229,7 @@ class RunData:
     @property
     def best(self) -> Best:
         """The best validation, if there was one."""
-        return self.checkpoint.best if self.checkpoint else Best()
+        return self.checkpoint.progress.best if self.checkpoint else Best()
 
     @property
     def events(self) -> list[Event]:
@@ -248,10 +244,13 @@ class RunData:
     @property
     def steps_per_epoch(self) -> int:
         """0 = not known."""
-        size = self.config.get("batch_size")
-        if self.checkpoint is None or not isinstance(size, int) or size < 1:
+        try:
+            recipe, _ = split_config(self.config)
+        except FinetuneError:  # of another version, or edited
             return 0
-        return math.ceil(self.checkpoint.train_samples / size)
+        if self.checkpoint is None:
+            return 0
+        return count_batches(self.checkpoint.train_samples, recipe.batch_size, recipe.folds)
 
     def best_figures(self) -> dict[str, float]:
         """Of the best validation: the metric that decided, the others, the loss."""
@@ -281,6 +280,6 @@ def gather(run: RunFolder) -> RunData:
     curves = read_curves(run.metrics_file)
     if not curves:
         notices.append(f"{run.metrics_file.name} is missing or empty, so there are no curves.")
-    has_validated = bool(checkpoint.best) if checkpoint else any(name.startswith("val/") for name in curves)
+    has_validated = bool(checkpoint.progress.best) if checkpoint else any(name.startswith("val/") for name in curves)
     validation, more = _best_validation(run, record.id, checkpoint, has_validated)
     return RunData(run, record, checkpoint, curves, validation, notices + more)

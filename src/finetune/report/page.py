@@ -113,7 +113,7 @@ def report_run(run: RunFolder, output: Path, place: str, say: Callable[[str], No
             raise
         say(f"no pictures or texts in the report: {error.args[0]}")
     best, worst = best_and_worst(data, source)
-    status = data.checkpoint.status if data.checkpoint else "stopped"
+    status = data.checkpoint.progress.status if data.checkpoint else "stopped"
     if status not in ("finished", "stopped early"):
         status = "running" if is_held(run.path) else "stopped"
     write_report(data, output, best, worst, status)
@@ -196,7 +196,7 @@ def _status(data: RunData, status: str) -> _Status:
     text = STATUS_TEXTS.get(status) or f"{status[:1].upper()}{status[1:]}"
     if data.checkpoint is None:
         return _Status(kind, text, "no checkpoint yet")
-    step, steps_per_epoch = data.checkpoint.step, data.steps_per_epoch
+    step, steps_per_epoch = data.checkpoint.progress.step, data.steps_per_epoch
     epochs = f", {round(step / steps_per_epoch, 2):g} epochs" if steps_per_epoch else ""
     return _Status(kind, text, f"{step:,} steps{epochs}")
 

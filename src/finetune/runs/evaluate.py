@@ -1,6 +1,7 @@
 """`finetune evaluate`: how good a checkpoint is, on data that it did not train on."""
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from finetune.base.device import module_to_device, pick_device, set_numerics
+from finetune.base.device import module_to_device, numerics_put_back, pick_device, set_numerics
 from finetune.base.formatting import number_text, printable
+from finetune.base.halves import freeing, in_halves
 from finetune.data.batch import Request
 from finetune.data.contents import Contents
 from finetune.data.images import names_to_indices, without
@@ -29,7 +31,8 @@ from finetune.recipe.serialize import spec_from_plain
 from finetune.recipe.spec import Data, Distillation, Recipe
 from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
-from finetune.store.state import DataFacts
+from finetune.store.state import DataFacts, generators_put_back
+from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.evaluation import evaluate as evaluate_batches
 from finetune.tasks.losses import make_task, standardised
 from finetune.training.dataset import make_pipeline
@@ -47,12 +50,21 @@ LABELS = {
 }
 
 
+@numerics_put_back()
+@generators_put_back()
 def evaluate(
-    run: RunFolder, which: str, place: str, table: AnyTable, device_name: str, workers: int | None
+    run: RunFolder,
+    which: str,
+    place: str,
+    table: AnyTable,
+    device_name: str,
+    workers: int | None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Figures of a checkpoint, as plain values.
 
     Args:
+        say: told when fewer samples at once are to do.
         which: "best" or "latest".
         place: other data with the same classes; "" = the run's own test part, or where it has none its validation
             part.
@@ -78,12 +90,16 @@ def evaluate(
     module_to_device(network.module, device)
     forward = trained_forward(network, recipe, numerics, state.frozen.epoch, backbone, device)
     task = make_task(recipe.task, state.data.outputs, state.data.scale)
-    requests = (Request(batch.tolist(), tolerant=True) for batch in batches_from(judged.indices, BATCH_SAMPLES))
     count = len(judged.indices)
-    with closing(loader):
-        evaluation = evaluate_batches(
-            forward, loader.batches(requests), task, device, numerics.precision, samples=count
-        )
+
+    def attempt(halvings: int) -> Evaluation:
+        parts = batches_from(judged.indices, max(1, BATCH_SAMPLES >> halvings))
+        requests = (Request(batch.tolist(), tolerant=True) for batch in parts)
+        with closing(loader):
+            batches = loader.batches(requests)
+            return evaluate_batches(forward, batches, task, device, numerics.precision, samples=count)
+
+    evaluation, _ = in_halves(attempt, BATCH_SAMPLES, 0, freeing(device, say))
     noun = judged.source.noun
     if not evaluation.samples:
         raise RunError(f"--{noun}s {place}: none of {count} {noun}(s) could be read; {evaluation.broken[0]}")

@@ -25,11 +25,12 @@ from finetune.store.checkpoint import (
 from finetune.store.restore import backbone_of_run, check_same_config, check_same_recipe, saved_network
 from finetune.store.run_folder import RunRecord
 from finetune.store.state import CheckpointState, Extension, Progress, environment_differences
+from finetune.store.steps import Steps, count_steps, extension_at, is_cut_short, way_on
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_unbroken
 from finetune.training.dataset import open_data
 from finetune.training.phase import start_phase
-from finetune.training.schedule import count_steps, learning_rate
+from finetune.training.schedule import learning_rate
 from finetune.training.setup import Setup, make_loaders
 from finetune.training.teacher import taught
 
@@ -75,10 +76,13 @@ def resume(
             if extended:
                 # On disk at once: a run killed before its next save must not forget that it was extended.
                 context.save(state, is_best=False)
+                context.say(extended)
             if setup is None:
                 if context.writes and context.settings.report and not run.report_file.exists():
                     context.watch.report_old(run, place)  # killed after the last step, before it
-                context.say(f"run {run} is {progress.status} at step {progress.step}; to train longer: --epochs N")
+                words, meaning = way_on(recipe, progress, state.data.train_samples)
+                command = " ".join(["finetune", "resume", str(run), *words])
+                context.say(f"run {run} is {progress.status} at step {progress.step}; to {meaning}: {command}")
                 return progress
             with context.watched():
                 return go_on(context, setup, state)
@@ -115,14 +119,28 @@ def go_on(context: RunContext, setup: Setup, state: CheckpointState) -> Progress
             progress.best = {}
     where = f"step {progress.step} (epoch {progress.epoch + 1}, sample {progress.position_samples})"
     context.say(f"resuming {run} at {where}")
+    _say_old_rate(context, progress)
     progress.history.append({"event": "resume", "step": progress.step, "epoch": progress.epoch})
-    setup = taught(setup, context.terminal, context.stop, state.data.taught_by)
+    setup = taught(setup, context.terminal, context.stop, state.data.taught_by, state.data.taught_halvings)
     with (
         closing(setup.loaders),
         closing(start_phase(setup, state.frozen.epoch, context, state.frozen)) as phase,
     ):
         check_unbroken(setup.data, phase.feed)
         return run_setup(setup, context, phase, progress, state)
+
+
+def _say_old_rate(context: RunContext, progress: Progress) -> None:
+    """Say at which rate an extension goes on that an older version recorded with another one."""
+    if not progress.extensions:
+        return
+    newest, holds = progress.extensions[-1], extension_at(progress, progress.extensions[-1]["from_step"])
+    if holds is not None and holds["lr"] != newest["lr"]:
+        rates = [f"{one['lr']:g}" if one["lr"] else "the recipe's final rate" for one in (holds, newest)]
+        context.say(
+            f"up to epoch {newest['epochs']} at {rates[0]}, not at {rates[1]}: an older version began it so; another "
+            "rate: extend it further, with --epochs and --lr"
+        )
 
 
 # ---- What the run left ----------------------------------------------------------------------------------------------
@@ -193,8 +211,8 @@ def resumed_setup(
     backbone = backbone_of_run(run, state)
     data = open_data(located(recipe, place), backbone, state.data.skipped)
     # The teacher of a distillation, if there is one, is looked at when it runs.
-    was, now = dataclasses.asdict(state.data) | {"taught_by": ""}, dataclasses.asdict(data.facts())
-    check_same_config(was, now, f"the data is not what run {run} was trained on")
+    was = dataclasses.asdict(dataclasses.replace(state.data, taught_by="", taught_halvings=0))
+    check_same_config(was, dataclasses.asdict(data.facts()), f"the data is not what run {run} was trained on")
     network = saved_network(run, recipe, state)
     # Last: which libraries the network needs is known once it is built.
     for line in environment_differences(state.versions, device):
@@ -208,11 +226,12 @@ def resumed_setup(
     return Setup(recipe, numerics, machine, backbone, network, freeze, data, loaders, device, kept, "the run")
 
 
-def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_samples: int) -> bool:
-    """Record `--epochs N` as a phase of its own behind the schedule's first horizon.
+def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_samples: int) -> str:
+    """Record `--epochs N` as a phase of its own behind the schedule's first horizon; of a run that stopped early also
+    that it goes on to its own end.
 
     Returns:
-        False when nothing new was asked: the same command again, after a kill, just goes on.
+        What comes of it, for people; "" when nothing new was asked: the same command again, after a kill, just goes on.
 
     Raises:
         UsageError: fewer epochs than the run has already, a rate without epochs, or no rate at all.
@@ -224,19 +243,47 @@ def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_sam
             raise UsageError(
                 f"--lr {lr}: at a resume only together with --epochs; for other rates: --init-from RUN:best"
             )
-        return False
+        return ""
     steps = count_steps(recipe, train_samples, progress)
-    extension: Extension = {"from_step": steps.end, "epochs": epochs, "lr": lr}
-    latest = progress.extensions[-1] if progress.extensions else {"epochs": recipe.epochs, "lr": 0.0}
-    if (epochs, lr) in ((latest["epochs"], latest["lr"]), (latest["epochs"], 0.0)):
-        return False
+    wanted, goes_on = epochs * steps.per_epoch, is_cut_short(progress, steps)
+    where = {"step": progress.step, "epoch": progress.epoch}
+    if wanted == steps.end and lr in (0.0, progress.extensions[-1]["lr"] if progress.extensions else 0.0):
+        if not goes_on:
+            return ""
+        progress.history.append(dict(where, event="patience"))
+        return f"stopped early at step {progress.step}, it goes on to step {steps.end}{_begin_anew(recipe, progress)}"
+    if wanted <= steps.end:
+        raise UsageError(f"--epochs {epochs}: {_why_not_longer(progress, steps, wanted, lr)}")
+    extension: Extension = {"from_step": steps.end, "epochs": epochs, "lr": lr, "own_rate": True}
     progress.extensions.append(extension)
-    if count_steps(recipe, train_samples, progress).end <= steps.end:
-        raise UsageError(f"--epochs {epochs}: the run has {-(-steps.end // steps.per_epoch)} already; give more")
-    at_the_end = dataclasses.replace(progress, step=steps.end)
-    if learning_rate(recipe, at_the_end, steps) == 0:
+    rate = learning_rate(recipe, dataclasses.replace(progress, step=steps.end), steps)
+    if rate == 0:
         raise UsageError(f"--epochs {epochs}: the recipe's final rate is 0, so nothing would train; give --lr as well")
-    progress.status = "running"
-    progress.validations_without_best = 0
-    progress.history.append({"event": "extend", "step": progress.step, "epoch": progress.epoch} | extension)
-    return True
+    progress.history.append(dict(where, event="extend") | extension)
+    own = "" if lr else ", the recipe's final one"
+    return (
+        f"extended to {epochs} epochs: from step {steps.end + 1} to {wanted} the rate is {rate:g}{own}"
+        f"{_begin_anew(recipe, progress)}"
+    )
+
+
+def _why_not_longer(progress: Progress, steps: Steps, wanted: int, lr: float) -> str:
+    """Why a run of `steps` is not extended to step `wanted`, and what to do."""
+    if not is_cut_short(progress, steps):
+        return f"the run has {steps.epochs} already; give more"
+    stopped = f"the run stopped early at step {progress.step} of {steps.end}"
+    if wanted < steps.end:
+        return f"{stopped}; give {steps.epochs} to go on to its end, or more"
+    return (
+        f"{stopped} and goes on by its own schedule up to there, so --lr {lr:g} would not be used; leave it out, or "
+        "give more epochs for it; at another rate from here on: a new run, --init-from RUN:best"
+    )
+
+
+def _begin_anew(recipe: Recipe, progress: Progress) -> str:
+    """A run that had ended trains again, its patience begun anew; that in words. One that goes on keeps its count."""
+    if progress.status == "running":
+        return ""
+    progress.status, progress.validations_without_best = "running", 0
+    patience = recipe.stop.patience
+    return f"; the patience of {patience} validations without a new best begins anew" if patience else ""

@@ -1,7 +1,6 @@
 """A run begins: what can be wrong is looked at, its folder is made, it is trained."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -32,13 +31,14 @@ from finetune.store.state import (
     generators_put_back,
     seed_generators,
 )
+from finetune.store.steps import count_steps
+from finetune.training.batchnorm import check_parts, lines_on_parts
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_copies, leave_out_broken, look
 from finetune.training.dataset import open_data, survey_pixels
 from finetune.training.loop import train
 from finetune.training.optimizer import find_optimizer
 from finetune.training.phase import Phase, start_phase
-from finetune.training.schedule import count_steps
 from finetune.training.setup import Setup, make_loaders
 from finetune.training.teacher import taught
 from finetune.watch.watch import Subject
@@ -98,6 +98,9 @@ def start(plan: Plan, context: RunContext) -> Progress:
                 data = leave_out_broken(setup.data, broken, plan.skip_broken, context.terminal)
                 setup = dataclasses.replace(setup, data=data)
                 setup = dataclasses.replace(setup, data=check_copies(setup, phase.feed))
+                check_parts(setup)
+                for line in lines_on_parts(setup):
+                    context.say(line)
                 context.save_contents(setup.loaders.train.contents)
                 seed_generators(key("train", plan.recipe.seed))
                 progress = Progress(history=[{"event": "start", "step": 0, "epoch": 0}])
@@ -211,6 +214,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     setup = Setup(
         recipe, numerics, plan.machine, backbone, network, freeze, data, loaders, device, weights_text, preprocessing_of
     )
+    check_parts(setup)
     return setup, weights
 
 
@@ -220,6 +224,11 @@ def run_setup(
     """Show what is about to happen, then train. The lock is held; everybody who watches is there."""
     tell_of_beginning(setup, context, phase, progress, is_resumed=resumed is not None)
     progress = train(setup, context, phase, progress, resumed)
+    if progress.skipped_steps:
+        context.watch.say(
+            f"fp16: {progress.skipped_steps:,} of {progress.step:,} steps moved nothing, as their gradients were too "
+            "large for it; --precision bf16 knows no such limit"
+        )
     context.watch.end(progress.status, f"{progress.status}: {best_text(progress.best)}")
     return progress
 
@@ -251,7 +260,7 @@ def tell_of_beginning(setup: Setup, context: RunContext, phase: Phase, progress:
         facts=facts,
         step=progress.step,
         total_steps=steps.end,
-        epochs=math.ceil(steps.end / steps.per_epoch),
+        epochs=steps.epochs,
         is_resumed=is_resumed,
         best_metric=setup.recipe.best_metric,
         best=progress.best,

@@ -5,10 +5,11 @@ import io
 import torch
 from torchinfo import summary
 
+from finetune.base.device import numerics_put_back
 from finetune.recipe.execution import Machine, Numerics
 from finetune.recipe.spec import Recipe
 from finetune.runs.start import Plan, new_setup
-from finetune.store.state import FrozenFacts, LogMark, Progress
+from finetune.store.state import FrozenFacts, LogMark, Progress, generators_put_back
 from finetune.training.optimizer import build_optimizer, optimizer_state
 from finetune.training.session import capture_state
 from finetune.training.setup import Setup
@@ -33,6 +34,8 @@ def checkpoint_bytes(setup: Setup, trainable: list[str], held_in_eval: list[str]
     return stream.getbuffer().nbytes
 
 
+@numerics_put_back()
+@generators_put_back()
 def summary_text(recipe: Recipe) -> str:
     """torchinfo's table with the trainable column, then the counts and sizes that decide."""
     setup, _ = new_setup(Plan(recipe, Numerics(), Machine(device="cpu")))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from finetune.base.files import write_atomically
+from finetune.base.formatting import finite
 from finetune.errors import one_line
 from finetune.store.state import LogMark
 
@@ -61,8 +62,9 @@ class MetricsFile:
             )
 
     def write(self, values: Mapping[str, float]) -> None:
+        """Append a line; null stands for what is no finite number."""
         line = dict(values) | {"time/seconds": round(time.monotonic() - self._started, 3)}
-        self._waiting += json.dumps(line).encode() + b"\n"
+        self._waiting += json.dumps(finite(line), allow_nan=False).encode() + b"\n"
         if self._stream is None or len(self._waiting) > MOST_WAITING_BYTES:
             self._waiting = b""
             return

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class DataFacts:
         outputs: numbers that the network gives for a sample.
         scale: mean and deviation of the training targets, where those are numbers to predict; else [].
         taught_by: hash of the teacher that the targets are of; "" = none.
+        taught_halvings: how often memory ran out while it gave them, so that fewer samples were at once.
         skipped: names of samples that were left out, as broken or as copies.
     """
 
@@ -51,6 +52,7 @@ class DataFacts:
     train_samples: int
     validation_samples: int
     skipped: list[str]
+    taught_halvings: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class FrozenFacts:
         phase: thaws before it; for people, nothing reads it.
         sha256: over the frozen tensors.
         features_kept: whether training read kept features.
+        features_halvings: how often memory ran out while they were computed, so that fewer samples were at once.
     """
 
     parameters: list[str]
@@ -88,6 +91,7 @@ class FrozenFacts:
     phase: int
     sha256: str
     features_kept: bool = False
+    features_halvings: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,19 @@ class LogMark:
 
 
 class Extension(TypedDict):
-    """A run made longer: from which step on, to how many epochs in all, at which rate (0 = the recipe's final one)."""
+    """A run made longer.
+
+    Attributes:
+        from_step: it begins behind so many steps.
+        epochs: in all.
+        lr: its learning rate; 0 = the recipe's final one.
+        own_rate: that rate holds; where it is missing, the first extension's does, as an older version computed.
+    """
 
     from_step: int
     epochs: int
     lr: float
+    own_rate: NotRequired[bool]
 
 
 @dataclass
@@ -115,14 +127,16 @@ class Progress:
         epoch: the epoch that the next step belongs to.
         position_samples: samples of that epoch that are consumed.
         reductions: of the learning rate by the plateau schedule.
-        extensions: [{"from_step", "epochs", "lr"}], in order, by `resume --epochs`.
+        extensions: in order, by `resume --epochs`.
         best: of the best validation so far.
         validations_without_best: in a row.
         loss_sum, loss_samples: the running training loss of the unfinished epoch.
         last_validation: metrics of the newest validation, or {}.
         validated_step: the step of that one; a stop may have come before it, then whoever resumes begins with it.
-        halvings: how often memory ran out, and fewer samples were computed at once from then on.
-        history: [{"event", "step", "epoch", ...}]: starts, resumes, extensions, thaws.
+        halvings: how often memory ran out in a step, and fewer samples were computed at once from then on.
+        validation_halvings: likewise in a validation, which begins with those of the steps.
+        skipped_steps: in fp16: those that moved nothing, as their gradient was too large for its numbers.
+        history: [{"event", "step", "epoch", ...}]: starts, resumes, extensions, thaws, ends of an early stop.
         status: "running", "finished" or "stopped early".
     """
 
@@ -152,7 +166,13 @@ class Progress:
     validated_step: int = field(
         default=0, metadata=stored("metrics.validated_step", writer="validation", reader="session")
     )
-    halvings: int = field(default=0, metadata=stored("halvings", writer="loop, session", reader="loop, session"))
+    halvings: int = field(default=0, metadata=stored("halvings", writer="loop", reader="loop, session"))
+    validation_halvings: int = field(
+        default=0, metadata=stored("validation_halvings", writer="session", reader="session", may_lack=True)
+    )
+    skipped_steps: int = field(
+        default=0, metadata=stored("skipped_steps", writer="session", reader="session, start", may_lack=True)
+    )
     history: list[dict[str, object]] = field(
         default_factory=list, metadata=stored("history", writer="start, resume, session", reader="report")
     )
@@ -251,7 +271,8 @@ def restore_generators(states: dict[str, object]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(fields.take("torch", Tensor))
     if "cuda" in fields and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(fields.items("cuda", Tensor))
+        # There may be fewer devices now; that it is not exact then, `environment_differences` says.
+        torch.cuda.set_rng_state_all(fields.items("cuda", Tensor)[: torch.cuda.device_count()])
     if "mps" in fields and torch.backends.mps.is_available():
         torch.mps.set_rng_state(fields.take("mps", Tensor))
 
@@ -264,6 +285,9 @@ def generators_put_back() -> Iterator[None]:
         yield
     finally:
         restore_generators(states)
+        if "cuda" not in states and torch.cuda.is_available() and torch.cuda.is_initialized():
+            # It began within the block; `torch.manual_seed` before it was meant for it as well.
+            torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 def seed_generators(seed: int) -> None:

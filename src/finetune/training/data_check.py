@@ -2,14 +2,17 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from finetune.base.device import to_device
+from finetune.base.halves import freeing, in_halves
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
 from finetune.data.batch import Batch, Request
@@ -35,6 +38,7 @@ SHOWN_FILES = 10
 NEAR_COSINE, SAME_COSINE = 0.98, 0.999_999
 # So many are compared: a second or two.
 NEAR_TRAIN, NEAR_VALIDATION = 20_000, 2_000
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,37 @@ def look(
     if feed.features is not None:
         broken = feed.features.broken
         if measure:
-            batches = batches_from(without(measured, broken), BATCH_SAMPLES)
-            rows = (feed.features.read(batch, measured_view(setup)).to(setup.device) for batch in batches)
-            standardise(module, rows, feed.forward)
+            in_parts(setup, terminal, partial(_measure_rows, setup, feed, without(measured, broken)))
         rest = spread_rest(data, torch.cat([data.split.train, data.split.validation]), all_files)
-        unread = _read(setup, torch.zeros(0).long(), rest, terminal, stop)
+        unread = in_parts(setup, terminal, partial(_read, setup, torch.zeros(0).long(), rest, terminal, stop))
         return [_why_broken(data, index) for index in broken] + unread
-    return _read(setup, measured, spread_rest(data, measured, all_files), terminal, stop)
+    rest = spread_rest(data, measured, all_files)
+    return in_parts(setup, terminal, partial(_read, setup, measured, rest, terminal, stop))
+
+
+def in_parts(setup: Setup, terminal: Terminal, compute: Callable[[int], Result]) -> Result:
+    """Look at `BATCH_SAMPLES` at once, or at fewer where memory runs out.
+
+    Args:
+        compute: samples at once -> result.
+    """
+
+    def attempt(halvings: int) -> Result:
+        if halvings:
+            setup.loaders.train.close()  # what it fetched ahead is not asked for again
+        return compute(max(1, BATCH_SAMPLES >> halvings))
+
+    note = "; the first look begins anew"
+    return in_halves(attempt, BATCH_SAMPLES, 0, freeing(setup.device, terminal.say), note=note)[0]
+
+
+def _measure_rows(setup: Setup, feed: Feed, measured: Tensor, at_once: int) -> None:
+    """Measure the head's features on kept rows."""
+    features = feed.features
+    assert features is not None
+    batches = batches_from(measured, at_once)
+    rows = (features.read(batch, measured_view(setup)).to(setup.device) for batch in batches)
+    standardise(setup.network.module, rows, feed.forward)
 
 
 def measured_view(setup: Setup) -> int | None:
@@ -107,10 +135,12 @@ def _why_broken(data: Data, index: int) -> BrokenSample:
     return BrokenSample(data.source.name(index), reason)
 
 
-def _read(setup: Setup, measured: Tensor, others: Tensor, terminal: Terminal, stop: StopRequest) -> list[BrokenSample]:
+def _read(
+    setup: Setup, measured: Tensor, others: Tensor, terminal: Terminal, stop: StopRequest, at_once: int
+) -> list[BrokenSample]:
     """Read samples: those that the head's features are measured on, then others; return the broken ones."""
     data, loader = setup.data, setup.loaders.train
-    first, second = (list(batches_from(part, BATCH_SAMPLES)) for part in (measured, others))
+    first, second = (list(batches_from(part, at_once)) for part in (measured, others))
     requests = [Request(batch.tolist(), measured_view(setup), tolerant=True) for batch in first]
     requests += [Request(batch.tolist(), tolerant=True) for batch in second]
     if not requests:

@@ -35,6 +35,7 @@ class Data:
         skipped: names of samples that were left out, as broken or as copies.
         scale: mean and deviation of the training targets, where those are numbers to predict: they are standardised.
         taught_by: hash of the teacher that the targets are of.
+        taught_halvings: of the batch in which it ran.
     """
 
     source: Source
@@ -44,6 +45,7 @@ class Data:
     skipped: tuple[str, ...] = ()
     scale: tuple[float, ...] = ()
     taught_by: str = ""
+    taught_halvings: int = 0
 
     @property
     def class_count(self) -> int:
@@ -72,6 +74,7 @@ class Data:
             train_samples=len(self.split.train),
             validation_samples=len(self.split.validation),
             skipped=list(self.skipped),
+            taught_halvings=self.taught_halvings,
         )
 
     def with_targets(self, targets: Tensor) -> "Data":

@@ -4,7 +4,7 @@
 import math
 from functools import partial
 
-from finetune.base.device import to_device
+from finetune.base.halves import freeing, in_halves
 from finetune.models.freeze import learning_statistics
 from finetune.store.state import CheckpointState, Progress
 from finetune.training.context import RunContext
@@ -13,7 +13,10 @@ from finetune.training.phase import Phase
 from finetune.training.schedule import learning_rate
 from finetune.training.session import Session
 from finetune.training.setup import Setup
-from finetune.training.step import gradient_norm, gradients, in_halves, optimizer_step
+from finetune.training.step import gradient_norm, gradients, optimizer_step
+
+# Of a batch that is computed in more parts than before.
+PARTS_NOTE = "; BatchNorm learns from each part by itself, so this is not quite the step of the whole batch"
 
 
 def train(
@@ -32,7 +35,7 @@ def train(
     """
     recipe, spec, device = setup.recipe, setup.recipe.optimizer, setup.device
     precision, watch, log_every = setup.numerics.precision, context.watch, context.settings.log_every_steps
-    session = Session(setup, context, phase, progress, resumed)
+    session, free = Session(setup, context, phase, progress, resumed), freeing(device, context.watch.say)
     try:
         session.begin()
         while session.goes_on:
@@ -41,22 +44,26 @@ def train(
             phase, optimizer, scaler = session.phase, session.phase.optimizer, session.scaler
             phase.freeze.modes()
             statistics = learning_statistics(setup.network.module)
+            in_twos = bool(statistics) and recipe.folds
+            least = 2 if in_twos else 1
             for batch in session.batches():
                 # ---- One optimizer step ------------------------------------------------------------------------------
-                inputs, targets = to_device(batch.inputs, device), batch.targets.to(device, non_blocking=True)
+                targets = batch.targets.to(device, non_blocking=True)
                 set_learning_rate(optimizer, learning_rate(recipe, progress, session.steps))
                 attempt = partial(
-                    gradients, phase.feed.forward, session.task, inputs, targets, spec.accumulate, optimizer, scaler,
-                    precision,
+                    gradients, phase.feed.forward, session.task, batch.inputs, targets, spec.accumulate, optimizer,
+                    scaler, precision, in_twos,
                 )  # fmt: skip
                 at_once, halvings = math.ceil(len(targets) / spec.accumulate), progress.halvings
-                loss, progress.halvings = in_halves(attempt, at_once, halvings, session.free_memory, statistics)
+                loss, progress.halvings = in_halves(
+                    attempt, at_once, halvings, free, statistics, least, PARTS_NOTE if statistics else ""
+                )
                 norm = gradient_norm(optimizer, scaler) if (progress.step + 1) % log_every == 0 else None
                 watch.take_gradients()
-                optimizer_step(optimizer, scaler, spec.clip_norm)
+                moved = optimizer_step(optimizer, scaler, spec.clip_norm)
 
                 # ---- Where we are now --------------------------------------------------------------------------------
-                session.advance(batch, loss)
+                session.advance(batch, loss, moved)
                 if norm is not None:
                     session.log(loss, norm)
 

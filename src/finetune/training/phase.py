@@ -13,7 +13,7 @@ from finetune.base.terminal import Terminal
 from finetune.data.batch import Batch, Request
 from finetune.data.texts import TextPipeline
 from finetune.errors import RunError, UsageError
-from finetune.features.kept import CannotKeep, Features, Pass
+from finetune.features.kept import CannotKeep, Features, Pass, filled
 from finetune.models.backbones import Backbone
 from finetune.models.freeze import Freeze
 from finetune.models.network import Network
@@ -56,6 +56,11 @@ class Feed:
     def is_kept(self) -> bool:
         return self.features is not None
 
+    @property
+    def halvings(self) -> int:
+        """Of the batch that kept features were computed in."""
+        return 0 if self.features is None else self.features.halvings
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -91,14 +96,18 @@ class Phase:
             phase=self.freeze.number,
             sha256=self.frozen_sha256,
             features_kept=self.feed.is_kept,
+            features_halvings=self.feed.halvings,
         )
 
 
-def start_phase(setup: Setup, epoch: int, context: RunContext, saved: FrozenFacts | None = None) -> Phase:
+def start_phase(
+    setup: Setup, epoch: int, context: RunContext, saved: FrozenFacts | None = None, halvings: int = 0
+) -> Phase:
     """requires_grad, modes, a new optimizer over exactly what trains from `epoch` on, and its feed.
 
     Args:
         saved: what was frozen when the checkpoint was written that the run goes on from.
+        halvings: of the phase before.
 
     Raises:
         RunError: something else trains than when the checkpoint was written, or something else is frozen.
@@ -114,8 +123,8 @@ def start_phase(setup: Setup, epoch: int, context: RunContext, saved: FrozenFact
     sha256 = freeze.sha256()
     if saved is not None:
         _check_same(names, sha256, saved)
-    kept = None if saved is None else saved.features_kept
-    feed = choose_feed(setup, sha256, kept, context.terminal, context.stop)
+    kept, halvings = (None, halvings) if saved is None else (saved.features_kept, saved.features_halvings)
+    feed = choose_feed(setup, sha256, kept, context.terminal, context.stop, halvings)
     return Phase(freeze, names, optimizer, sha256, held, feed)
 
 
@@ -132,11 +141,14 @@ def _check_same(trainable: list[str], frozen_sha256: str, saved: FrozenFacts) ->
 # ---- What is fed ----------------------------------------------------------------------------------------------------
 
 
-def choose_feed(setup: Setup, frozen_sha256: str, kept: bool | None, terminal: Terminal, stop: StopRequest) -> Feed:
+def choose_feed(
+    setup: Setup, frozen_sha256: str, kept: bool | None, terminal: Terminal, stop: StopRequest, halvings: int = 0
+) -> Feed:
     """Kept features where the backbone need not run again, else samples; says which, and why.
 
     Args:
         kept: as it was when the run's checkpoint was written; None = for the first time.
+        halvings: of the batch in which features are computed, likewise.
     """
     found: Split | None = None
     reason = _reason_against(setup, kept)
@@ -152,7 +164,10 @@ def choose_feed(setup: Setup, frozen_sha256: str, kept: bool | None, terminal: T
                 ) from None
     if not reason and found is not None:
         try:
-            return _feed_of_rows(setup, found, frozen_sha256, terminal, stop)
+            feed = _feed_of_rows(setup, found, frozen_sha256, terminal, stop, halvings)
+            if kept and feed.halvings != halvings:
+                terminal.say("not bit for bit from here on: features were computed with more samples at once")
+            return feed
         except CannotKeep as error:
             reason = str(error)
     if kept:
@@ -221,15 +236,16 @@ def trained_forward(
     return forward_of_samples(model, found, numerics, device)
 
 
-def _feed_of_rows(setup: Setup, found: Split, frozen_sha256: str, terminal: Terminal, stop: StopRequest) -> Feed:
+def _feed_of_rows(
+    setup: Setup, found: Split, frozen_sha256: str, terminal: Terminal, stop: StopRequest, halvings: int
+) -> Feed:
     """Raises: CannotKeep: there is no room."""
     views, whole = setup.recipe.data.views, setup.data.whole
     parts: dict[int | None, Tensor] = {None: torch.cat([whole.train, whole.validation]).sort().values}
     if views:
         parts = {view: whole.train for view in range(views)} | {None: whole.validation}
-    features = Features(_pass_of(setup, found, frozen_sha256), parts, len(whole.train))
-    features.check_size(setup.machine.cache_limit)
-    features.fill(terminal, stop)
+    run, limit, count = _pass_of(setup, found, frozen_sha256), setup.machine.cache_limit, len(whole.train)
+    features = filled(run, parts, count, limit, setup.device, terminal, stop, halvings)
     return Feed(lambda rows: found.suffix(rows.float()), features, features, features)
 
 

@@ -1,29 +1,20 @@
-"""How many steps a run takes, and the learning rate of each."""
+"""The learning rate of each step."""
 
 import math
-from typing import NamedTuple
 
 from finetune.errors import UsageError
 from finetune.recipe.spec import Recipe
 from finetune.store.state import Progress
-
-
-class Steps(NamedTuple):
-    """Counts of optimizer steps: of an epoch, until the schedule's end, until the run's end."""
-
-    per_epoch: int
-    horizon: int
-    end: int
+from finetune.store.steps import Steps, extension_at
 
 
 def learning_rate(recipe: Recipe, progress: Progress, steps: Steps) -> float:
     """The rate of the next step. The schedule keeps its first horizon; an extension runs at its own constant rate."""
-    step = progress.step
-    for extension in progress.extensions:
-        if step >= extension["from_step"]:
-            if extension["lr"]:
-                return extension["lr"]
-            step = steps.horizon - 1  # no rate of its own: the recipe's final one
+    step, extension = progress.step, extension_at(progress, progress.step)
+    if extension is not None:
+        if extension["lr"]:
+            return extension["lr"]
+        step = steps.horizon - 1  # no rate of its own: the recipe's final one
     schedule = recipe.schedule
     factor = schedule_factor(
         schedule.name,
@@ -36,16 +27,6 @@ def learning_rate(recipe: Recipe, progress: Progress, steps: Steps) -> float:
         schedule.factor,
     )
     return recipe.optimizer.lr * factor * schedule.factor**progress.reductions
-
-
-def count_steps(recipe: Recipe, train_samples: int, progress: Progress) -> Steps:
-    """Of a recipe, as far as it was extended."""
-    steps_per_epoch = math.ceil(train_samples / recipe.batch_size)
-    horizon = recipe.epochs * steps_per_epoch
-    if recipe.max_steps:
-        horizon = min(horizon, recipe.max_steps) if horizon else recipe.max_steps
-    end = progress.extensions[-1]["epochs"] * steps_per_epoch if progress.extensions else horizon
-    return Steps(steps_per_epoch, horizon, end)
 
 
 def schedule_factor(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.base.events import Validated
+from finetune.base.halves import free_memory, freeing, in_halves
 from finetune.data.batch import Batch, Request
 from finetune.data.order import batches_from, reading_order
 from finetune.errors import RunError
@@ -23,15 +24,14 @@ from finetune.store.state import (
     numeric_environment,
     restore_generators,
 )
+from finetune.store.steps import count_steps
 from finetune.tasks.losses import Task
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_unbroken
 from finetune.training.nan_guard import Losses
 from finetune.training.optimizer import learning_rates, load_optimizer_state, optimizer_state
 from finetune.training.phase import Phase, start_phase
-from finetune.training.schedule import count_steps
 from finetune.training.setup import Setup
-from finetune.training.step import free_memory, in_halves
 from finetune.training.validation import record_validation, validate
 
 # A validation needs no gradients, so more samples fit at once.
@@ -96,7 +96,7 @@ class Session:
         self.task: Task = setup.make_task()
         self.samples = len(setup.data.split.train)
         self.steps = count_steps(setup.recipe, self.samples, progress)
-        self.epochs = math.ceil(self.steps.end / self.steps.per_epoch)
+        self.epochs = self.steps.epochs
         if not 0 <= progress.position_samples <= self.samples:
             raise RunError(
                 f"the checkpoint stands at sample {progress.position_samples} of an epoch of {self.samples}; go on "
@@ -149,7 +149,7 @@ class Session:
             return
         carried = optimizer_state(self.phase.optimizer)
         self.phase.close()
-        self.phase = start_phase(self.setup, progress.epoch, self.context)
+        self.phase = start_phase(self.setup, progress.epoch, self.context, halvings=self.phase.feed.halvings)
         check_unbroken(self.setup.data, self.phase.feed)
         load_optimizer_state(self.phase.optimizer, carried)
         progress.history.append({"event": "thaw", "step": progress.step, "epoch": progress.epoch})
@@ -159,7 +159,7 @@ class Session:
         """The rest of the epoch: an order that depends on seed and epoch alone, from the position on."""
         recipe, progress = self.recipe, self.progress
         order = self.setup.data.epoch_samples(recipe.seed, progress.epoch, recipe.batch_size, self._train)
-        batches = batches_from(order, recipe.batch_size, progress.position_samples)
+        batches = batches_from(order, recipe.batch_size, progress.position_samples, recipe.folds)
         batches = itertools.islice(batches, self.steps.end - progress.step)
         view = progress.epoch % recipe.data.views if recipe.data.views else progress.epoch
         augment_epoch = view if recipe.data.views or not self.phase.feed.is_kept else None
@@ -167,10 +167,11 @@ class Session:
 
     # ---- After a step -----------------------------------------------------------------------------------------------
 
-    def advance(self, batch: Batch, batch_loss: Tensor) -> None:
-        """Count a step. Nothing here waits for the device."""
+    def advance(self, batch: Batch, batch_loss: Tensor, moved: bool) -> None:
+        """Count a step, and whether it moved anything. Nothing here waits for the device."""
         progress, count = self.progress, len(batch.targets)
         progress.step += 1
+        progress.skipped_steps += not moved
         progress.position_samples += count
         progress.loss_sum = progress.loss_sum.to(self.device).add(batch_loss, alpha=count)
         progress.loss_samples += count
@@ -182,6 +183,8 @@ class Session:
         self.losses.check()
         progress, watch = self.progress, self.context.watch
         values = {"train/loss": batch_loss.item(), "train/gradient_norm": norm.item()}
+        if self.scaler.is_enabled():
+            values["train/skipped_steps"] = progress.skipped_steps
         values |= learning_rates(self.phase.optimizer) | watch.measure()
         self._log.write({"step": progress.step, "epoch": progress.epoch + 1} | values)
         watch.logged(progress.step, values)
@@ -234,7 +237,9 @@ class Session:
             validate, self.phase.feed, self._validation, size, self.task, self.device, setup.numerics.precision,
             self.context.stop, watch.layer,
         )  # fmt: skip
-        evaluation, progress.halvings = in_halves(attempt, size, progress.halvings, self.free_memory)
+        # Its batches are larger than those that train, which stay as they are when one of these does not fit.
+        halvings, free = max(progress.halvings, progress.validation_halvings), freeing(self.device, watch.say)
+        evaluation, progress.validation_halvings = in_halves(attempt, size, halvings, free, note=" in validations")
         self.phase.freeze.modes()
         if evaluation is None:
             return False
@@ -245,11 +250,6 @@ class Session:
         self._log.write({"step": progress.step, "epoch": epoch} | values)
         watch.validated(Validated(progress.step, epoch, self.epochs, values, progress.best, best), evaluation)
         return best
-
-    def free_memory(self, text: str) -> None:
-        """Memory ran out: let go of what can be, and say what follows."""
-        free_memory(self.device)
-        self.context.watch.say(text)
 
     # ---- Checkpoints ------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from finetune.data.source import TextSource
 from finetune.data.texts import TextPipeline
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError
-from finetune.features.kept import CannotKeep, Features, Pass
+from finetune.features.kept import CannotKeep, Pass, filled
 from finetune.models import text_encoders
 from finetune.models.heads import NO_HEAD
 from finetune.models.network import build_network
@@ -28,11 +28,12 @@ from finetune.store.state import numeric_environment
 from finetune.training.setup import Setup, make_loaders
 
 
-def taught(setup: Setup, terminal: Terminal, stop: StopRequest, saved: str = "") -> Setup:
+def taught(setup: Setup, terminal: Terminal, stop: StopRequest, saved: str = "", halvings: int = 0) -> Setup:
     """The setup with the teacher's embeddings as its targets, where its task is distillation.
 
     Args:
         saved: hash of the teacher of the run that goes on.
+        halvings: of the batch in which it ran then.
 
     Raises:
         RunError: there is no room to keep them, or the teacher is another.
@@ -52,13 +53,17 @@ def taught(setup: Setup, terminal: Terminal, stop: StopRequest, saved: str = "")
     everything = torch.arange(len(source.texts))
     terminal.say(f"teacher: {spec.teacher}")
     try:
-        with closing(Features(teacher, {None: everything}, 0)) as embeddings:
-            embeddings.check_size(setup.machine.cache_limit)
-            embeddings.fill(terminal, stop)
+        limit = setup.machine.cache_limit
+        with closing(
+            filled(teacher, {None: everything}, 0, limit, setup.device, terminal, stop, halvings)
+        ) as embeddings:
             targets = embeddings.read(everything, None).float()
     except CannotKeep as error:
         raise RunError(f"the teacher's embeddings cannot be kept, because {error}; make room for them") from None
-    data = dataclasses.replace(setup.data.with_targets(targets), taught_by=taught_by)
+    if saved and embeddings.halvings != halvings:
+        terminal.say("not bit for bit from here on: the teacher ran over more texts at once")
+    data = setup.data.with_targets(targets)
+    data = dataclasses.replace(data, taught_by=taught_by, taught_halvings=embeddings.halvings)
     loaders = make_loaders(data, setup.machine, setup.device, Contents(data.source))
     return dataclasses.replace(setup, data=data, loaders=loaders)
 

@@ -12,6 +12,7 @@ from finetune.data.batch import Batch, Request
 from finetune.data.order import batches_from
 from finetune.recipe.spec import LOWER_IS_BETTER, Recipe
 from finetune.store.state import Progress
+from finetune.store.steps import extension_at
 from finetune.tasks.evaluation import Evaluation, evaluate
 from finetune.tasks.losses import Task
 from finetune.training.phase import Feed
@@ -66,5 +67,8 @@ def record_validation(recipe: Recipe, progress: Progress, values: dict[str, floa
     else:
         progress.validations_without_best += 1
         if recipe.schedule.name == "plateau" and progress.validations_without_best % recipe.schedule.patience == 0:
-            progress.reductions += 1
+            # A rate of an extension's own is no step of the schedule, which may come back behind it.
+            extension = extension_at(progress, progress.step - 1)
+            if extension is None or not (extension["lr"] and extension.get("own_rate", False)):
+                progress.reductions += 1
     return best
