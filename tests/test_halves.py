@@ -179,9 +179,10 @@ def test_evaluate_halves(tmp_path, trained, monkeypatch, capsys):
 
 def test_predict_halves_and_keeps_the_order(tmp_path, trained, monkeypatch, capsys):
     export(trained, "best", tmp_path / "model.pt")
+    (tmp_path / "digits").mkdir()
     for number, picture in enumerate(load_digits().images[:10]):
-        Image.fromarray(picture[0].numpy()).save(tmp_path / f"{number}.png")
-    words = ["predict", str(tmp_path / "model.pt"), str(tmp_path), "--batch-size", "8", "--device", "cpu"]
+        Image.fromarray(picture[0].numpy()).save(tmp_path / "digits" / f"{number}.png")
+    words = ["predict", str(tmp_path / "model.pt"), str(tmp_path / "digits"), "--batch-size", "8", "--device", "cpu"]
     assert main(words) == 0
     whole, real = capsys.readouterr().out, predict.to_device
 
