@@ -26,7 +26,7 @@ from finetune.errors import RunError, UsageError
 from finetune.recipe.execution import split_config
 from finetune.recipe.heads import AnyTable
 from finetune.recipe.serialize import spec_from_plain
-from finetune.recipe.spec import Data, Distillation, Recipe
+from finetune.recipe.spec import Data, Distillation, Recipe, Regression
 from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import DataFacts
@@ -45,6 +45,7 @@ LABELS = {
     "mae": "mean absolute error",
     "r2": "R2, variance explained",
 }
+UNDEFINED = "undefined: the numbers are all the same, so there is no variance to explain"
 
 
 def evaluate(
@@ -77,7 +78,9 @@ def evaluate(
     loader = Loader(pipeline, workers, "auto", device.type == "cuda", judged.contents)
     module_to_device(network.module, device)
     forward = trained_forward(network, recipe, numerics, state.frozen.epoch, backbone, device)
-    task = make_task(recipe.task, state.data.outputs, state.data.scale)
+    # Figures of today, by whatever way the run itself went.
+    kind = Regression() if isinstance(recipe.task, Regression) else recipe.task
+    task = make_task(kind, state.data.outputs, state.data.scale)
     requests = (Request(batch.tolist(), tolerant=True) for batch in batches_from(judged.indices, BATCH_SAMPLES))
     count = len(judged.indices)
     with closing(loader):
@@ -95,6 +98,7 @@ def evaluate(
         "part": judged.part,
         "samples": record.samples,
         **record.figures,
+        **({"r2": record.figures.get("r2")} if isinstance(recipe.task, Regression) else {}),
     }
     if record.classes is not None:
         figures |= {"calibration_error": record.calibration_error, "calibration": record.calibration}
@@ -165,7 +169,8 @@ def show(figures: dict[str, Any], console: Console) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in ("loss", "accuracy", "f1", "calibration_error", "mae", "r2"):
         if name in figures:
-            table.add_row(LABELS.get(name, name), number_text(figures[name]))
+            value = number_text(figures[name]) if figures[name] is not None else UNDEFINED
+            table.add_row(LABELS.get(name, name), value)
     console.print(table)
     for reason in figures["broken"][:SHOWN_MISTAKES]:
         console.print(Text(printable(f"left out: {reason}")))

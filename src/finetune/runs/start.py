@@ -33,7 +33,7 @@ from finetune.store.state import (
 )
 from finetune.training.context import RunContext
 from finetune.training.data_check import leave_out_broken, look
-from finetune.training.dataset import open_data
+from finetune.training.dataset import check_numbers, open_data
 from finetune.training.loop import train
 from finetune.training.optimizer import find_optimizer
 from finetune.training.phase import Phase, start_phase
@@ -92,6 +92,7 @@ def start(plan: Plan, context: RunContext) -> Progress:
                     terminal=context.terminal, stop=context.stop,
                 )  # fmt: skip
                 data = leave_out_broken(setup.data, broken, plan.skip_broken, context.terminal)
+                check_numbers(data, plan.recipe)
                 setup = dataclasses.replace(setup, data=data)
                 context.save_contents(setup.loaders.train.contents)
                 seed_generators(key("train", plan.recipe.seed))
@@ -196,6 +197,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         network = new_network(recipe, backbone, weights, data.output_count, begins_with)
         if begins_with is not None:  # a part of the file is not the file
             weights, weights_text = None, f"begins as a part of {weights_text}"
+    check_numbers(data, recipe)
     module_to_device(network.module, device)
     loaders = make_loaders(data, plan.machine, device, Contents(data.source))
     freeze = network.freeze_map(recipe.trainable)

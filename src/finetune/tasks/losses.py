@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from finetune.base.moments import Moments, widened
 from finetune.data.source import class_counts
 from finetune.recipe import spec as recipes
 from finetune.tasks.metrics import ClassCounts, accuracy, confusion_matrix
@@ -114,10 +115,12 @@ class RegressionTask:
 
     Attributes:
         mean, deviation: of the training targets, in their own unit.
+        moments: how the figures of a validation are added up; see `recipes.Regression`.
     """
 
     mean: float = 0.0
     deviation: float = 1.0
+    moments: str = recipes.CENTRED
 
     def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Squared errors of standardised numbers, added up.
@@ -135,12 +138,17 @@ class RegressionTask:
     def weight(self, targets: Tensor) -> int:
         return len(targets)
 
-    def values(self, outputs: Tensor) -> Tensor:
-        """(batch,) numbers in the unit of the targets."""
-        return outputs.float().squeeze(1) * self.deviation + self.mean
+    def in_unit(self, numbers: Tensor) -> Tensor:
+        """Standardised numbers in the unit of the targets: float64, on the CPU. float32 holds seven digits, and those
+        may all be the mean's."""
+        return numbers.cpu().double() * self.deviation + self.mean
 
-    def tally(self, device: torch.device) -> "RegressionTally":
-        return RegressionTally(self, device)
+    def values(self, outputs: Tensor) -> Tensor:
+        """(batch,) numbers in the unit of the targets, as `in_unit` gives them."""
+        return self.in_unit(outputs.float().squeeze(1))
+
+    def tally(self, device: torch.device) -> "RegressionTally | PlainRegressionTally":
+        return (PlainRegressionTally if self.moments == recipes.PLAIN else RegressionTally)(self, device)
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,7 @@ def make_task(spec: recipes.Task, outputs: int, scale: Sequence[float] = (), tar
         targets: of the training samples, for the weights of classes; None = none are needed.
     """
     if isinstance(spec, recipes.Regression):
-        return RegressionTask(*scale)
+        return RegressionTask(*scale, moments=spec.moments)
     if isinstance(spec, recipes.Distillation):
         return DistillationTask()
     weights = None
@@ -192,13 +200,23 @@ def make_task(spec: recipes.Task, outputs: int, scale: Sequence[float] = (), tar
     return kind(outputs, weights, spec.label_smoothing)
 
 
-def scale_of(targets: Tensor) -> list[float]:
+def scale_of(targets: Tensor, moments: str = recipes.CENTRED) -> list[float]:
     """Mean and deviation of numbers to predict; deviation 1 where they are all the same.
 
     numpy's sums do not depend on the number of threads, and a resume compares them.
+
+    Args:
+        moments: see `recipes.Regression`.
     """
     numbers = targets.numpy().astype(np.float64)
+    if moments == recipes.CENTRED and all_same(targets):  # the mean of many 0.1 is not quite 0.1
+        return [float(numbers[0]), 1.0]
     return [float(numbers.mean()), float(numbers.std()) or 1.0]
+
+
+def all_same(targets: Tensor) -> bool:
+    """Whether there is nothing that sets numbers apart."""
+    return bool((targets == targets[:1]).all())
 
 
 def standardised(targets: Tensor, scale: Sequence[float]) -> Tensor:
@@ -293,7 +311,38 @@ class MultiLabelTally:
 
 
 class RegressionTally:
-    """Figures of regression."""
+    """Figures of regression, in float64, and about the mean: the numbers may lie far from those of the training."""
+
+    def __init__(self, task: RegressionTask, device: torch.device):
+        self.task = task
+        # Of standardised numbers: squared errors, absolute errors.
+        self.sums = widened(torch.zeros(2, device=device))
+        self.targets = Moments(device)
+        self._first: Tensor | None = None
+        self._differ = torch.zeros((), dtype=torch.bool, device=device)
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        errors = widened(outputs.float().squeeze(1) - targets)
+        self.sums += torch.stack([errors.square().sum(), errors.abs().sum()])
+        self.targets.add(targets)
+        self._first = targets[:1] if self._first is None else self._first
+        self._differ |= (targets != self._first).any()
+
+    def samples(self) -> int:
+        return self.targets.count
+
+    def figures(self) -> dict[str, float]:
+        """loss (mean squared error of standardised numbers), mean absolute error in the targets' unit, and r2: the
+        share of their variance that is explained; no r2 where they are all the same, for there is no variance."""
+        squared, absolute = self.sums.tolist()
+        count = self.targets.count
+        figures = {"loss": squared / count, "mae": absolute / count * self.task.deviation}
+        return figures | ({"r2": 1 - squared / self.targets.squares.item()} if self._differ.item() else {})
+
+
+class PlainRegressionTally:
+    """Figures of regression as runs have them whose record does not name another way: float32's digits are spent on how
+    far the numbers lie from zero, and r2 is what is left of them."""
 
     def __init__(self, task: RegressionTask, device: torch.device):
         self.task = task
