@@ -1,4 +1,4 @@
-"""Mean and spread of numbers that come in batches, as exact where they lie far from zero as where they lie around it."""
+"""Mean and spread of numbers that come in batches, however far from zero they lie."""
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ def widened(numbers: Tensor) -> Tensor:
 class Moments:
     """Of numbers that come in batches, without making a device wait.
 
-    Squared distances are taken from the batch's own mean, and batches put together by what their means differ: a mean of
-    squares less a squared mean would lose whatever sets large numbers apart. (Chan, Golub and LeVeque, "Algorithms for
-    computing the sample variance: analysis and recommendations", The American Statistician, 1983.)
+    Squared distances are taken from the batch's own mean, and batches put together by what their means differ: a mean
+    of squares less a squared mean would lose whatever sets large numbers apart. (Chan, Golub and LeVeque, "Algorithms
+    for computing the sample variance: analysis and recommendations", The American Statistician, 1983.)
 
     Attributes:
         count: numbers so far.

@@ -1,4 +1,4 @@
-"""What a network is trained to do: the loss of a sample, what a target is, and the figures of a validation."""
+"""What a network is trained to do: the loss of a sample, and what a target is."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.base.moments import Moments, widened
 from finetune.data.source import class_counts
 from finetune.recipe import spec as recipes
-from finetune.tasks.metrics import ClassCounts, accuracy, confusion_matrix
+from finetune.tasks.tallies import (
+    ConfusionTally,
+    DistillationTally,
+    MultiLabelTally,
+    PlainRegressionTally,
+    RegressionTally,
+)
 
 # What each auxiliary head adds to the loss: Szegedy et al., "Going deeper with convolutions", CVPR 2015.
 AUXILIARY_SHARE = 0.3
@@ -62,8 +67,8 @@ class ClassificationTask:
         confidence, predicted = self.probabilities(logits).max(1)
         return confidence, predicted == targets
 
-    def tally(self, device: torch.device) -> "ConfusionTally":
-        return ConfusionTally(ClassificationTask(self.class_count), device)
+    def tally(self, device: torch.device) -> ConfusionTally:
+        return ConfusionTally(ClassificationTask(self.class_count).loss_sum, self.class_count, device)
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,8 @@ class MultiLabelTask:
         confidence = torch.where(logits > 0, probabilities, 1 - probabilities)
         return confidence.flatten(), ((logits > 0) == (targets != 0)).flatten()
 
-    def tally(self, device: torch.device) -> "MultiLabelTally":
-        return MultiLabelTally(MultiLabelTask(self.class_count), device)
+    def tally(self, device: torch.device) -> MultiLabelTally:
+        return MultiLabelTally(MultiLabelTask(self.class_count).loss_sum, self.class_count, device)
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,8 @@ class RegressionTask:
         """(batch,) numbers in the unit of the targets, as `in_unit` gives them."""
         return self.in_unit(outputs.float().squeeze(1))
 
-    def tally(self, device: torch.device) -> "RegressionTally | PlainRegressionTally":
-        return (PlainRegressionTally if self.moments == recipes.PLAIN else RegressionTally)(self, device)
+    def tally(self, device: torch.device) -> RegressionTally | PlainRegressionTally:
+        return (PlainRegressionTally if self.moments == recipes.PLAIN else RegressionTally)(self.deviation, device)
 
 
 @dataclass(frozen=True)
@@ -169,8 +174,8 @@ class DistillationTask:
     def weight(self, targets: Tensor) -> int:
         return len(targets)
 
-    def tally(self, device: torch.device) -> "DistillationTally":
-        return DistillationTally(self, device)
+    def tally(self, device: torch.device) -> DistillationTally:
+        return DistillationTally(self.loss_sum, device)
 
 
 Classifying = ClassificationTask | MultiLabelTask
@@ -186,7 +191,8 @@ def make_task(spec: recipes.Task, outputs: int, scale: Sequence[float] = (), tar
         targets: of the training samples, for the weights of classes; None = none are needed.
     """
     if isinstance(spec, recipes.Regression):
-        return RegressionTask(*scale, moments=spec.moments)
+        mean, deviation = scale or (0.0, 1.0)
+        return RegressionTask(mean, deviation, spec.moments)
     if isinstance(spec, recipes.Distillation):
         return DistillationTask()
     weights = None
@@ -245,148 +251,3 @@ def training_loss(task: Task, outputs: Outputs, targets: Tensor) -> Tensor:
         if extra is not None:
             loss = loss + AUXILIARY_SHARE * task.loss_sum(extra, targets)
     return loss
-
-
-# ---- Figures, added up batch by batch without making a device wait --------------------------------------------------
-
-
-class ConfusionTally:
-    """Figures of single-label classification."""
-
-    def __init__(self, task: ClassificationTask, device: torch.device):
-        self.task = task
-        self.loss_sum = torch.zeros((), device=device)
-        self.confusion = torch.zeros(task.class_count, task.class_count, dtype=torch.int64, device=device)
-
-    def add(self, logits: Tensor, targets: Tensor) -> None:
-        self.loss_sum += self.task.loss_sum(logits, targets)
-        self.confusion += confusion_matrix(logits.argmax(1), targets, self.task.class_count)
-
-    def counts(self) -> ClassCounts:
-        return ClassCounts.of_confusion(self.confusion.cpu())
-
-    def samples(self) -> int:
-        return int(self.confusion.sum())
-
-    def figures(self) -> dict[str, float]:
-        """loss (plain: no class weights, no smoothing), accuracy, macro F1."""
-        return {
-            "loss": self.loss_sum.item() / self.samples(),
-            "accuracy": accuracy(self.confusion),
-            "f1": self.counts().macro_f1(),
-        }
-
-
-class MultiLabelTally:
-    """Figures of multi-label classification; a class is predicted where its probability is above one half."""
-
-    def __init__(self, task: MultiLabelTask, device: torch.device):
-        self.task = task
-        self.loss_sum = torch.zeros((), device=device)
-        # Rows: hits, predicted, actual.
-        self.sums = torch.zeros(3, task.class_count, dtype=torch.int64, device=device)
-        self.exact = torch.zeros((), dtype=torch.int64, device=device)
-        self.sample_count = 0
-
-    def add(self, logits: Tensor, targets: Tensor) -> None:
-        self.loss_sum += self.task.loss_sum(logits, targets)
-        predicted, actual = logits > 0, targets != 0
-        self.sums += torch.stack([(predicted & actual).sum(0), predicted.sum(0), actual.sum(0)])
-        self.exact += (predicted == actual).all(1).sum()
-        self.sample_count += len(targets)
-
-    def counts(self) -> ClassCounts:
-        return ClassCounts(*self.sums.cpu())
-
-    def samples(self) -> int:
-        return self.sample_count
-
-    def figures(self) -> dict[str, float]:
-        """loss (plain), accuracy (share of samples with every class right), macro F1."""
-        return {
-            "loss": self.loss_sum.item() / self.sample_count,
-            "accuracy": self.exact.item() / self.sample_count,
-            "f1": self.counts().macro_f1(),
-        }
-
-
-class RegressionTally:
-    """Figures of regression, in float64, and about the mean: the numbers may lie far from those of the training."""
-
-    def __init__(self, task: RegressionTask, device: torch.device):
-        self.task = task
-        # Of standardised numbers: squared errors, absolute errors.
-        self.sums = widened(torch.zeros(2, device=device))
-        self.targets = Moments(device)
-        self._first: Tensor | None = None
-        self._differ = torch.zeros((), dtype=torch.bool, device=device)
-
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
-        errors = widened(outputs.float().squeeze(1) - targets)
-        self.sums += torch.stack([errors.square().sum(), errors.abs().sum()])
-        self.targets.add(targets)
-        self._first = targets[:1] if self._first is None else self._first
-        self._differ |= (targets != self._first).any()
-
-    def samples(self) -> int:
-        return self.targets.count
-
-    def figures(self) -> dict[str, float]:
-        """loss (mean squared error of standardised numbers), mean absolute error in the targets' unit, and r2: the
-        share of their variance that is explained; no r2 where they are all the same, for there is no variance."""
-        squared, absolute = self.sums.tolist()
-        count = self.targets.count
-        figures = {"loss": squared / count, "mae": absolute / count * self.task.deviation}
-        return figures | ({"r2": 1 - squared / self.targets.squares.item()} if self._differ.item() else {})
-
-
-class PlainRegressionTally:
-    """Figures of regression as runs have them whose record does not name another way: float32's digits are spent on how
-    far the numbers lie from zero, and r2 is what is left of them."""
-
-    def __init__(self, task: RegressionTask, device: torch.device):
-        self.task = task
-        # Of standardised numbers: squared errors, absolute errors, targets, squared targets.
-        self.sums = torch.zeros(4, device=device)
-        self.sample_count = 0
-
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
-        errors = outputs.float().squeeze(1) - targets
-        self.sums += torch.stack([errors.square().sum(), errors.abs().sum(), targets.sum(), targets.square().sum()])
-        self.sample_count += len(targets)
-
-    def samples(self) -> int:
-        return self.sample_count
-
-    def figures(self) -> dict[str, float]:
-        """loss (mean squared error of standardised numbers), mean absolute error in the targets' unit, and r2: the
-        share of their variance that is explained."""
-        squared, absolute, total, squares = (value / self.sample_count for value in self.sums.tolist())
-        variance = squares - total**2
-        return {
-            "loss": squared,
-            "mae": absolute * self.task.deviation,
-            "r2": 1 - squared / variance if variance > 0 else 0.0,
-        }
-
-
-class DistillationTally:
-    """Figures of distillation."""
-
-    def __init__(self, task: DistillationTask, device: torch.device):
-        self.task = task
-        self.sums = torch.zeros(2, device=device)
-        self.sample_count = 0
-
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
-        likeness = functional.cosine_similarity(outputs.float(), targets).sum()
-        self.sums += torch.stack([self.task.loss_sum(outputs, targets), likeness])
-        self.sample_count += len(targets)
-
-    def samples(self) -> int:
-        return self.sample_count
-
-    def figures(self) -> dict[str, float]:
-        """loss, and the mean cosine between the network's embeddings and the teacher's."""
-        loss, cosine = (self.sums / self.sample_count).tolist()
-        return {"loss": loss, "cosine": cosine}

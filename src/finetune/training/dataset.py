@@ -135,8 +135,8 @@ def check_numbers(data: Data, recipe: Recipe) -> None:
     spec, count = recipe.data, len(data.split.train)
     if all_same(data.source.targets[data.split.train]):
         raise UsageError(
-            f"{spec.option} {spec.place}: the {count:,} number(s) to train on are all {data.scale[0]:.12g}, so there is "
-            "nothing to learn; give other data, or another --label-column"
+            f"{spec.option} {spec.place}: the {count:,} number(s) to train on are all {data.scale[0]:.12g}, so there "
+            "is nothing to learn; give other data, or another --label-column"
         )
     if (why := without_r2(data, recipe)) and recipe.best_metric == "r2":
         raise UsageError(
