@@ -1,13 +1,13 @@
 """The first look at the data, before the first step: broken samples are found, the head's features are measured."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from finetune.base.device import to_device
+from finetune.base.device import PRECISIONS, autocast, to_device
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
 from finetune.data.batch import Batch, Request
@@ -17,6 +17,7 @@ from finetune.data.source import ArraySource
 from finetune.data.texts import TextPipeline
 from finetune.errors import RunError
 from finetune.models.heads import standardise, standardised_layers
+from finetune.recipe.spec import PLAIN
 from finetune.training.dataset import Data
 from finetune.training.phase import Feed
 from finetune.training.setup import CHECKED_FILES, Setup
@@ -67,11 +68,21 @@ def look(
         if measure:
             batches = batches_from(without(measured, broken), BATCH_SAMPLES)
             rows = (feed.features.read(batch, measured_view(setup)).to(setup.device) for batch in batches)
-            standardise(module, rows, feed.forward)
+            _measure(setup, feed, rows)
         rest = spread_rest(data, torch.cat([data.split.train, data.split.validation]), all_files)
-        unread = _read(setup, torch.zeros(0).long(), rest, terminal, stop)
+        unread = _read(setup, feed, torch.zeros(0).long(), rest, terminal, stop)
         return [_why_broken(data, index) for index in broken] + unread
-    return _read(setup, measured, spread_rest(data, measured, all_files), terminal, stop)
+    return _read(setup, feed, measured, spread_rest(data, measured, all_files), terminal, stop)
+
+
+def _measure(setup: Setup, feed: Feed, batches: Iterable[Tensor]) -> None:
+    """Measure the head's features as training will see them: in the arithmetic of the run. The plain way does not."""
+    module, numerics, way = setup.network.module, setup.numerics, setup.recipe.model.standardisation
+    if way == PLAIN:
+        standardise(module, batches, feed.forward if feed.is_kept else None, way=way)
+        return
+    with autocast(setup.device, numerics.precision):
+        standardise(module, batches, feed.forward, way=way, dtype=PRECISIONS[numerics.of_backbone])
 
 
 def measured_view(setup: Setup) -> int | None:
@@ -97,7 +108,9 @@ def _why_broken(data: Data, index: int) -> BrokenSample:
     return BrokenSample(data.source.name(index), reason)
 
 
-def _read(setup: Setup, measured: Tensor, others: Tensor, terminal: Terminal, stop: StopRequest) -> list[BrokenSample]:
+def _read(
+    setup: Setup, feed: Feed, measured: Tensor, others: Tensor, terminal: Terminal, stop: StopRequest
+) -> list[BrokenSample]:
     """Read samples: those that the head's features are measured on, then others; return the broken ones."""
     data, loader = setup.data, setup.loaders.train
     first, second = (list(batches_from(part, BATCH_SAMPLES)) for part in (measured, others))
@@ -122,7 +135,7 @@ def _read(setup: Setup, measured: Tensor, others: Tensor, terminal: Terminal, st
 
     with terminal.track(f"first look at the {data.source.noun}s", len(measured) + len(others)) as advance:
         if first:
-            standardise(setup.network.module, inputs())
+            _measure(setup, feed, inputs())
         for batch in batches:
             take(batch)
     return broken
