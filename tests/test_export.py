@@ -96,8 +96,9 @@ def test_a_file_that_is_not_what_its_json_says_is_refused(trained, tmp_path):
 def test_a_comparison_that_fails_leaves_no_file(trained, tmp_path, monkeypatch):
     from finetune.export import verify as trained_module
 
-    def wrong(module):
-        return {name: value + 1e-3 if name.endswith("bias") else value for name, value in folded(module).items()}
+    def wrong(module, apart):
+        state = folded(module, apart)
+        return {name: value + 1e-3 if name.endswith("bias") else value for name, value in state.items()}
 
     folded = trained_module.folded_state
     monkeypatch.setattr(trained_module, "folded_state", wrong)

@@ -69,12 +69,46 @@ def test_a_head_without_bias_is_scaled_but_not_centred_for_there_is_nothing_to_f
     torch.testing.assert_close(plain(features), layer(features), rtol=0, atol=1e-5)
 
 
-def test_tiny_features_are_standardised_and_nearly_constant_ones_are_not_blown_up():
+def test_features_are_standardised_by_how_they_deviate_however_large_or_small_they_are():
     torch.manual_seed(0)
-    layer = StandardisedLinear(2, 1, dropout=0.0)
-    features = torch.randn(100, 2) * torch.tensor([1e-8, 1e-3]) + torch.tensor([1e-8, 5.0])
-    standardise(layer, [features])
-    assert layer.deviation[0] < 2e-8 and layer.deviation[1] == 1
+    layer = StandardisedLinear(4, 1, dropout=0.0)
+    features = torch.randn(200, 4) * torch.tensor([1e-8, 1e-3, 0.5, 1e-3]) + torch.tensor([1e-8, 5.0, 1e5, -80.0])
+    standardise(layer, features.split(7))
+    assert layer.deviation[0] < 2e-8
+    torch.testing.assert_close(layer.deviation, features.double().std(0, correction=0).float(), rtol=1e-6, atol=0)
+    seen = (features - layer.mean) / layer.deviation
+    torch.testing.assert_close(seen.std(0, correction=0), torch.ones(4), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_feature_whose_deviation_is_but_rounding_is_not_blown_up(dtype):
+    """What differs in its last place only, as in a layer that gives the same for every sample."""
+    torch.manual_seed(0)
+    layer = StandardisedLinear(3, 1, dropout=0.0)
+    unit = torch.finfo(dtype).eps
+    last = torch.randint(0, 2, (200, 1)) * unit
+    features = torch.cat([1 + last, 1 + 100 * last, torch.full((200, 1), 7.0)], dim=1)
+    assert torch.equal(features.to(dtype).float(), features)
+    standardise(layer, [features], dtype=dtype)
+    assert layer.deviation[0] == 1 and layer.deviation[1] < 1 and layer.deviation[2] == 1
+    assert ((features - layer.mean) / layer.deviation)[:, 0].abs().max() <= unit
+
+
+def test_the_plain_way_measures_in_every_bit_what_it_always_did():
+    torch.manual_seed(0)
+    features = torch.randn(100, 4) * torch.tensor([1e-8, 1e-3, 1.0, 0.0]) + torch.tensor([1e-8, 5.0, 3.0, 7.0])
+    for bias in (True, False):
+        layer = StandardisedLinear(4, 1, dropout=0.0, bias=bias)
+        standardise(layer, features.split(7), way="plain")
+        total, squares = 0.0, 0.0
+        for batch in features.double().split(7):
+            total, squares = total + batch.sum(0), squares + batch.square().sum(0)
+        mean = total / 100 if bias else torch.zeros_like(total)
+        deviation = (squares / 100 - mean.square()).clamp(min=0).sqrt()
+        varies = deviation > (1e-3 * (total / 100).abs()).clamp(min=1e-12)
+        assert torch.equal(layer.mean, mean.float())
+        assert torch.equal(layer.deviation, torch.where(varies, deviation, 1.0).float())
+        assert not bias or (layer.deviation[0] < 2e-8 and layer.deviation[1] == 1)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "append"])

@@ -1,24 +1,66 @@
+import time
+
 import pytest
 import torch
 
 from finetune import Classification, MultiLabel
-from finetune.tasks.losses import ClassificationTask, MultiLabelTask, make_task, training_loss
-from finetune.tasks.metrics import Calibration, ClassCounts, accuracy, confusion_matrix
+from finetune.recipe.spec import Regression
+from finetune.tasks import metrics
+from finetune.tasks.losses import ClassificationTask, MultiLabelTask, all_same, make_task, scale_of, training_loss
+from finetune.tasks.metrics import Calibration, Confusion
 
 TARGETS = torch.tensor([0, 0, 0, 1, 1, 2])
 PREDICTED = torch.tensor([0, 0, 1, 1, 2, 2])
 CPU = torch.device("cpu")
 
 
+def confusion_of(predicted, targets, class_count, batch_size=64):
+    confusion = Confusion(class_count, CPU)
+    for some, others in zip(predicted.split(batch_size), targets.split(batch_size), strict=True):
+        confusion.add(some, others)
+    return confusion
+
+
 def test_rows_are_true_classes_and_columns_predicted_ones():
-    confusion = confusion_matrix(PREDICTED, TARGETS, 4)
-    assert confusion.tolist() == [[2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    confusion = confusion_of(PREDICTED, TARGETS, 4, batch_size=4)
+    assert confusion.matrix.tolist() == [[2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert confusion.mistakes(10) == [[0, 1, 1], [1, 2, 1]]
+
+
+def test_counts_by_class_and_mistakes_of_many_classes_are_those_that_a_matrix_would_give(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(30, (5000,), generator=generator)
+    predicted = torch.where(torch.rand(5000, generator=generator) < 0.5, targets, (targets * 7 + 3) % 30)
+    whole = confusion_of(predicted, targets, 30)
+    monkeypatch.setattr(metrics, "WHOLE_MATRIX_CLASSES", 29)
+    monkeypatch.setattr(metrics, "WAITING_SAMPLES", 500)
+    sparse = confusion_of(predicted, targets, 30)
+    assert sparse.matrix is None and sparse.mistakes(100) == whole.mistakes(100)
+    for counts in (sparse.counts(), whole.counts()):
+        assert torch.equal(counts.hits, whole.matrix.diagonal())
+        assert torch.equal(counts.predicted, whole.matrix.sum(0)) and torch.equal(counts.actual, whole.matrix.sum(1))
+    monkeypatch.setattr(metrics, "MISTAKE_KINDS", 5)
+    few = confusion_of(predicted, targets, 30).mistakes(100)
+    assert len(few) == 5 and few[0][:2] == whole.mistakes(1)[0][:2]
+
+
+def test_a_batch_of_ten_thousand_classes_costs_as_much_more_as_it_has_more_logits_and_no_square_of_that():
+    def seconds(class_count):
+        tally = ClassificationTask(class_count).tally(CPU)
+        logits, targets = torch.zeros(64, class_count), torch.arange(64)
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            tally.add(logits, targets)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    assert seconds(10_000) < 200 * seconds(100)  # a hundred times the logits; the square would be ten thousand
 
 
 def test_figures_worked_out_by_hand():
-    confusion = confusion_matrix(PREDICTED, TARGETS, 4)
-    counts = ClassCounts.of_confusion(confusion)
-    assert accuracy(confusion) == pytest.approx(4 / 6)
+    counts = confusion_of(PREDICTED, TARGETS, 4).counts()
+    assert counts.accuracy() == pytest.approx(4 / 6)
     # Precision 1, 1/2, 1/2 and recall 2/3, 1/2, 1; the fourth class was never met.
     assert counts.precision().tolist() == pytest.approx([1, 0.5, 0.5, 0])
     assert counts.recall().tolist() == pytest.approx([2 / 3, 0.5, 1, 0])
@@ -96,3 +138,55 @@ def test_multi_label_figures_worked_out_by_hand():
     small, large, unsure = torch.nn.functional.softplus(torch.tensor([-5.0, 5.0, -0.5])).tolist()
     assert figures["loss"] == pytest.approx((6 * small + 2 * large + unsure) / 9, rel=1e-5)
     assert tally.samples() == 3
+
+
+# ---- Numbers ----------------------------------------------------------------------------------------------------------
+
+
+def regression_figures(outputs, targets, moments="centred", batch_size=7, scale=(0.0, 1.0)):
+    tally = make_task(Regression(moments=moments), 1, scale).tally(CPU)
+    for some, others in zip(outputs.split(batch_size), targets.split(batch_size), strict=True):
+        tally.add(some[:, None], others)
+    return tally.figures()
+
+
+@pytest.mark.parametrize("away", [0.0, 100.0, 10_000.0])
+def test_r2_does_not_depend_on_how_far_from_zero_the_numbers_lie(away):
+    torch.manual_seed(0)
+    targets = torch.randn(200).round(decimals=1) + away
+    outputs = targets + torch.where(torch.arange(200) % 2 == 0, 0.5, -0.5)
+    wanted = 1 - 0.25 / targets.double().var(correction=0).item()
+    figures = regression_figures(outputs, targets, scale=(3.0, 2.0))
+    assert figures["r2"] == pytest.approx(wanted, abs=2e-3) and 0.6 < wanted < 0.8
+    assert figures["loss"] == pytest.approx(0.25, rel=5e-3) and figures["mae"] == pytest.approx(1.0, rel=5e-3)
+
+
+def test_numbers_that_are_all_the_same_have_no_r2_however_many_they_are():
+    for number in (4.0, 0.1, 1e9):
+        targets = torch.full((100,), number)
+        assert set(regression_figures(targets + 1, targets)) == {"loss", "mae"}
+    assert set(regression_figures(torch.ones(1), torch.ones(1))) == {"loss", "mae"}
+    assert regression_figures(torch.zeros(3), torch.tensor([1.0, 1.0, 1.0 + 2**-20]))["r2"] < 0
+
+
+def test_a_record_that_names_no_other_way_has_the_figures_that_it_always_had():
+    torch.manual_seed(0)
+    targets = torch.randn(100) + 10
+    outputs = targets + 0.3 * torch.randn(100)
+    sums = torch.zeros(4)
+    for some, others in zip(outputs[:, None].split(7), targets.split(7), strict=True):
+        errors = some.float().squeeze(1) - others
+        sums += torch.stack([errors.square().sum(), errors.abs().sum(), others.sum(), others.square().sum()])
+    squared, absolute, total, squares = (value / 100 for value in sums.tolist())
+    wanted = {"loss": squared, "mae": absolute * 2.0, "r2": 1 - squared / (squares - total**2)}
+    assert regression_figures(outputs, targets, "plain", scale=(3.0, 2.0)) == wanted
+    assert regression_figures(outputs, targets, scale=(3.0, 2.0)) != wanted
+    numbers = torch.full((7,), 0.1, dtype=torch.float64)
+    assert scale_of(numbers, "plain") == [float(numbers.numpy().mean()), float(numbers.numpy().std()) or 1.0]
+
+
+def test_many_of_one_number_have_that_mean_and_a_deviation_of_one():
+    for count in (1, 3, 7, 1000):
+        numbers = torch.full((count,), 0.1, dtype=torch.float64)
+        assert scale_of(numbers) == [0.1, 1.0] and all_same(numbers)
+    assert scale_of(torch.tensor([1e9, 1e9 + 1], dtype=torch.float64)) == [1e9 + 0.5, 0.5]

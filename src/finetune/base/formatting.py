@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import unicodedata
+from collections.abc import Iterable
 
 from finetune.base.events import Best
 from finetune.errors import UsageError
@@ -26,6 +27,15 @@ def number_text(value: float, decimals: int = 4) -> str:
     if 1000 <= abs(value) < 1e9:
         return f"{value:,.1f}"
     return f"{value:.{decimals}f}" if value == 0 or 0.001 <= abs(value) < 1000 else f"{value:.{decimals}g}"
+
+
+def digits_to_tell_apart(values: Iterable[float]) -> int:
+    """How many significant digits show what sets numbers apart, to a thousandth of it: six; more of large numbers that
+    lie close together."""
+    values = [value for value in values if math.isfinite(value)]
+    spread = max(values, default=0.0) - min(values, default=0.0)
+    largest = max(map(abs, values), default=0.0)
+    return min(max(4 + math.ceil(math.log10(largest / spread)), 6), 17) if 0 < spread < math.inf else 6
 
 
 def best_text(best: Best) -> str:

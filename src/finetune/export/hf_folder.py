@@ -40,7 +40,7 @@ PROBLEMS = {
     "multi-label": "multi_label_classification",
     "regression": "regression",
 }
-# Rounding to 16 bits moves a logit by about this share of the largest.
+# Rounding to 16 bits moves a logit by about this share of their spread.
 HALF_TOLERANCE = 5e-3
 
 
@@ -50,16 +50,15 @@ class FolderReport:
 
     folder: Path
     largest_difference: float
-    has_head: bool
+    trained: Trained
 
     def text(self) -> str:
         size_bytes = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        what = "logits" if self.has_head else "embeddings"
-        equal = "bit for bit" if self.largest_difference == 0 else f"within {self.largest_difference:.1g}"
+        has_head = self.trained.recipe.model.head != NO_HEAD
+        checked = self.trained.checked("loaded by transformers' from_pretrained", self.largest_difference)
         return (
-            f"{self.folder}: {size_bytes:,} bytes: config, weights, tokenizer\n"
-            f"checked: loaded by transformers' from_pretrained, its {what} equal the run's {equal}\n\n"
-            f"{folder_lines(self.folder, self.has_head)}"
+            f"{self.folder}: {size_bytes:,} bytes: config, weights, tokenizer\n{checked}\n\n"
+            f"{folder_lines(self.folder, has_head, self.trained.scale)}"
         )
 
 
@@ -76,7 +75,8 @@ def export_folder(run: RunFolder, which: str, output: Path, half: bool) -> Folde
         UsageError: the run is of images, or no class of transformers computes what it does.
         RunError: the run cannot be read, or the folder's outputs are not the run's.
     """
-    trained = trained_tensors(run, which)
+    dtype = torch.float16 if half else torch.float32
+    trained = trained_tensors(run, which, dtype)
     _check_possible(trained)
     _check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -93,13 +93,14 @@ def export_folder(run: RunFolder, which: str, output: Path, half: bool) -> Folde
             output = model(input_ids=tokens, attention_mask=mask.long())
             return text_encoders.pooled(output.last_hidden_state, mask, pooling) if pooling else output.logits
 
-        difference = hold_against(f"export {output}", trained, model, compute, HALF_TOLERANCE if half else 0.0)
+        tolerance = HALF_TOLERANCE if half else 0.0
+        difference = hold_against(f"export {output}", trained, model, compute, tolerance, dtype)
         write_json(folder / RECORD_FILE, describe(run, which, trained))
         if output.exists():
             output.replace(Path(place) / "earlier")
         folder.replace(output)
         sync_folder(output.parent)
-    return FolderReport(output, difference, trained.recipe.model.head != NO_HEAD)
+    return FolderReport(output, difference, trained)
 
 
 def _check_output(output: Path) -> None:
@@ -123,6 +124,11 @@ def _check_possible(trained: Trained) -> None:
     if not trained.backbone.reads_texts:
         raise UsageError("--format hf: is for runs on texts; give pt, safetensors or onnx")
     head, pooling = trained.recipe.model.head, trained.backbone.options["pooling"]
+    if trained.apart:
+        raise UsageError(
+            f"--format hf: what {', '.join(trained.apart)} reads deviates so little from its mean that no weight of "
+            "transformers' class can hold both; export a .pt and load it with finetune.load"
+        )
     if head == NO_HEAD or is_stock(trained.recipe, trained.backbone):
         return
     if pooling != "stock":

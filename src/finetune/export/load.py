@@ -1,5 +1,6 @@
 """An export, read: its JSON, and the network that the JSON describes. Nothing of either is executed."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from finetune.data.preprocess import Preprocessing
 from finetune.data.tokens import Tokenization, tokenizer_folder
 from finetune.errors import FinetuneError, RunError, UsageError, one_line
 from finetune.models.backbones import backbone_of_export
+from finetune.models.folding import is_scale, take_apart
 from finetune.models.heads import find_head, plain_head, replaced_layers
 from finetune.models.weights import load_state, read_weights
 from finetune.recipe.spec import TASKS
@@ -38,6 +40,7 @@ def read_description(file: Path) -> dict[str, Any]:
         fields.text("sha256"), fields.values("files", str)
         classes, task = fields.items("classes", str), fields.text("task")
         good = needed <= set(description) and task in TASKS and len(set(classes)) == len(classes)
+        good &= "scale" not in description or is_scale(description["scale"])
     except BadFile:
         good = False
     if not good:
@@ -65,6 +68,7 @@ def rebuild(description: dict[str, Any], tensors: dict[str, Tensor], source: str
         model = backbone.build(architecture["old_classes"])
         for path in replaced_layers(head_paths, architecture["head"]):
             plain_head(model, path, architecture["head"], architecture["outputs"], architecture["head_width"])
+        take_apart(model, architecture.get("standardised", []))
         missing, extra = load_state(model, tensors, getattr(tensors, "_metadata", None), source)
     except UsageError as error:
         raise BadFile(str(error)) from None
@@ -101,12 +105,21 @@ def load(path: str | Path) -> nn.Module:
     Returns:
         A module: (batch, 3, height, width) float32, prepared as the JSON says, to (batch, classes) logits; of texts
         called as `model(**tokenizer(texts, padding=True, return_tensors="pt"))`, with the tokenizer that lies beside
-        it.
+        it. Numbers come in their own unit: (batch, 1), in float64 where float32 cannot tell them apart.
 
     Raises:
         RunError: the files are missing, damaged, or do not belong together.
     """
-    return load_described(path)[0]
+    model, description = load_described(path)
+    if scale := description.get("scale"):
+        model.register_forward_hook(functools.partial(_in_unit, *scale))
+    return model
+
+
+def _in_unit(mean: float, deviation: float, _module: nn.Module, _inputs: object, outputs: Tensor) -> Tensor:
+    """A forward hook: standardised numbers in their own unit."""
+    outputs = outputs.cpu() if outputs.device.type == "mps" else outputs  # which has no float64
+    return outputs.double() * deviation + mean
 
 
 def prepared(file: Path, description: dict[str, Any]) -> Preprocessing | Tokenization:

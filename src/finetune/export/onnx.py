@@ -15,16 +15,15 @@ from finetune.errors import UsageError
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-def write_onnx(model: nn.Module, images: Tensor, wanted: Tensor, path: Path) -> float:
+def write_onnx(model: nn.Module, images: Tensor, path: Path) -> Tensor:
     """Write a network and its weights as one file, for any number of images at once, and run it in onnxruntime.
 
     Args:
         model: in eval mode, on the CPU.
-        images: (batch, 3, height, width) float32 to compare on.
-        wanted: the logits that it should give.
+        images: (batch, 3, height, width) float32 to run it on.
 
     Returns:
-        The largest difference between its logits and those.
+        What it gives for them there.
 
     Raises:
         UsageError: a package is missing.
@@ -57,4 +56,4 @@ def write_onnx(model: nn.Module, images: Tensor, wanted: Tensor, path: Path) -> 
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"images": images.numpy()})
-    return (torch.from_numpy(found) - wanted).abs().max().item()
+    return torch.from_numpy(found)

@@ -52,8 +52,8 @@ def predict(
     classes = description["classes"]
     if description["task"] == "distillation":
         raise UsageError(f"{file}: is an encoder without a head, which predicts nothing; train one: finetune bert_head")
-    # The scale of numbers is folded into the export.
-    task = make_task(TASKS[description["task"]](), len(classes), (0.0, 1.0))
+    # The scale of numbers is folded into the weights, or stands beside them.
+    task = make_task(TASKS[description["task"]](), len(classes), description.get("scale", ()))
     preprocessing = prepared(file, description)
     say = partial(print, file=sys.stderr)
     samples: ImageInputs | TextInputs

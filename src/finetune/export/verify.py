@@ -1,36 +1,70 @@
 """A checkpoint's network ready to be written for other programs, and what was written held against it."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from finetune.base.device import PRECISIONS, autocast, module_to_device, to_device
 from finetune.data.batch import Request
 from finetune.data.open import open_source, split_data
 from finetune.data.source import TextSource
 from finetune.data.tokens import Tokenization
-from finetune.errors import FinetuneError, RunError
+from finetune.errors import FinetuneError, RunError, UsageError
 from finetune.models.backbones import Backbone
-from finetune.models.heads import folded_state, rescale, standardised_layers
+from finetune.models.folding import layers_apart, scale_beside
+from finetune.models.heads import NO_HEAD, folded_state, rescale, standardised_layers
 from finetune.models.network import Network
-from finetune.recipe.execution import Numerics, split_config
+from finetune.recipe.execution import Numerics, check_precision, split_config
 from finetune.recipe.spec import Recipe
 from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import CheckpointState
+from finetune.tasks.losses import ClassificationTask, MultiLabelTask, Task, make_task
 from finetune.training.dataset import open_data
+from finetune.training.phase import trained_forward
 
 COMPARED_SAMPLES = 16
-# Outputs of an export may differ from the run's by this share of the largest (or by this much, if that is under 1),
-# because folding the standardisation into the weights rounds differently. Without folding they must be equal.
+# Everything is compared in units of how far the run's own outputs spread: logits, and standardised numbers, whose unit
+# is the deviation of the targets; outputs that spread by less than 1 count as if they did by 1.
+# By this share an export may differ, because folding the standardisation into the weights rounds differently. Without
+# folding it must be equal.
 FOLDED_TOLERANCE = 1e-5
 # Where features hardly deviate from their mean, sums of folded weights lose more of float32's digits than that. Then it
 # is float64 that must agree so well, and float32 so:
 ROUNDED_TOLERANCE = 1e-3
-# Of a large mean, that times `FOLDED_TOLERANCE` is the last digit.
-FLOAT32_SHARE = 0.05
+# A mean that is folded in costs so many units of its last place.
+MEAN_ROUNDINGS = 4
+# What a run in fewer bits computed lies so many roundings from what its weights give in fp32; more, and it was
+# something else than those bits.
+PRECISION_ROUNDINGS = 16
+
+
+@dataclass(frozen=True)
+class Own:
+    """What the run's own arithmetic gives, beside what its weights give in fp32.
+
+    Attributes:
+        share: the largest difference between the two, as a share of the spread.
+        alike, samples: how many samples are decided alike, of how many; None where nothing is decided.
+    """
+
+    precision: str
+    share: float
+    alike: int | None
+    samples: int
+
+    def text(self) -> str:
+        """A line for a person."""
+        decided = "" if self.alike is None else f"; {self.alike} of {self.samples} samples are decided alike"
+        line = f"the run computed in {self.precision}: what it gave lies within {self.share:.2g} of the spread{decided}"
+        bits = torch.finfo(PRECISIONS[self.precision])
+        if self.share <= PRECISION_ROUNDINGS * bits.eps:
+            return line
+        return f"{line}: more than rounding explains, so judge the file anew, or compute it in {self.precision} too"
 
 
 @dataclass(frozen=True)
@@ -38,9 +72,14 @@ class Trained:
     """What an export writes, and what it is held against.
 
     Attributes:
-        tensors: the network's, by their stock names; standardisation folded in.
-        samples, outputs: some network inputs, and what the run's own network gives for them.
+        tensors: the network's, by their stock names; standardisation folded in, but for that of `apart`.
+        samples, outputs: some network inputs, and what the run's own network gives for them in fp32: numbers to predict
+            standardised.
         folded: whether standardisation, of features or of numbers to predict, was folded in.
+        folded_scale: mean and deviation of the numbers to predict where those were folded in; else [].
+        scale: likewise where the weights could not hold them.
+        apart: paths of the layers whose standardisation the weights could not hold.
+        own: None where the run itself computed in fp32, or in what this machine cannot.
     """
 
     recipe: Recipe
@@ -52,27 +91,109 @@ class Trained:
     samples: Tensor
     outputs: Tensor
     folded: bool
+    folded_scale: list[float]
+    scale: list[float]
+    apart: list[str]
+    own: Own | None
+
+    @property
+    def spread(self) -> float:
+        return spread_of(self.outputs)
+
+    def checked(self, where: str, difference: float, by_kit: str = "") -> str:
+        """What was compared, in lines for a person.
+
+        Args:
+            by_kit: what of this kit gives numbers their unit.
+        """
+        numbers = bool(self.state.data.scale)
+        what = "numbers" if numbers else "embeddings" if self.recipe.model.head == NO_HEAD else "logits"
+        equal = "bit for bit"
+        if difference:
+            equal = f"within {difference:.1g}" + (" of the targets' deviation" if numbers else "")
+        in_fp32 = ", both computed in fp32" if self.numerics.precision != "fp32" or self.numerics.splits else ""
+        lines = [f"checked: {where}, its {what} equal the run's {equal}{in_fp32}"]
+        if self.own is not None:
+            lines.append(self.own.text())
+        elif in_fp32:
+            lines.append(f"the run computed in {self.numerics.of_backbone}, which this machine cannot: not compared")
+        if self.scale:
+            mean, deviation = self.scale
+            lines.append(
+                f"its numbers are standardised, for no weight can hold a mean that lies {abs(mean) / deviation:,.3g} "
+                f"deviations from zero: value = output * {deviation!r} + {mean!r}, in float64{by_kit}"
+            )
+        return "\n".join(lines)
 
 
-def trained_tensors(run: RunFolder, which: str) -> Trained:
-    """A checkpoint's network, ready to be written."""
+def spread_of(outputs: Tensor) -> float:
+    """How far outputs lie from the mean over the samples, at most; 1 where that is less."""
+    return max((outputs - outputs.mean(0)).abs().max().item(), 1.0)
+
+
+def trained_tensors(run: RunFolder, which: str, dtype: torch.dtype = torch.float32) -> Trained:
+    """A checkpoint's network, ready to be written.
+
+    Args:
+        dtype: that its weights will be written in.
+    """
     network, state = trained_network(run, which)
     recipe, numerics = split_config(state.config)
     backbone = backbone_of_run(run, state)
-    tensors = folded_state(network.module)
+    apart = layers_apart(network.module.state_dict())
+    tensors = folded_state(network.module, apart)
     samples = comparison_samples(recipe, backbone, state)
-    if scale := state.data.scale:
-        rescale(tensors, network.last_layer_path, scale)
-    folded = bool(scale) or any(True for _ in standardised_layers(network.module))
-    outputs = own_outputs(network.module.eval(), samples, scale)
-    return Trained(recipe, numerics, backbone, network, state, tensors, samples, outputs, folded)
+    beside = scale_beside(state.data.scale, dtype)
+    folded_scale = [] if beside else list(state.data.scale)
+    if folded_scale:
+        rescale(tensors, network.last_layer_path, folded_scale)
+    folded = bool(folded_scale) or any(path not in apart for path, _ in standardised_layers(network.module))
+    outputs = plain_outputs(network.module.eval(), samples)
+    own = own_outputs(network, recipe, numerics, state, backbone, samples)
+    compared = None if own is None else _compared(numerics, make_task(recipe.task, state.data.outputs), outputs, own)
+    return Trained(
+        recipe, numerics, backbone, network, state, tensors, samples, outputs, folded, folded_scale, beside, apart,
+        compared,
+    )  # fmt: skip
 
 
 @torch.inference_mode()
-def own_outputs(module: nn.Module, samples: Tensor, scale: Sequence[float]) -> Tensor:
-    """What the run's network gives; numbers that it predicts in their own unit."""
-    outputs = module(samples)
-    return outputs * scale[1] + scale[0] if scale else outputs
+def plain_outputs(module: nn.Module, samples: Tensor) -> Tensor:
+    """What a network gives in the arithmetic of its weights, in float64."""
+    return cast(Tensor, module(samples)).double()
+
+
+def own_outputs(
+    network: Network, recipe: Recipe, numerics: Numerics, state: CheckpointState, backbone: Backbone, samples: Tensor
+) -> Tensor | None:
+    """What the run's network gives in the run's arithmetic; None where that is fp32, or nothing here computes in it."""
+    if numerics.precision == numerics.of_backbone == "fp32":
+        return None
+    device = torch.device("cpu")
+    try:
+        check_precision(numerics, device.type)
+    except UsageError:
+        if not torch.cuda.is_available():
+            return None
+        device = torch.device("cuda")
+    module_to_device(network.module, device)
+    forward = trained_forward(network, recipe, numerics, state.frozen.epoch, backbone, device)
+    with torch.inference_mode(), autocast(device, numerics.precision):
+        outputs = forward(to_device(samples, device))
+    network.module.cpu()
+    assert isinstance(outputs, Tensor)  # auxiliary heads give theirs in training only
+    return outputs.cpu().double()
+
+
+def _compared(numerics: Numerics, task: Task, outputs: Tensor, own: Tensor) -> Own:
+    alike = None
+    if isinstance(task, MultiLabelTask):
+        alike = int(((outputs > 0) == (own > 0)).all(1).sum())
+    elif isinstance(task, ClassificationTask):
+        alike = int((outputs.argmax(1) == own.argmax(1)).sum())
+    precision = numerics.precision if numerics.precision != "fp32" else numerics.of_backbone
+    share = (outputs - own).abs().max().item() / spread_of(outputs)
+    return Own(precision, share, alike, len(outputs))
 
 
 def comparison_samples(recipe: Recipe, backbone: Backbone, state: CheckpointState) -> Tensor:
@@ -92,42 +213,55 @@ def comparison_samples(recipe: Recipe, backbone: Backbone, state: CheckpointStat
 
 
 def hold_against(
-    what: str, trained: Trained, model: nn.Module, compute: Callable[[nn.Module, Tensor], Tensor], rounding: float = 0.0
+    what: str,
+    trained: Trained,
+    model: nn.Module,
+    compute: Callable[[nn.Module, Tensor], Tensor],
+    rounding: float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> float:
-    """The largest difference between what was written and the run.
+    """The largest difference between what was written and the run; of numbers to predict in units of their deviation.
 
     Args:
         what: names it in the error.
         model: loaded from what was written; in eval mode.
         compute: (model, samples) -> its outputs.
-        rounding: share of the largest output by which numbers of fewer bits may move it.
+        rounding: share of the spread by which numbers of fewer bits, or another runtime, may move it.
+        dtype: that the weights are written in.
 
     Raises:
         RunError: it does not give the run's outputs.
     """
-    scale = trained.state.data.scale
-    largest = max(trained.outputs.abs().max().item(), 1.0)
-    if scale:  # numbers around a mean: what counts is how far they lie from it, as well as float32 can say it
-        largest = max((trained.outputs - scale[0]).abs().max().item(), scale[1]) + FLOAT32_SHARE * abs(scale[0])
-    allowed = (FOLDED_TOLERANCE if trained.folded else 0.0) * largest
+    allowed = (max(rounding, FOLDED_TOLERANCE) if trained.folded else rounding) * trained.spread
+    if trained.folded_scale:
+        mean, deviation = trained.folded_scale
+        allowed += MEAN_ROUNDINGS * torch.finfo(dtype).eps * abs(mean) / deviation
     with torch.inference_mode():
-        difference = (compute(model, trained.samples) - trained.outputs).abs().max().item()
-        if rounding:
-            allowed = max(allowed, rounding * largest)
-        elif trained.folded and allowed < difference <= ROUNDED_TOLERANCE * largest:
+        difference = _difference(trained, compute(model, trained.samples), trained.outputs)
+        if not rounding and trained.folded and allowed < difference <= ROUNDED_TOLERANCE * trained.spread:
             samples = trained.samples.double() if trained.samples.is_floating_point() else trained.samples
-            module = copy.deepcopy(trained.network.module).double()
-            wanted = own_outputs(module, samples, scale)
-            exact = (compute(copy.deepcopy(model).double(), samples) - wanted).abs().max().item()
-            refuse_above(what, exact, allowed)
+            wanted = plain_outputs(copy.deepcopy(trained.network.module).double(), samples)
+            exact = _difference(trained, compute(copy.deepcopy(model).double(), samples), wanted)
+            refuse_above(what, trained, exact, allowed)
             return difference
-    refuse_above(what, difference, allowed)
+    refuse_above(what, trained, difference, allowed)
     return difference
 
 
-def refuse_above(what: str, difference: float, allowed: float) -> None:
+def _difference(trained: Trained, found: Tensor, wanted: Tensor) -> float:
+    """Between outputs of what was written and those of the run."""
+    found = found.double()
+    if trained.folded_scale:
+        mean, deviation = trained.folded_scale
+        found = (found - mean) / deviation
+    return (found - wanted).abs().max().item()
+
+
+def refuse_above(what: str, trained: Trained, difference: float, allowed: float) -> None:
     """Raises: RunError: what was written does not give the run's outputs."""
     if not difference <= allowed:
+        numbers, unit = ("numbers", " deviations of the targets") if trained.state.data.scale else ("logits", "")
         raise RunError(
-            f"{what}: logits differ from the run's by {difference:.3g}, allowed is {allowed:.3g}; nothing is written"
+            f"{what}: {numbers} differ from the run's by {difference:.3g}{unit}, allowed is {allowed:.3g}; nothing is "
+            "written"
         )

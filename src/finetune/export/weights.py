@@ -21,7 +21,7 @@ from finetune.data.tokens import Tokenization, tokenizer_folder
 from finetune.errors import RunError, UsageError
 from finetune.export.load import SCHEMA_VERSION, read_description, rebuild
 from finetune.export.onnx import write_onnx
-from finetune.export.verify import Trained, hold_against, refuse_above, trained_tensors
+from finetune.export.verify import Trained, hold_against, trained_tensors
 from finetune.models.snippets import is_stock, loading_lines
 from finetune.models.weights import read_weights
 from finetune.store.checkpoint import read_checkpoint
@@ -29,7 +29,7 @@ from finetune.store.run_folder import RunFolder
 from finetune.store.state import generators_put_back
 
 FORMATS = (".pt", ".safetensors", ".onnx")
-# Another runtime has other kernels.
+# Another runtime has other kernels: by this share of the outputs' spread it may differ.
 ONNX_TOLERANCE = 1e-4
 # How tokens become what the head reads, for people.
 POOLING_TEXTS = {
@@ -46,6 +46,7 @@ class ExportReport:
     file: Path
     description: dict[str, Any]
     largest_difference: float
+    trained: Trained
 
     @property
     def stock_lines(self) -> str:
@@ -57,13 +58,12 @@ class ExportReport:
         return self.description["architecture"]["options"]
 
     def text(self) -> str:
-        same = "bit for bit" if self.largest_difference == 0 else f"within {self.largest_difference:.1g}"
         where = "run in onnxruntime" if self.file.suffix == ".onnx" else "loaded into a fresh model"
         lines = [
             f"{self.file}: {self.file.stat().st_size:,} bytes, sha256 {self.description['sha256']}",
             f"{self.file.with_suffix('.json')}: classes, preprocessing, architecture",
             *([f"{tokenizer_folder(self.file)}: tokenizer"] if "pooling" in self._options else []),
-            f"checked: {where}, its logits equal the run's {same}",
+            self.trained.checked(where, self.largest_difference, "; finetune.load and finetune predict do that"),
             "",
         ]
         return "\n".join(lines) + self.stock_lines
@@ -92,8 +92,8 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
         temporary = Path(place) / output.name
         if output.suffix == ".onnx":
             model = rebuild(description, trained.tensors, str(run.path))
-            difference = write_onnx(model, trained.samples, trained.outputs, temporary)
-            refuse_above(f"export {output}", difference, ONNX_TOLERANCE)
+            found = write_onnx(model, trained.samples, temporary)
+            difference = hold_against(f"export {output}", trained, model, lambda *_: found, ONNX_TOLERANCE)
         else:
             write_tensors(temporary, trained.tensors)
             model = rebuild(description, read_weights(temporary), str(temporary))
@@ -103,7 +103,7 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
         trained.backbone.preprocessing.write(tokenizer_folder(output))
     description |= {"sha256": sha256, "files": {output.name: sha256} | other_formats(output, description)}
     write_json(output.with_suffix(".json"), description)
-    return ExportReport(output, description, difference)
+    return ExportReport(output, description, difference, trained)
 
 
 def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
@@ -126,8 +126,11 @@ def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
             "head_width": recipe.model.head_width,
             "outputs": state.data.outputs,
             "old_classes": network.old_class_count,
-            "stock": is_stock(recipe, backbone),
+            "stock": is_stock(recipe, backbone) and not trained.apart,
+            **({"standardised": trained.apart} if trained.apart else {}),
         },
+        # Mean and deviation of the numbers that it gives, where the weights could not hold them.
+        **({"scale": trained.scale} if trained.scale else {}),
         "preprocessing": preprocessing.to_plain(),
         "preprocessing_text": how,
         "metrics": finite(state.progress.last_validation),

@@ -5,7 +5,7 @@ weight and bias, so that what is shipped is a plain `nn.Linear` (or, for Squeeze
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -13,16 +13,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import GoogLeNet, Inception3
 
+from finetune.base.moments import Moments
 from finetune.errors import UsageError
 from finetune.models.shapes import build_shapes
+from finetune.recipe.spec import CENTRED, PLAIN
 
 HEADS = ("linear", "mlp", "append")
 # No head at all: the network gives what the head would read.
 NO_HEAD = "none"
-# A feature that deviates by less than this share of its mean counts as constant: it is centred, not blown up. Folded
-# into float32 weights, a smaller share would also cost the export its precision. The floor is for features all zero.
-SMALLEST_DEVIATION_SHARE = 1e-3
+# A feature counts as constant where rounding hides how it deviates: it is centred, not blown up. That is the rounding
+# of the type that it is computed in, and what sums in float32 add to it. The floor is for features that are all zero.
+FLOAT32_ROUNDINGS = 16
 SMALLEST_DEVIATION = 1e-12
+# The plain way: where it deviates by less than this share of its mean.
+SMALLEST_DEVIATION_SHARE = 1e-3
 
 
 class StandardisedLinear(nn.Linear):
@@ -128,6 +132,16 @@ def _like(old: nn.Module, path: str, out_features: int, dropout: float, measured
     raise UsageError(f"the head {path} is a {type(old).__name__}; only a linear layer or a 1 x 1 convolution will do")
 
 
+def standardised_like(old: nn.Module, path: str) -> Standardised:
+    """A layer of the shape of `old` that standardises its features; it has no dropout.
+
+    Raises:
+        UsageError: it is neither a linear layer nor a 1 x 1 convolution.
+    """
+    outputs = old.out_channels if isinstance(old, nn.Conv2d) else getattr(old, "out_features", 0)
+    return _like(old, path, outputs, 0.0, True)
+
+
 def renew_layer(model: nn.Module, path: str, dropout: float) -> None:
     """Give a layer without pretrained weights standardised features and dropout, if it is linear; its shape stays."""
     old = model.get_submodule(path)
@@ -189,26 +203,78 @@ def standardised_layers(model: nn.Module) -> Iterator[tuple[str, Standardised]]:
             yield path, module
 
 
+class _Squares:
+    """Mean and deviation of features by their squares: the plain way, which older runs go on."""
+
+    def __init__(self) -> None:
+        self._count, self._total, self._squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, features: Tensor) -> None:
+        self._count += len(features)
+        self._total = self._total + features.sum(0)
+        self._squares = self._squares + features.square().sum(0)
+
+    def result(self, is_centred: bool) -> tuple[Tensor, Tensor]:
+        """Args: is_centred: the mean is taken away; else the deviation is that from zero."""
+        middle = self._total / self._count
+        mean = middle if is_centred else torch.zeros_like(middle)
+        deviation = (self._squares / self._count - mean.square()).clamp(min=0).sqrt()
+        varies = deviation > (SMALLEST_DEVIATION_SHARE * middle.abs()).clamp(min=SMALLEST_DEVIATION)
+        return mean, torch.where(varies, deviation, 1.0)
+
+
+class _Centred:
+    """The same about the mean.
+
+    Args:
+        dtype: that the features are computed in.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._moments = Moments(torch.device("cpu"))
+        self._share = max(torch.finfo(dtype).eps, FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps)
+
+    def add(self, features: Tensor) -> None:
+        self._moments.add(features)
+
+    def result(self, is_centred: bool) -> tuple[Tensor, Tensor]:
+        middle, deviation = self._moments.mean, self._moments.deviation()
+        if not is_centred:
+            deviation = torch.hypot(middle, deviation)
+        varies = deviation > (self._share * middle.abs()).clamp(min=SMALLEST_DEVIATION)
+        return middle if is_centred else torch.zeros_like(middle), torch.where(varies, deviation, 1.0)
+
+
 @torch.no_grad()
-def standardise(model: nn.Module, batches: Iterable[Tensor], forward: Callable[[Tensor], object] | None = None) -> None:
+def standardise(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    forward: Callable[[Tensor], object] | None = None,
+    *,
+    way: str = CENTRED,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Measure mean and deviation of what enters each standardised layer, and store them in its buffers.
 
-    One pass in eval mode; sums in float64.
+    One pass over the batches in eval mode, in the arithmetic that the caller has set; sums in float64.
 
     Args:
         batches: inputs, on the model's device.
         forward: runs a batch through the model; None = the model itself.
+        way: see `recipe.spec.Model.standardisation`.
+        dtype: that the features are computed in.
     """
     forward = forward or model
-    sums: dict[str, tuple[int, Tensor, Tensor]] = {}
-    hooks = []
     layers = {path: layer for path, layer in standardised_layers(model) if layer.measured}
+    found: dict[str, _Squares | _Centred] = {}
+    hooks = []
 
     def hook_for(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             features = layers[path].by_feature(inputs[0].cpu().double())  # MPS has no float64
-            count, total, squares = sums.get(path, (0, 0.0, 0.0))
-            sums[path] = count + len(features), total + features.sum(0), squares + features.square().sum(0)
+            if path not in found:
+                found[path] = _Squares() if way == PLAIN else _Centred(dtype)
+            found[path].add(features)
 
         return add
 
@@ -223,24 +289,26 @@ def standardise(model: nn.Module, batches: Iterable[Tensor], forward: Callable[[
         model.training = False
         for hook in hooks:
             hook.remove()
-    for path, (count, total, squares) in sums.items():
-        layer = layers[path]
-        mean = total / count if layer.bias is not None else torch.zeros_like(total)
-        deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
-        layer.mean.copy_(mean)
-        varies = deviation > (SMALLEST_DEVIATION_SHARE * (total / count).abs()).clamp(min=SMALLEST_DEVIATION)
-        layer.deviation.copy_(torch.where(varies, deviation, 1.0))
+    for path, measured in found.items():
+        mean, deviation = measured.result(layers[path].bias is not None)
+        layers[path].mean.copy_(mean)
+        layers[path].deviation.copy_(deviation)
 
 
-def folded_state(model: nn.Module) -> dict[str, Tensor]:
+def folded_state(model: nn.Module, apart: Container[str] = ()) -> dict[str, Tensor]:
     """The state dict of `model` with every standardisation folded away: stock names, stock shapes, on the CPU.
 
     It keeps the versions of torchvision's modules, without which some refuse to load.
+
+    Args:
+        apart: paths of layers that stay as they are.
     """
     state = model.state_dict()
     for name in state:
         state[name] = state[name].detach().cpu().contiguous().clone()
     for path, layer in standardised_layers(model):
+        if path in apart:
+            continue
         for name, value in folded(layer).items():
             state[f"{path}.{name}"] = value.cpu().contiguous()
         del state[f"{path}.mean"], state[f"{path}.deviation"]
@@ -262,7 +330,8 @@ def rescale(state: dict[str, Tensor], path: str, old: Sequence[float], new: Sequ
     (mean, deviation), (new_mean, new_deviation) = old, new
     weight, bias = state[f"{path}.weight"].double(), state[f"{path}.bias"].double()
     state[f"{path}.weight"] = (weight * deviation / new_deviation).float()
-    state[f"{path}.bias"] = ((bias * deviation + mean - new_mean) / new_deviation).float()
+    # The means first: between large ones that lie close together the bias would be lost, in float64 too.
+    state[f"{path}.bias"] = ((bias * deviation + (mean - new_mean)) / new_deviation).float()
 
 
 def plain_head(model: nn.Module, path: str, kind: str, class_count: int, width: int) -> None:

@@ -1,6 +1,6 @@
 """Lines of Python that load an export without this kit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ def loading_lines(file: Path, description: Mapping[str, Any]) -> str:
         return (
             f"import onnxruntime\nsession = onnxruntime.InferenceSession({str(file)!r})\n"
             '(logits,) = session.run(None, {"images": images})  # float32 (batch, 3, height, width)'
+            + _unit_line('logits.astype("float64")', description.get("scale"))
         )
     options, text_lines = architecture["options"], ""
     if "pooling" in options:
@@ -32,6 +33,8 @@ def loading_lines(file: Path, description: Mapping[str, Any]) -> str:
     if not architecture["stock"]:
         pooling = options.get("pooling", "stock")
         what = f"Pooling {pooling!r}" if pooling != "stock" else f"A head of kind {architecture['head']!r}"
+        if architecture.get("standardised"):
+            what = f"What {', '.join(architecture['standardised'])} reads deviates so little from its mean that it"
         also = "from transformers import AutoTokenizer\n" if text_lines else ""
         return (
             f"{what} has no stock counterpart; load it with:\n\n"
@@ -44,18 +47,29 @@ def loading_lines(file: Path, description: Mapping[str, Any]) -> str:
         read = f"from safetensors.torch import load_file\nmodel.load_state_dict(load_file({str(file)!r}), strict=True)"
     else:
         read = f"import torch\nmodel.load_state_dict(torch.load({str(file)!r}, weights_only=True), strict=True)"
-    return f"{build}\n{read}\nmodel.eval()" + text_lines
+    return f"{build}\n{read}\nmodel.eval()" + text_lines + _unit_line("logits.double()", description.get("scale"))
 
 
-def folder_lines(folder: Path, has_head: bool) -> str:
-    """Lines of Python that load the folder without this kit."""
+def _unit_line(numbers: str, scale: Sequence[float] | None) -> str:
+    """The line that gives standardised numbers their unit, where that is not folded into the weights: in float64, as
+    float32 could not tell them apart."""
+    return f"\nvalues = {numbers} * {scale[1]!r} + {scale[0]!r}" if scale else ""
+
+
+def folder_lines(folder: Path, has_head: bool, scale: Sequence[float] = ()) -> str:
+    """Lines of Python that load the folder without this kit.
+
+    Args:
+        scale: mean and deviation of the numbers that it gives, where they are not folded into its weights.
+    """
     if not has_head:
         return (
             f"from transformers import AutoModel, AutoTokenizer\nmodel = AutoModel.from_pretrained({str(folder)!r})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"
         )
+    call = 'classify("a text", truncation=True)'
+    if scale:  # Python's own numbers are float64
+        call = f'value = {call}[0]["score"] * {scale[1]!r} + {scale[0]!r}'
     return (
-        "from transformers import pipeline\n"
-        f'classify = pipeline("text-classification", model={str(folder)!r})\n'
-        'classify("a text", truncation=True)'
+        f'from transformers import pipeline\nclassify = pipeline("text-classification", model={str(folder)!r})\n' + call
     )

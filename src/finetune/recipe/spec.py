@@ -13,6 +13,8 @@ from finetune.errors import UsageError
 Value = TypeVar("Value")
 # In a field's metadata: what a record without that field means.
 BEFORE = "before"
+# How mean and deviation are computed: see `Model` and `Regression`.
+CENTRED, PLAIN = "centred", "plain"
 
 
 def named(default: Value, *, before: Value) -> Value:
@@ -40,6 +42,9 @@ class Model:
         head_width: hidden features of an "mlp" head.
         revision: of a text encoder on the hub; "" = its newest.
         pooling: how a text encoder's tokens become one feature vector: "auto", "stock", "mean" or "cls".
+        standardisation: how the head's features are measured: "centred" = in the arithmetic of the run, about their
+            mean; one counts as constant where rounding hides how it deviates. "plain" = in float32 where features are
+            not kept, by their squares; one counts as constant that deviates by less than a thousandth of its mean.
     """
 
     backbone: str
@@ -49,6 +54,7 @@ class Model:
     head_width: int = 256
     revision: str = ""
     pooling: str = "auto"
+    standardisation: str = named(CENTRED, before=PLAIN)
 
     @property
     def full_name(self) -> str:
@@ -193,9 +199,15 @@ class MultiLabel:
 
 @dataclass(frozen=True)
 class Regression:
-    """A number a sample, mean squared error."""
+    """A number a sample, mean squared error.
+
+    Attributes:
+        moments: how the scale of the numbers and the figures of a validation are added up: "centred" = about the mean,
+            in float64; "plain" = in float32, R2 by mean squares less squared mean.
+    """
 
     kind: str = field(default="regression", init=False)
+    moments: str = named(CENTRED, before=PLAIN)
 
 
 @dataclass(frozen=True)
@@ -395,6 +407,8 @@ def check_ranges(recipe: Recipe) -> None:
         rules.append((name, chosen, chosen in choices, f"one of {', '.join(choices)}"))
     if isinstance(data, Images):
         pixel_limits(data.pixel_range)
+    ways = {"standardisation": recipe.model.standardisation, "moments": getattr(recipe.task, "moments", CENTRED)}
+    rules += [(name, way, way in (CENTRED, PLAIN), f"{CENTRED} or {PLAIN}") for name, way in ways.items()]
     rules += _image_rules(data) if isinstance(data, Images) else _text_rules(data, recipe.task)
     for name, value, allowed, range_text in rules:
         if not allowed:

@@ -85,7 +85,7 @@ def _repeat(data: RunData) -> tuple[str, str]:
 def _is_stock(data: RunData) -> bool:
     recipe, _ = split_config(data.config)
     assert data.checkpoint is not None
-    return is_stock(recipe, backbone_from_plain(data.checkpoint.backbone))
+    return is_stock(recipe, backbone_from_plain(data.checkpoint.backbone)) and not data.checkpoint.apart
 
 
 def _has_folder(data: RunData) -> bool:
@@ -109,7 +109,8 @@ def loading_of(data: RunData) -> list[Command]:
         own = lines.partition("\n\n")[2]  # where no stock class takes the weights
         found = [Command(own, WITH_KIT)] if own else [*found, Command(lines, "without it: in stock libraries")]
         if _has_folder(data):
-            lines = folder_lines(data.run.path / "hf", configured(data, "model", "head") != NO_HEAD)
+            has_head = configured(data, "model", "head") != NO_HEAD
+            lines = folder_lines(data.run.path / "hf", has_head, data.checkpoint.scale)
             found.append(Command(lines, "in transformers, after finetune export --format hf"))
     except (FinetuneError, *NOT_AS_WRITTEN):
         pass  # a backbone that this version does not know: the export itself says so
@@ -126,6 +127,8 @@ def _description(data: RunData, checkpoint: Checkpoint) -> dict[str, object]:
             "head": configured(data, "model", "head"),
             "outputs": checkpoint.outputs,
             "stock": _is_stock(data),
+            "standardised": checkpoint.apart,
         },
+        "scale": checkpoint.scale,
         "preprocessing": backbone["preprocessing"],
     }

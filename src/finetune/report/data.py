@@ -8,6 +8,7 @@ from finetune.base.files import BadFile, read_json
 from finetune.base.plain import Fields, Plain
 from finetune.data.order import count_batches
 from finetune.errors import FinetuneError, RunError
+from finetune.models.folding import layers_apart, scale_beside
 from finetune.recipe.execution import split_config
 from finetune.recipe.spec import LOWER_IS_BETTER
 from finetune.report.curves import Curve, read_curves
@@ -49,6 +50,7 @@ class Checkpoint:
         frozen_tensors, trained_tensors: how many parameters of the network.
         trained_parameters: numbers in the latter.
         outputs: numbers that the network gives for a sample.
+        scale, apart: what an export of it could not fold into its weights; see `models.folding`.
         backbone: as `Backbone.to_plain` gives it.
     """
 
@@ -56,6 +58,8 @@ class Checkpoint:
     events: list[Event]
     classes: list[str]
     outputs: int
+    scale: list[float]
+    apart: list[str]
     fingerprint: str
     train_samples: int
     validation_samples: int
@@ -77,6 +81,8 @@ def _checkpoint_of(state: CheckpointState, run_id: str) -> Checkpoint:
         _events(progress.history),
         data.classes,
         data.outputs,
+        scale_beside(data.scale),
+        layers_apart(state.model),
         data.fingerprint,
         data.train_samples,
         data.validation_samples,

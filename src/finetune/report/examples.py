@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from finetune.base.events import Example
+from finetune.base.formatting import digits_to_tell_apart
 from finetune.base.plain import Fields
 from finetune.data.source import ImageSource, Source, TextSource
 from finetune.tasks.evaluation import class_names
@@ -29,16 +30,18 @@ def examples_of(
     Raises:
         BadFile: one is not as it is written.
     """
-    return [_example(Fields(sample, "a sample"), classes, source) for sample in samples]
+    values = (sample.get(name) for sample in samples for name in ("true", "predicted"))
+    digits = digits_to_tell_apart(value for value in values if isinstance(value, int | float))
+    return [_example(Fields(sample, "a sample"), classes, source, digits) for sample in samples]
 
 
-def _example(sample: Fields, classes: Sequence[str], source: Source | None) -> Example:
+def _example(sample: Fields, classes: Sequence[str], source: Source | None, digits: int) -> Example:
     def words(name: str) -> str:
         if sample.plain[name] is None:
             return ""
         if isinstance(sample.plain[name], list):
             return class_names(sample.items(name, int), classes)
-        return f"{sample.number(name):.6g}"
+        return f"{sample.number(name):.{digits}g}"
 
     index = sample.integer("index")
     return Example(

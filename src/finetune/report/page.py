@@ -5,8 +5,10 @@ escaped by the template.
 """
 
 import base64
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -300,7 +302,7 @@ def _sample(example: Example) -> dict[str, object]:
     except ValueError:
         numbers = ("", "", "")
     else:
-        numbers = tuple(map(_digits, (true, predicted, predicted - true)))
+        numbers = (_digits(example.true), _digits(example.predicted), _digits(f"{predicted - true:.6g}"))
     return {
         "example": example,
         "true_classes": {example.true, *example.true.split(", ")},
@@ -311,6 +313,9 @@ def _sample(example: Example) -> dict[str, object]:
     }
 
 
-def _digits(value: float) -> str:
-    """Of a number as exact as `Example` has it."""
+def _digits(number: str) -> str:
+    """Of a number as exact as `Example` has it: one that has more than six digits needs them."""
+    value, count = float(number), len(re.sub("[^0-9]", "", number.partition("e")[0]))
+    if count > 6:
+        return f"{Decimal(number):,f}"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"

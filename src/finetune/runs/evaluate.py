@@ -28,7 +28,7 @@ from finetune.errors import RunError, UsageError
 from finetune.recipe.execution import split_config
 from finetune.recipe.heads import AnyTable
 from finetune.recipe.serialize import spec_from_plain
-from finetune.recipe.spec import Data, Distillation, Recipe
+from finetune.recipe.spec import Data, Distillation, Recipe, Regression
 from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import DataFacts, generators_put_back
@@ -48,6 +48,7 @@ LABELS = {
     "mae": "mean absolute error",
     "r2": "R2, variance explained",
 }
+UNDEFINED = "undefined: the numbers are all the same, so there is no variance to explain"
 
 
 @numerics_put_back()
@@ -89,7 +90,9 @@ def evaluate(
     loader = Loader(pipeline, workers, "auto", device.type == "cuda", judged.contents)
     module_to_device(network.module, device)
     forward = trained_forward(network, recipe, numerics, state.frozen.epoch, backbone, device)
-    task = make_task(recipe.task, state.data.outputs, state.data.scale)
+    # Figures of today, by whatever way the run itself went.
+    kind = Regression() if isinstance(recipe.task, Regression) else recipe.task
+    task = make_task(kind, state.data.outputs, state.data.scale)
     count = len(judged.indices)
 
     def attempt(halvings: int) -> Evaluation:
@@ -104,18 +107,19 @@ def evaluate(
     if not evaluation.samples:
         raise RunError(f"--{noun}s {place}: none of {count} {noun}(s) could be read; {evaluation.broken[0]}")
     record = evaluation.record(source)
-    figures = {
+    figures: dict[str, Any] = {
         "run": str(run),
         "checkpoint": {"which": which, "step": state.progress.step},
         f"{noun}s": place or recipe.data.place,
         "part": judged.part,
         "samples": record.samples,
         **record.figures,
+        **({"r2": record.figures.get("r2")} if isinstance(recipe.task, Regression) else {}),
     }
     if record.classes is not None:
         figures |= {"calibration_error": record.calibration_error, "calibration": record.calibration}
         figures["classes"] = [row._asdict() for row in record.class_rows(state.data.classes)]
-        figures["confusion_matrix"] = record.confusion
+        figures |= {"confusion_matrix": record.confusion, "mistakes": record.mistakes}
     return figures | {"broken": evaluation.broken}
 
 
@@ -181,7 +185,8 @@ def show(figures: dict[str, Any], console: Console) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in ("loss", "accuracy", "f1", "calibration_error", "mae", "r2"):
         if name in figures:
-            table.add_row(LABELS.get(name, name), number_text(figures[name]))
+            value = number_text(figures[name]) if figures[name] is not None else UNDEFINED
+            table.add_row(LABELS.get(name, name), value)
     console.print(table)
     for reason in figures["broken"][:SHOWN_MISTAKES]:
         console.print(Text(printable(f"left out: {reason}")))
@@ -196,36 +201,33 @@ def show(figures: dict[str, Any], console: Console) -> None:
         values = [f"{row[name]:.3f}" for name in ("precision", "recall", "f1")]
         table.add_row(Text(printable(row["name"])), *values, f"{row['samples']:,}")
     console.print(table)
-    if figures["confusion_matrix"]:
-        console.print(_mistakes(figures, noun))
-
-
-def _mistakes(figures: dict[str, Any], noun: str) -> Table:
-    """The confusion matrix; of many classes the most frequent mistakes."""
     names, matrix = [row["name"] for row in figures["classes"]], figures["confusion_matrix"]
-    if len(names) <= MATRIX_CLASSES:
-        table = Table(
-            box=box.SIMPLE_HEAD, pad_edge=False, title="rows: true class; columns: predicted", title_justify="left"
-        )
-        table.add_column("", overflow="fold")
-        for name in names:
-            table.add_column(Text(printable(name)), justify="right", overflow="fold")
-        for number, (name, row) in enumerate(zip(names, matrix, strict=True)):
-            cells = [
-                Text(str(count) if count else ".", "bold" if number == column else "")
-                for column, count in enumerate(row)
-            ]
-            table.add_row(Text(printable(name)), *cells)
-        return table
+    if matrix and len(names) <= MATRIX_CLASSES:
+        console.print(_matrix(names, matrix))
+    elif figures["mistakes"]:
+        console.print(_mistakes(names, figures["mistakes"], noun))
+
+
+def _matrix(names: list[str], matrix: list[list[int]]) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title="rows: true class; columns: predicted", title_justify="left"
+    )
+    table.add_column("", overflow="fold")
+    for name in names:
+        table.add_column(Text(printable(name)), justify="right", overflow="fold")
+    for number, (name, row) in enumerate(zip(names, matrix, strict=True)):
+        cells = [
+            Text(str(count) if count else ".", "bold" if number == column else "") for column, count in enumerate(row)
+        ]
+        table.add_row(Text(printable(name)), *cells)
+    return table
+
+
+def _mistakes(names: list[str], mistakes: list[list[int]], noun: str) -> Table:
+    """Of many classes, which are taken for which most often."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="most frequent mistakes", title_justify="left")
     for column in ("true class", "taken for", noun):
         table.add_column(column, justify="right" if column == noun else "left", overflow="fold")
-    mistakes = [
-        (count, names[row], names[column])
-        for row, counts in enumerate(matrix)
-        for column, count in enumerate(counts)
-        if count and row != column
-    ]
-    for count, true, taken in sorted(mistakes, key=lambda mistake: -mistake[0])[:SHOWN_MISTAKES]:
-        table.add_row(Text(printable(true)), Text(printable(taken)), f"{count:,}")
+    for true, taken, count in mistakes[:SHOWN_MISTAKES]:
+        table.add_row(Text(printable(names[true])), Text(printable(names[taken])), f"{count:,}")
     return table

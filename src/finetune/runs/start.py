@@ -35,7 +35,7 @@ from finetune.store.steps import count_steps
 from finetune.training.batchnorm import check_parts, lines_on_parts
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_copies, leave_out_broken, look
-from finetune.training.dataset import open_data, survey_pixels
+from finetune.training.dataset import check_numbers, open_data, survey_pixels
 from finetune.training.loop import train
 from finetune.training.optimizer import find_optimizer
 from finetune.training.phase import Phase, start_phase
@@ -96,6 +96,7 @@ def start(plan: Plan, context: RunContext) -> Progress:
                     stop=context.stop,
                 )  # fmt: skip
                 data = leave_out_broken(setup.data, broken, plan.skip_broken, context.terminal)
+                check_numbers(data, plan.recipe)
                 setup = dataclasses.replace(setup, data=data)
                 setup = dataclasses.replace(setup, data=check_copies(setup, phase.feed))
                 check_parts(setup)
@@ -208,6 +209,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         network = new_network(recipe, backbone, weights, data.output_count, begins_with)
         if begins_with is not None:  # a part of the file is not the file
             weights, weights_text = None, f"begins as a part of {weights_text}"
+    check_numbers(data, recipe)
     module_to_device(network.module, device)
     loaders = make_loaders(data, plan.machine, device, Contents(data.source))
     freeze = network.freeze_map(recipe.trainable)

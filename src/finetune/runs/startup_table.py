@@ -4,6 +4,7 @@ import torch
 
 from finetune.data.source import ArraySource, FileSource
 from finetune.data.texts import TextPipeline
+from finetune.training.dataset import without_r2
 from finetune.training.phase import Phase
 from finetune.training.setup import CHECKED_FILES, Setup
 
@@ -48,7 +49,8 @@ def _data(setup: Setup) -> str:
         parts.append(f"{data.class_count} classes{several}")
     later = f"; {CHECKED_FILES:,} files were looked at, the others are in the first epoch" if unread else ""
     left = "" if isinstance(data.source, ArraySource) or not data.source.left else f"; left aside: {data.source.left}"
-    return f"{recipe.data.place}: {', '.join(parts)}{left}{later}"
+    why = without_r2(data, recipe)
+    return f"{recipe.data.place}: {', '.join(parts)}{left}{later}{f'; no R2, for {why}' if why else ''}"
 
 
 def _prepared(setup: Setup) -> str:

@@ -14,22 +14,15 @@ from finetune.base.events import Features
 from finetune.base.plain import Fields, Plain
 from finetune.data.batch import Batch
 from finetune.data.source import Source
-from finetune.tasks.losses import (
-    Classifying,
-    ConfusionTally,
-    DistillationTask,
-    MultiLabelTally,
-    Outputs,
-    RegressionTask,
-    Task,
-)
+from finetune.tasks.losses import Classifying, DistillationTask, Outputs, RegressionTask, Task
 from finetune.tasks.metrics import Calibration, ClassCounts
+from finetune.tasks.tallies import ConfusionTally, MultiLabelTally
 
 KEPT_WORST, KEPT_BEST = 48, 12
 KEPT_PROBABILITIES = 5
 # Points in a cloud: more would hide each other.
 KEPT_FEATURES = 500
-# A larger confusion matrix is kept as its most frequent mistakes.
+# A larger confusion matrix is written as its most frequent mistakes.
 MATRIX_CLASSES = 100
 KEPT_MISTAKES = 100
 # Of each class: how often it was met in both, in a prediction, in truth.
@@ -210,13 +203,14 @@ class Evaluation:
         """
         tally = self.tally
         counts = tally.counts() if isinstance(tally, ConfusionTally | MultiLabelTally) else None
-        matrix = tally.confusion.cpu() if isinstance(tally, ConfusionTally) else None
+        confusion = tally.confusion if isinstance(tally, ConfusionTally) else None
+        matrix = confusion.matrix if confusion is not None else None
         return EvaluationRecord(
             samples=tally.samples(),
             figures=tally.figures(),
             classes=None if counts is None else {name: getattr(counts, name).tolist() for name in COUNTS},
             confusion=None if matrix is None else matrix.tolist(),
-            mistakes=[] if matrix is None else _mistakes(matrix),
+            mistakes=[] if confusion is None else confusion.mistakes(KEPT_MISTAKES),
             calibration=[] if counts is None else self.calibration.table(),
             calibration_error=None if counts is None else self.calibration.error(),
             worst=self._samples(self._worst, source),
@@ -271,15 +265,6 @@ def _extreme(kept: tuple[Tensor, ...], rows: tuple[Tensor, ...], count: int, lar
     return tuple(part[chosen] for part in both)
 
 
-def _mistakes(matrix: Tensor) -> list[list[int]]:
-    wrong = matrix.clone()
-    wrong.fill_diagonal_(0)
-    places = wrong.nonzero()
-    counts = wrong[places[:, 0], places[:, 1]]
-    order = counts.sort(descending=True, stable=True).indices[:KEPT_MISTAKES]
-    return torch.cat([places, counts[:, None]], dim=1)[order].tolist()
-
-
 def _describe(task: Task, outputs: Tensor, targets: Tensor) -> list[Decision]:
     """What is true of each sample, and what was predicted, as plain values."""
     if isinstance(task, Classifying):
@@ -293,11 +278,8 @@ def _describe(task: Task, outputs: Tensor, targets: Tensor) -> list[Decision]:
             for one, row, classes, values in zip(true, decided, top.indices, top.values, strict=True)
         ]
     if isinstance(task, RegressionTask):
-        true = (targets * task.deviation + task.mean).tolist()
-        return [
-            {"true": t, "predicted": p, "probabilities": []}
-            for t, p in zip(true, task.values(outputs).tolist(), strict=True)
-        ]
+        numbers = zip(task.in_unit(targets).tolist(), task.values(outputs).tolist(), strict=True)
+        return [{"true": true, "predicted": predicted, "probabilities": []} for true, predicted in numbers]
     assert isinstance(task, DistillationTask)
     return [{"true": None, "predicted": None, "probabilities": []} for _ in outputs]
 

@@ -1,4 +1,4 @@
-"""What a network is trained to do: the loss of a sample, what a target is, and the figures of a validation."""
+"""What a network is trained to do: the loss of a sample, and what a target is."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,13 @@ from torch.nn import functional
 
 from finetune.data.source import class_counts
 from finetune.recipe import spec as recipes
-from finetune.tasks.metrics import ClassCounts, accuracy, confusion_matrix
+from finetune.tasks.tallies import (
+    ConfusionTally,
+    DistillationTally,
+    MultiLabelTally,
+    PlainRegressionTally,
+    RegressionTally,
+)
 
 # What each auxiliary head adds to the loss: Szegedy et al., "Going deeper with convolutions", CVPR 2015.
 AUXILIARY_SHARE = 0.3
@@ -61,8 +67,8 @@ class ClassificationTask:
         confidence, predicted = self.probabilities(logits).max(1)
         return confidence, predicted == targets
 
-    def tally(self, device: torch.device) -> "ConfusionTally":
-        return ConfusionTally(ClassificationTask(self.class_count), device)
+    def tally(self, device: torch.device) -> ConfusionTally:
+        return ConfusionTally(ClassificationTask(self.class_count).loss_sum, self.class_count, device)
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,8 @@ class MultiLabelTask:
         confidence = torch.where(logits > 0, probabilities, 1 - probabilities)
         return confidence.flatten(), ((logits > 0) == (targets != 0)).flatten()
 
-    def tally(self, device: torch.device) -> "MultiLabelTally":
-        return MultiLabelTally(MultiLabelTask(self.class_count), device)
+    def tally(self, device: torch.device) -> MultiLabelTally:
+        return MultiLabelTally(MultiLabelTask(self.class_count).loss_sum, self.class_count, device)
 
 
 @dataclass(frozen=True)
@@ -114,10 +120,12 @@ class RegressionTask:
 
     Attributes:
         mean, deviation: of the training targets, in their own unit.
+        moments: how the figures of a validation are added up; see `recipes.Regression`.
     """
 
     mean: float = 0.0
     deviation: float = 1.0
+    moments: str = recipes.CENTRED
 
     def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Squared errors of standardised numbers, added up.
@@ -135,12 +143,17 @@ class RegressionTask:
     def weight(self, targets: Tensor) -> int:
         return len(targets)
 
-    def values(self, outputs: Tensor) -> Tensor:
-        """(batch,) numbers in the unit of the targets."""
-        return outputs.float().squeeze(1) * self.deviation + self.mean
+    def in_unit(self, numbers: Tensor) -> Tensor:
+        """Standardised numbers in the unit of the targets: float64, on the CPU. float32 holds seven digits, and those
+        may all be the mean's."""
+        return numbers.cpu().double() * self.deviation + self.mean
 
-    def tally(self, device: torch.device) -> "RegressionTally":
-        return RegressionTally(self, device)
+    def values(self, outputs: Tensor) -> Tensor:
+        """(batch,) numbers in the unit of the targets, as `in_unit` gives them."""
+        return self.in_unit(outputs.float().squeeze(1))
+
+    def tally(self, device: torch.device) -> RegressionTally | PlainRegressionTally:
+        return (PlainRegressionTally if self.moments == recipes.PLAIN else RegressionTally)(self.deviation, device)
 
 
 @dataclass(frozen=True)
@@ -161,8 +174,8 @@ class DistillationTask:
     def weight(self, targets: Tensor) -> int:
         return len(targets)
 
-    def tally(self, device: torch.device) -> "DistillationTally":
-        return DistillationTally(self, device)
+    def tally(self, device: torch.device) -> DistillationTally:
+        return DistillationTally(self.loss_sum, device)
 
 
 Classifying = ClassificationTask | MultiLabelTask
@@ -178,7 +191,8 @@ def make_task(spec: recipes.Task, outputs: int, scale: Sequence[float] = (), tar
         targets: of the training samples, for the weights of classes; None = none are needed.
     """
     if isinstance(spec, recipes.Regression):
-        return RegressionTask(*scale)
+        mean, deviation = scale or (0.0, 1.0)
+        return RegressionTask(mean, deviation, spec.moments)
     if isinstance(spec, recipes.Distillation):
         return DistillationTask()
     weights = None
@@ -192,13 +206,23 @@ def make_task(spec: recipes.Task, outputs: int, scale: Sequence[float] = (), tar
     return kind(outputs, weights, spec.label_smoothing)
 
 
-def scale_of(targets: Tensor) -> list[float]:
+def scale_of(targets: Tensor, moments: str = recipes.CENTRED) -> list[float]:
     """Mean and deviation of numbers to predict; deviation 1 where they are all the same.
 
     numpy's sums do not depend on the number of threads, and a resume compares them.
+
+    Args:
+        moments: see `recipes.Regression`.
     """
     numbers = targets.numpy().astype(np.float64)
+    if moments == recipes.CENTRED and all_same(targets):  # the mean of many 0.1 is not quite 0.1
+        return [float(numbers[0]), 1.0]
     return [float(numbers.mean()), float(numbers.std()) or 1.0]
+
+
+def all_same(targets: Tensor) -> bool:
+    """Whether there is nothing that sets numbers apart."""
+    return bool((targets == targets[:1]).all())
 
 
 def standardised(targets: Tensor, scale: Sequence[float]) -> Tensor:
@@ -227,117 +251,3 @@ def training_loss(task: Task, outputs: Outputs, targets: Tensor) -> Tensor:
         if extra is not None:
             loss = loss + AUXILIARY_SHARE * task.loss_sum(extra, targets)
     return loss
-
-
-# ---- Figures, added up batch by batch without making a device wait --------------------------------------------------
-
-
-class ConfusionTally:
-    """Figures of single-label classification."""
-
-    def __init__(self, task: ClassificationTask, device: torch.device):
-        self.task = task
-        self.loss_sum = torch.zeros((), device=device)
-        self.confusion = torch.zeros(task.class_count, task.class_count, dtype=torch.int64, device=device)
-
-    def add(self, logits: Tensor, targets: Tensor) -> None:
-        self.loss_sum += self.task.loss_sum(logits, targets)
-        self.confusion += confusion_matrix(logits.argmax(1), targets, self.task.class_count)
-
-    def counts(self) -> ClassCounts:
-        return ClassCounts.of_confusion(self.confusion.cpu())
-
-    def samples(self) -> int:
-        return int(self.confusion.sum())
-
-    def figures(self) -> dict[str, float]:
-        """loss (plain: no class weights, no smoothing), accuracy, macro F1."""
-        return {
-            "loss": self.loss_sum.item() / self.samples(),
-            "accuracy": accuracy(self.confusion),
-            "f1": self.counts().macro_f1(),
-        }
-
-
-class MultiLabelTally:
-    """Figures of multi-label classification; a class is predicted where its probability is above one half."""
-
-    def __init__(self, task: MultiLabelTask, device: torch.device):
-        self.task = task
-        self.loss_sum = torch.zeros((), device=device)
-        # Rows: hits, predicted, actual.
-        self.sums = torch.zeros(3, task.class_count, dtype=torch.int64, device=device)
-        self.exact = torch.zeros((), dtype=torch.int64, device=device)
-        self.sample_count = 0
-
-    def add(self, logits: Tensor, targets: Tensor) -> None:
-        self.loss_sum += self.task.loss_sum(logits, targets)
-        predicted, actual = logits > 0, targets != 0
-        self.sums += torch.stack([(predicted & actual).sum(0), predicted.sum(0), actual.sum(0)])
-        self.exact += (predicted == actual).all(1).sum()
-        self.sample_count += len(targets)
-
-    def counts(self) -> ClassCounts:
-        return ClassCounts(*self.sums.cpu())
-
-    def samples(self) -> int:
-        return self.sample_count
-
-    def figures(self) -> dict[str, float]:
-        """loss (plain), accuracy (share of samples with every class right), macro F1."""
-        return {
-            "loss": self.loss_sum.item() / self.sample_count,
-            "accuracy": self.exact.item() / self.sample_count,
-            "f1": self.counts().macro_f1(),
-        }
-
-
-class RegressionTally:
-    """Figures of regression."""
-
-    def __init__(self, task: RegressionTask, device: torch.device):
-        self.task = task
-        # Of standardised numbers: squared errors, absolute errors, targets, squared targets.
-        self.sums = torch.zeros(4, device=device)
-        self.sample_count = 0
-
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
-        errors = outputs.float().squeeze(1) - targets
-        self.sums += torch.stack([errors.square().sum(), errors.abs().sum(), targets.sum(), targets.square().sum()])
-        self.sample_count += len(targets)
-
-    def samples(self) -> int:
-        return self.sample_count
-
-    def figures(self) -> dict[str, float]:
-        """loss (mean squared error of standardised numbers), mean absolute error in the targets' unit, and r2: the
-        share of their variance that is explained."""
-        squared, absolute, total, squares = (value / self.sample_count for value in self.sums.tolist())
-        variance = squares - total**2
-        return {
-            "loss": squared,
-            "mae": absolute * self.task.deviation,
-            "r2": 1 - squared / variance if variance > 0 else 0.0,
-        }
-
-
-class DistillationTally:
-    """Figures of distillation."""
-
-    def __init__(self, task: DistillationTask, device: torch.device):
-        self.task = task
-        self.sums = torch.zeros(2, device=device)
-        self.sample_count = 0
-
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
-        likeness = functional.cosine_similarity(outputs.float(), targets).sum()
-        self.sums += torch.stack([self.task.loss_sum(outputs, targets), likeness])
-        self.sample_count += len(targets)
-
-    def samples(self) -> int:
-        return self.sample_count
-
-    def figures(self) -> dict[str, float]:
-        """loss, and the mean cosine between the network's embeddings and the teacher's."""
-        loss, cosine = (self.sums / self.sample_count).tolist()
-        return {"loss": loss, "cosine": cosine}

@@ -1,4 +1,4 @@
-"""Classification figures from counts: one confusion matrix, or hits and misses by class."""
+"""Classification figures from counts: hits and misses by class, and which class was taken for which."""
 
 from dataclasses import dataclass
 
@@ -6,20 +6,10 @@ import torch
 from torch import Tensor
 
 CALIBRATION_BINS = 15
-
-
-def confusion_matrix(predicted: Tensor, targets: Tensor, class_count: int) -> Tensor:
-    """(classes, classes) int64: rows are true classes, columns predicted ones.
-
-    Args:
-        predicted, targets: (batch,) int64.
-    """
-    return torch.bincount(targets * class_count + predicted, minlength=class_count**2).view(class_count, class_count)
-
-
-def accuracy(confusion: Tensor) -> float:
-    """Share of samples on the diagonal."""
-    return confusion.diagonal().sum().item() / max(confusion.sum().item(), 1)
+# A confusion matrix of so many classes takes 8 MB; of ten times as many it would be 800, and most of it zeros.
+WHOLE_MATRIX_CLASSES = 1_000
+# Of more classes so many samples wait to be counted, and so many kinds of mistake are told apart: 16 MB.
+WAITING_SAMPLES, MISTAKE_KINDS = 1_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -30,9 +20,9 @@ class ClassCounts:
     predicted: Tensor
     actual: Tensor
 
-    @classmethod
-    def of_confusion(cls, confusion: Tensor) -> "ClassCounts":
-        return cls(confusion.diagonal(), confusion.sum(0), confusion.sum(1))
+    def accuracy(self) -> float:
+        """Share of samples that were predicted rightly, of one class each."""
+        return self.hits.sum().item() / max(self.actual.sum().item(), 1)
 
     def precision(self) -> Tensor:
         """(classes,) float64; 0 for a class never predicted."""
@@ -50,6 +40,77 @@ class ClassCounts:
         """Mean of the F1 over the classes that occur among targets or predictions."""
         met = (self.predicted + self.actual) > 0
         return self.f1()[met].mean().item() if met.any() else 0.0
+
+
+class Confusion:
+    """Which class was taken for which, counted batch by batch without making a device wait.
+
+    What a batch costs grows with its samples, and memory with the classes, never with their square: of more than
+    `WHOLE_MATRIX_CLASSES` there is no matrix, and mistakes are counted one kind at a time.
+
+    Attributes:
+        sums: (3, classes) int64: how often each was predicted rightly, predicted at all, and true.
+        matrix: (classes, classes) int64: rows are true classes, columns predicted ones; None = there are too many.
+    """
+
+    def __init__(self, class_count: int, device: torch.device):
+        self._class_count = class_count
+        self.sums = torch.zeros(3, class_count, dtype=torch.int64, device=device)
+        self.matrix: Tensor | None = None
+        if class_count <= WHOLE_MATRIX_CLASSES:
+            self.matrix = torch.zeros(class_count, class_count, dtype=torch.int64, device=device)
+        # Of samples, true * classes + predicted; of mistakes, in rising order, with how often each was made.
+        self._waiting: list[Tensor] = []
+        self._waiting_samples = 0
+        self._kinds = self._counts = torch.zeros(0, dtype=torch.int64)
+
+    def add(self, predicted: Tensor, targets: Tensor) -> None:
+        """Take a batch.
+
+        Args:
+            predicted, targets: (batch,) int64.
+        """
+        ones, kinds = torch.ones_like(targets), targets * self._class_count + predicted
+        self.sums[0].index_add_(0, targets, (predicted == targets).long())
+        self.sums[1].index_add_(0, predicted, ones)
+        self.sums[2].index_add_(0, targets, ones)
+        if self.matrix is not None:
+            self.matrix.view(-1).index_add_(0, kinds, ones)
+            return
+        self._waiting.append(kinds)
+        self._waiting_samples += len(kinds)
+        if self._waiting_samples >= WAITING_SAMPLES:
+            self._count_waiting()
+
+    def _count_waiting(self) -> None:
+        """Add up mistakes that wait. Where there are more kinds than are told apart, the rarest are forgotten."""
+        kinds = torch.cat([part.cpu() for part in self._waiting])
+        kinds = kinds[kinds // self._class_count != kinds % self._class_count]
+        found, places = torch.cat([self._kinds, kinds]).unique(return_inverse=True)
+        counts = torch.cat([self._counts, torch.ones_like(kinds)])
+        counts = torch.zeros_like(found).index_add_(0, places, counts)
+        kept = counts.sort(descending=True, stable=True).indices[:MISTAKE_KINDS].sort().values
+        self._kinds, self._counts = found[kept], counts[kept]
+        self._waiting, self._waiting_samples = [], 0
+
+    def counts(self) -> ClassCounts:
+        """On the CPU."""
+        return ClassCounts(*self.sums.cpu())
+
+    def mistakes(self, most: int) -> list[list[int]]:
+        """[true class, predicted class, how often], the most frequent first."""
+        if self.matrix is not None:
+            wrong = self.matrix.cpu().clone()
+            wrong.fill_diagonal_(0)
+            kinds = wrong.view(-1).nonzero().squeeze(1)
+            counts = wrong.view(-1)[kinds]
+        else:
+            if self._waiting:
+                self._count_waiting()
+            kinds, counts = self._kinds, self._counts
+        order = counts.sort(descending=True, stable=True).indices[:most]
+        columns = kinds[order] // self._class_count, kinds[order] % self._class_count, counts[order]
+        return torch.stack(columns, dim=1).tolist()
 
 
 class Calibration:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.base.device import to_device
+from finetune.base.device import PRECISIONS, autocast, to_device
 from finetune.base.halves import freeing, in_halves
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
@@ -25,6 +25,7 @@ from finetune.data.texts import TextPipeline
 from finetune.errors import RunError
 from finetune.features.kept import Features
 from finetune.models.heads import standardise, standardised_layers
+from finetune.recipe.spec import PLAIN
 from finetune.training.dataset import Data
 from finetune.training.phase import Feed
 from finetune.training.setup import CHECKED_FILES, Setup
@@ -81,10 +82,10 @@ def look(
         if measure:
             in_parts(setup, terminal, partial(_measure_rows, setup, feed, without(measured, broken)))
         rest = spread_rest(data, torch.cat([data.split.train, data.split.validation]), all_files)
-        unread = in_parts(setup, terminal, partial(_read, setup, torch.zeros(0).long(), rest, terminal, stop))
+        unread = in_parts(setup, terminal, partial(_read, setup, feed, torch.zeros(0).long(), rest, terminal, stop))
         return [_why_broken(data, index) for index in broken] + unread
     rest = spread_rest(data, measured, all_files)
-    return in_parts(setup, terminal, partial(_read, setup, measured, rest, terminal, stop))
+    return in_parts(setup, terminal, partial(_read, setup, feed, measured, rest, terminal, stop))
 
 
 def in_parts(setup: Setup, terminal: Terminal, compute: Callable[[int], Result]) -> Result:
@@ -109,7 +110,17 @@ def _measure_rows(setup: Setup, feed: Feed, measured: Tensor, at_once: int) -> N
     assert features is not None
     batches = batches_from(measured, at_once)
     rows = (features.read(batch, measured_view(setup)).to(setup.device) for batch in batches)
-    standardise(setup.network.module, rows, feed.forward)
+    _measure(setup, feed, rows)
+
+
+def _measure(setup: Setup, feed: Feed, batches: Iterable[Tensor]) -> None:
+    """Measure the head's features as training will see them: in the arithmetic of the run. The plain way does not."""
+    module, numerics, way = setup.network.module, setup.numerics, setup.recipe.model.standardisation
+    if way == PLAIN:
+        standardise(module, batches, feed.forward if feed.is_kept else None, way=way)
+        return
+    with autocast(setup.device, numerics.precision):
+        standardise(module, batches, feed.forward, way=way, dtype=PRECISIONS[numerics.of_backbone])
 
 
 def measured_view(setup: Setup) -> int | None:
@@ -136,7 +147,13 @@ def _why_broken(data: Data, index: int) -> BrokenSample:
 
 
 def _read(
-    setup: Setup, measured: Tensor, others: Tensor, terminal: Terminal, stop: StopRequest, at_once: int
+    setup: Setup,
+    feed: Feed,
+    measured: Tensor,
+    others: Tensor,
+    terminal: Terminal,
+    stop: StopRequest,
+    at_once: int,
 ) -> list[BrokenSample]:
     """Read samples: those that the head's features are measured on, then others; return the broken ones."""
     data, loader = setup.data, setup.loaders.train
@@ -162,7 +179,7 @@ def _read(
 
     with terminal.track(f"first look at the {data.source.noun}s", len(measured) + len(others)) as advance:
         if first:
-            standardise(setup.network.module, inputs())
+            _measure(setup, feed, inputs())
         for batch in batches:
             take(batch)
     return broken

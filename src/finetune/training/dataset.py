@@ -23,7 +23,7 @@ from finetune.models.backbones import Backbone
 from finetune.recipe import spec as recipes
 from finetune.recipe.spec import Recipe, pixel_limits
 from finetune.store.state import DataFacts
-from finetune.tasks.losses import scale_of, standardised
+from finetune.tasks.losses import all_same, scale_of, standardised
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,37 @@ class Data:
             raise UsageError(f"{why}, so nothing is left to validate with; add {noun}s")
 
 
+def without_r2(data: Data, recipe: Recipe) -> str:
+    """Why a validation of numbers gives no R2; "" = it gives one, or there are no numbers, or the run goes by an older
+    way, which gave some number all the same."""
+    numbers = data.source.targets[data.split.validation]
+    if not isinstance(recipe.task, recipes.Regression) or recipe.task.moments == recipes.PLAIN or not all_same(numbers):
+        return ""
+    mean, deviation = data.scale
+    return f"the {len(numbers):,} number(s) that validate are all {numbers[0].item() * deviation + mean:.6g}"
+
+
+def check_numbers(data: Data, recipe: Recipe) -> None:
+    """Refuse numbers that nothing can be learnt from, or that the metric which decides says nothing of.
+
+    Raises:
+        UsageError: those to train on are all the same; or those that validate, and R2 is to decide.
+    """
+    if not isinstance(recipe.task, recipes.Regression) or recipe.task.moments == recipes.PLAIN:
+        return
+    spec, count = recipe.data, len(data.split.train)
+    if all_same(data.source.targets[data.split.train]):
+        raise UsageError(
+            f"{spec.option} {spec.place}: the {count:,} number(s) to train on are all {data.scale[0]:.12g}, so there "
+            "is nothing to learn; give other data, or another --label-column"
+        )
+    if (why := without_r2(data, recipe)) and recipe.best_metric == "r2":
+        raise UsageError(
+            f"--stop-metric r2: {why}, so there is no variance to explain; give --stop-metric loss or mae, or a larger "
+            "--validation-fraction"
+        )
+
+
 def make_pipeline(source: Source, spec: recipes.Data, backbone: Backbone, seed: int) -> ImagePipeline | TextPipeline:
     preprocessing = backbone.preprocessing
     if isinstance(preprocessing, Tokenization):
@@ -158,8 +189,8 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
     data = Data(source, whole, whole, make_pipeline(source, spec, backbone, recipe.seed))
     data = data.leave_out(skipped)
     data.check()
-    if kind == "regression":
-        scale = tuple(scale_of(source.targets[whole.train]))
+    if isinstance(recipe.task, recipes.Regression):
+        scale = tuple(scale_of(source.targets[whole.train], recipe.task.moments))
         data = dataclasses.replace(data.with_targets(standardised(source.targets, scale)), scale=scale)
     return data
 

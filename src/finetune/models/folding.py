@@ -1,0 +1,75 @@
+"""What of a run's own units goes into the weights that are written, and what must stand beside them.
+
+A network trains on standardised features, and on standardised numbers to predict. With that folded into weight and bias
+a stock layer gives the same; but a number of seven digits spends them on how far from zero it lies, and what sets it
+apart may be behind the last. How many are lost is a question of how many deviations the mean lies away from zero.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from finetune.models.heads import standardised_like
+
+# Folded in, rounding may move a number by so much of its deviation: what is more stays beside the weights. float16
+# moves whatever it holds by that much.
+ROUNDING_SHARES = {torch.float32: 2e-4, torch.float16: 5e-3}
+# Within so many deviations of their mean lie all numbers that matter, and 1 / so much of one matters.
+SPAN_DEVIATIONS = 100
+
+
+def is_held(deviations_from_zero: float, dtype: torch.dtype) -> bool:
+    """Whether a type can say what sets numbers apart whose mean lies so many deviations from zero."""
+    return torch.finfo(dtype).eps * deviations_from_zero <= ROUNDING_SHARES[dtype]
+
+
+def scale_beside(scale: Sequence[float], dtype: torch.dtype = torch.float32) -> list[float]:
+    """Mean and deviation of numbers to predict where they must stand beside the weights; else [].
+
+    Args:
+        scale: mean and deviation, or [] where no numbers are predicted.
+        dtype: of the weights.
+    """
+    if not scale:
+        return []
+    (mean, deviation), info = scale, torch.finfo(dtype)
+    fits = abs(mean) + SPAN_DEVIATIONS * deviation < info.max and deviation > SPAN_DEVIATIONS * info.tiny
+    return [] if fits and is_held(abs(mean) / deviation, dtype) else [mean, deviation]
+
+
+def layers_apart(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Paths of the layers whose standardisation of features float32 cannot hold folded in.
+
+    Args:
+        tensors: of a network as it trains, by name.
+    """
+    found = []
+    for path in (name.removesuffix(".deviation") for name in tensors if name.endswith(".deviation")):
+        if f"{path}.mean" not in tensors:  # some other layer's own
+            continue
+        away = tensors[f"{path}.mean"].double() / tensors[f"{path}.deviation"].double()
+        if not is_held(away.square().mean().sqrt().item(), torch.float32):
+            found.append(path)
+    return found
+
+
+def take_apart(model: nn.Module, paths: Iterable[str]) -> None:
+    """Give a stock `model` layers that standardise their features themselves, where these were not folded in.
+
+    Raises:
+        UsageError: a path is of no layer that could.
+    """
+    for path in paths:
+        model.set_submodule(path, standardised_like(model.get_submodule(path), path))
+
+
+def is_scale(value: object) -> bool:
+    """Whether it is a mean and a deviation, as an export's JSON may hold them."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in value)
+        and value[1] > 0
+    )
