@@ -16,7 +16,7 @@ from contextlib import redirect_stderr, suppress
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import docstring_parser
 import tyro
@@ -113,7 +113,21 @@ def options_class(function: Callable[..., Recipe]) -> type:
     return dataclasses.make_dataclass("RecipeOptions", fields, frozen=True)
 
 
-def parse_recipe(name: str, arguments: Sequence[str]) -> tuple[Path, Recipe, RunOptions]:
+class Parsed(NamedTuple):
+    """A recipe with its options and those of the run.
+
+    Attributes:
+        path: of its file.
+        usual: the recipe with its options left out; None where it needs some.
+    """
+
+    path: Path
+    recipe: Recipe
+    options: RunOptions
+    usual: Recipe | None
+
+
+def parse_recipe(name: str, arguments: Sequence[str]) -> Parsed:
     """Load a recipe and parse its and the run's options."""
     path = find_recipe_file(name, COMMANDS)
     function = load_recipe_function(path)
@@ -129,7 +143,10 @@ def parse_recipe(name: str, arguments: Sequence[str]) -> tuple[Path, Recipe, Run
     summary = docstring_parser.parse(inspect.getdoc(function) or "").short_description or ""
     parsed = parse(both, name, summary, arguments)
     options = {field.name: getattr(parsed.recipe, field.name) for field in dataclasses.fields(recipe_class)}
-    return path, call_recipe(function, options, path), parsed.run
+    recipe, usual = call_recipe(function, options, path), None
+    with suppress(UsageError):
+        usual = call_recipe(function, {name: getattr(recipe_class(), name) for name in options}, path)
+    return Parsed(path, recipe, parsed.run, usual)
 
 
 def parse(options: type, command: str, description: str, arguments: Sequence[str]) -> Any:
@@ -188,8 +205,8 @@ def repeatable(words: Sequence[str]) -> list[str]:
 
 
 def command_train(name: str, arguments: Sequence[str]) -> int:
-    path, recipe, options = parse_recipe(name, arguments)
-    return import_commands().train_recipe(path, recipe, options, repeatable([name, *arguments]))
+    path, recipe, options, usual = parse_recipe(name, arguments)
+    return import_commands().train_recipe(path, recipe, options, repeatable([name, *arguments]), usual)
 
 
 def command_resume(arguments: Sequence[str]) -> int:
@@ -220,8 +237,8 @@ def command_report(arguments: Sequence[str]) -> int:
 def command_summary(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("finetune summary: needs a recipe, as in: finetune summary vgg_head")
-    _, recipe, _ = parse_recipe(arguments[0], arguments[1:])
-    return import_commands().summarise(recipe)
+    _, recipe, options, usual = parse_recipe(arguments[0], arguments[1:])
+    return import_commands().summarise(recipe, options, usual)
 
 
 def command_cache(arguments: Sequence[str]) -> int:

@@ -20,6 +20,8 @@ from finetune.export.load import load_described, prepared
 from finetune.recipe.spec import TASKS
 from finetune.tasks.losses import Classifying, MultiLabelTask, RegressionTask, Task, make_task
 
+# Classes that are listed unless another number is given.
+TOP_K = 3
 # Of several labels, those with a probability above this apply.
 THRESHOLD = 0.5
 
@@ -53,6 +55,12 @@ def predict(
     # The scale of numbers is folded into the export.
     task = make_task(TASKS[description["task"]](), len(classes), (0.0, 1.0))
     preprocessing = prepared(file, description)
+    if isinstance(task, RegressionTask) and top_k != TOP_K:
+        raise UsageError(f"--top-k {top_k}: has no effect, {file} predicts a number and no classes; leave it out")
+    reads = "texts" if isinstance(preprocessing, Tokenization) else "images"
+    for option, value, of in (("--image-column", image_column, "images"), ("--text-column", text_column, "texts")):
+        if value and of != reads:
+            raise UsageError(f"{option} {value}: has no effect, {file} reads {reads}; leave it out")
     samples: ImageInputs | TextInputs
     if isinstance(preprocessing, Tokenization):
         samples = TextInputs(texts_in(inputs, text_column, allow_outside), preprocessing)

@@ -19,6 +19,7 @@ from finetune.models.heads import rescale
 from finetune.models.network import store_frozen
 from finetune.models.pretrained import new_network, pretrained
 from finetune.models.weights import Weights
+from finetune.recipe.effects import check_effects, idle_lines
 from finetune.recipe.execution import Machine, Numerics, check_precision
 from finetune.recipe.spec import Recipe, located
 from finetune.runs.startup_table import facts_of
@@ -35,7 +36,7 @@ from finetune.training.context import RunContext
 from finetune.training.data_check import leave_out_broken, look
 from finetune.training.dataset import open_data
 from finetune.training.loop import train
-from finetune.training.optimizer import find_optimizer
+from finetune.training.optimizer import check_optimizer, find_optimizer
 from finetune.training.phase import Phase, start_phase
 from finetune.training.schedule import count_steps
 from finetune.training.setup import Setup, make_loaders
@@ -55,6 +56,8 @@ class Plan:
         skip_broken: look at every sample first, and leave broken ones out.
         place: where the recipe's data lies now, if not where it says.
         command: what to type after `finetune` to do the same again; for people, no secrets.
+        chosen: values of the recipe that somebody chose, which are held against what they change; see
+            `recipe.effects`. Not of a run that was begun before: what was taken then goes on being taken.
     """
 
     recipe: Recipe
@@ -67,6 +70,7 @@ class Plan:
     skip_broken: bool = False
     place: str = ""
     command: tuple[str, ...] = ()
+    chosen: frozenset[str] = frozenset()
 
 
 def start(plan: Plan, context: RunContext) -> Progress:
@@ -93,6 +97,7 @@ def start(plan: Plan, context: RunContext) -> Progress:
                 )  # fmt: skip
                 data = leave_out_broken(setup.data, broken, plan.skip_broken, context.terminal)
                 setup = dataclasses.replace(setup, data=data)
+                say_idle(plan, setup, context)
                 context.save_contents(setup.loaders.train.contents)
                 seed_generators(key("train", plan.recipe.seed))
                 progress = Progress(history=[{"event": "start", "step": 0, "epoch": 0}])
@@ -175,6 +180,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     device = pick_device(plan.machine.device)
     check_precision(numerics, device.type)
     find_optimizer(recipe.optimizer.name)
+    check_effects(recipe, plan.chosen)
     set_numerics(numerics.deterministic)
     recipe_here = located(recipe, plan.place)
     if init_from:
@@ -196,13 +202,26 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         network = new_network(recipe, backbone, weights, data.output_count, begins_with)
         if begins_with is not None:  # a part of the file is not the file
             weights, weights_text = None, f"begins as a part of {weights_text}"
+    data.check_effects(recipe, plan.chosen)
+    freeze = network.freeze_map(recipe.trainable)
+    check_optimizer(freeze.ever_trains(), recipe.optimizer, plan.chosen)
     module_to_device(network.module, device)
     loaders = make_loaders(data, plan.machine, device, Contents(data.source))
-    freeze = network.freeze_map(recipe.trainable)
     setup = Setup(
         recipe, numerics, plan.machine, backbone, network, freeze, data, loaders, device, weights_text, preprocessing_of
     )
     return setup, weights
+
+
+def say_idle(plan: Plan, setup: Setup, context: RunContext) -> None:
+    """Say what somebody chose and what never comes to pass in this run."""
+    steps = count_steps(plan.recipe, len(setup.data.split.train), Progress())
+    lines = idle_lines(plan.recipe, plan.chosen, steps.per_epoch, steps.end)
+    workers, method = setup.loaders.train.workers, plan.machine.worker_start
+    if method != "auto" and not workers:
+        lines.append(f"--worker-start {method}: no worker process is started, so few files are quicker without")
+    for line in lines:
+        context.say(line)
 
 
 def run_setup(
