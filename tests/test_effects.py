@@ -68,7 +68,6 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[], list[str]], str]] = {
     # ---- Of a recipe
     "a decay that the optimizer has none of": (lambda: ["vgg_head", "--optimizer", "rprop", "--weight-decay", "0.1"], "--weight-decay 0.1: has no effect, --optimizer rprop takes none"),
     "a share of data that brings its own": (lambda: ["vgg_head", "--images", split_photos(), "--validation-fraction", "0.3"], "--validation-fraction 0.3: has no effect, data brings 4 images along"),
-    "more samples than there are": (lambda: ["vgg_head", "--train-samples", "5000"], "--train-samples 5000: there are 1,438 images to train on"),
     "leave to go outside of what ships": (lambda: ["vgg_head", "--allow-outside"], "--allow-outside: has no effect on digits"),
     "leave to go outside of a table of texts": (lambda: ["bert_head", "--texts", texts(), "--allow-outside"], "--allow-outside: has no effect on a table of texts"),
     "a column of what ships": (lambda: ["vgg_head", "--image-column", "photo"], "--images digits: columns and --separator belong to"),
@@ -172,10 +171,22 @@ def test_what_never_comes_to_pass_is_said_in_a_line_and_what_may_is_not():
 
 
 def test_the_lines_come_before_the_first_step_of_a_real_run(tmp_path):
-    words = ["vgg_head", *QUICK, "--patience", "4", "--worker-start", "spawn", "--run", str(tmp_path / "run")]
+    words = [
+        "vgg_head",
+        *QUICK,
+        "--train-samples",
+        "5000",
+        "--patience",
+        "4",
+        "--worker-start",
+        "spawn",
+        "--run",
+        str(tmp_path / "run"),
+    ]
     words.remove("--quiet")
     said = finish(finetune_process(*words))
     assert said.index("--patience 4: cannot stop this run early") < said.index("epoch 1/1")
+    assert "--train-samples 5000: there are 1,438 images to train on, all are taken" in said
     assert "--worker-start spawn: no worker process is started" in said
 
 

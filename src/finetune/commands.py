@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from finetune.base.formatting import best_text, json_line, parse_size, printable
-from finetune.base.signals import StopRequest
+from finetune.base.signals import StopRequest, listen_for_signals
 from finetune.base.terminal import Terminal, make_console
 from finetune.errors import UsageError, reader_is_gone
 from finetune.options import (
@@ -34,6 +34,7 @@ from finetune.store.run_folder import newest_unfinished
 from finetune.watch.remote_trackers import check_notify_urls, check_services, notify_urls
 
 if TYPE_CHECKING:
+    from finetune.rehearse.part import Part
     from finetune.store.state import Progress
     from finetune.training.context import RunContext
 
@@ -133,6 +134,56 @@ def train(
             chosen=names,
         )
         return conclude(context, start(plan, context))
+
+
+def rehearse_recipe(
+    path: Path, recipe: Recipe, options: RunOptions, words: Sequence[str], usual: Recipe | None, as_json: bool
+) -> int:
+    """`finetune rehearse`. Returns 1 if the resumed run is not the same, else 0."""
+    from finetune.base.device import pick_device
+    from finetune.rehearse.extent import Asked, extent_of
+    from finetune.rehearse.rehearsal import rehearse
+    from finetune.rehearse.show import plan_text, show, to_plain, verdict
+
+    names, machine = chosen(recipe, usual), make_machine(options)
+    check_run(options, names, keeps_features=isinstance(recipe.task, Distillation))
+    terminal = make_terminal(options.quiet or as_json)
+    given = {name: value for name, value in dataclasses.asdict(machine).items() if value not in (None, "", "auto")}
+    asked = Asked(
+        recipe=recipe,
+        words=words,
+        machine_words=[f"--{name.replace('_', '-')}={value}" for name, value in given.items()],
+        code=local_modules(path),
+        place=options.run,
+        keep=options.keep or Settings.keep,
+        cache_limit=options.cache_limit,
+        is_free=not options.deterministic and pick_device(options.device).type == "cuda",
+    )
+    with listen_for_signals("") as stop:
+        extent = extent_of(recipe, names)
+        terminal.say(plan_text(path.stem, extent))
+        found = rehearse(asked, extent, stop, terminal.console.status, terminal.say)
+    if as_json:
+        print(json_line(to_plain(found)))
+    elif options.quiet:
+        print(printable(verdict(found)))
+    else:
+        show(found, terminal.console)
+    return 0 if found.is_same else 1
+
+
+def rehearse_part(path: Path, recipe: Recipe, options: RunOptions, part: "Part", usual: Recipe | None) -> int:
+    """One of the runs that a rehearsal is made of, in its own process."""
+    from finetune.rehearse.process import WaitsToBeKilled
+
+    changed = dataclasses.replace(
+        options, run=part.run, resume=part.resume, save_every_steps=part.save_step, save_every_minutes=None, keep=1,
+        track="none", notify=(), notify_every_epochs=None, report=False, log_every_steps=1, quiet=False,
+    )  # fmt: skip
+    waits = [WaitsToBeKilled(Path(part.run), part.wait_step)] if part.wait_step else []
+    usual = part.shortened(usual) if usual is not None else None
+    code = tuple(local_modules(path))
+    return train(path.stem, code, part.shortened(recipe), changed, [], lambda *_: 0, usual=usual, trackers=waits)
 
 
 def resume_run(options: ResumeOptions) -> int:

@@ -1,7 +1,7 @@
 """The options of each command, as tyro reads them off dataclasses: a field is an option, the text below it its help."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -83,6 +83,14 @@ class RunOptions(SettingOptions, MachineOptions):
     """copy = keep the frozen weights in the run folder, so that it stands alone."""
     skip_broken: bool = False
     """Look at every image or text first, and leave broken ones out."""
+
+
+@dataclass(frozen=True)
+class RehearseOptions:
+    """Options of `finetune rehearse` besides those of the run."""
+
+    json: bool = False
+    """Print one JSON object."""
 
 
 @dataclass(frozen=True)
@@ -282,3 +290,20 @@ def check_place(options: object, data: Data) -> str:
     refuse(options, [other], f"on a run on {data.kind}")
     place: str = getattr(options, data.kind)
     return place
+
+
+# ---- What was typed -----------------------------------------------------------------------------------------------
+
+# Options that say nothing of what is trained; those of the first kind are followed by a value. URLs hold passwords.
+ONCE, ONCE_WITHOUT_VALUE = ("--run", "--notify"), ("--resume", "--quiet")
+
+
+def repeatable(words: Sequence[str]) -> list[str]:
+    """What was typed, without what belongs to one run alone: its folder; and without what is secret."""
+    found, is_value = [], False
+    for word in words:
+        name = word.partition("=")[0]
+        if not is_value and name not in (*ONCE, *ONCE_WITHOUT_VALUE):
+            found.append(word)
+        is_value = word in ONCE
+    return found

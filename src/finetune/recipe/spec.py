@@ -74,6 +74,7 @@ class Images:
         validation_fraction: share of each class that validates, where the data has no validation part of its own.
         train_samples: train on so many only, each class in its share; 0 = all.
         fonts: folder of fonts for "glyphs"; "" = those that matplotlib ships.
+        samples: take so many only of each part of the data (of all, where it has none), each class among them; 0 = all.
     """
 
     kind: str = field(default="images", init=False)
@@ -91,6 +92,7 @@ class Images:
     validation_fraction: float = 0.2
     train_samples: int = 0
     fonts: str = ""
+    samples: int = named(0, before=0)
 
     @property
     def place(self) -> str:
@@ -107,7 +109,7 @@ class Texts:
     Attributes:
         texts: "messages", a csv, tsv, jsonl or parquet file, or a folder of class/*.txt.
         text_column, label_column: of such a file; "" = found by their names.
-        split_column, separator, allow_outside, validation_fraction, train_samples: as of images.
+        split_column, separator, allow_outside, validation_fraction, train_samples, samples: as of images.
         max_length: tokens of a text, what is longer is cut off; 0 = what the backbone takes, 512 at most.
     """
 
@@ -121,6 +123,7 @@ class Texts:
     max_length: int = 0
     validation_fraction: float = 0.2
     train_samples: int = 0
+    samples: int = named(0, before=0)
     # Texts are never changed at random.
     augment: ClassVar[str] = "none"
     mixup: ClassVar[float] = 0.0
@@ -321,6 +324,7 @@ def check_ranges(recipe: Recipe) -> None:
         ("validate-every-steps", recipe.validate_every_steps, recipe.validate_every_steps >= 0, "0 or more"),
         ("seed", recipe.seed, recipe.seed >= 0, "0 or more"),
         ("train-samples", data.train_samples, data.train_samples >= 0, "0 (all) or more"),
+        ("samples", data.samples, data.samples >= 0, "0 (all) or more"),
         ("validation-fraction", data.validation_fraction, 0 < data.validation_fraction < 1, "between 0 and 1"),
         ("dropout", recipe.model.dropout, 0 <= recipe.model.dropout < 1, "0 up to, not including, 1"),
         ("head-width", recipe.model.head_width, recipe.model.head_width >= 1, "1 or more"),

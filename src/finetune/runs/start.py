@@ -12,6 +12,7 @@ from finetune.base.events import Begun
 from finetune.base.formatting import best_text
 from finetune.base.lock import alone_in_process
 from finetune.data.contents import Contents
+from finetune.data.open import check_data_effects
 from finetune.data.order import key
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, StoppedEarly, UsageError
@@ -202,7 +203,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         network = new_network(recipe, backbone, weights, data.output_count, begins_with)
         if begins_with is not None:  # a part of the file is not the file
             weights, weights_text = None, f"begins as a part of {weights_text}"
-    data.check_effects(recipe, plan.chosen)
+    check_data_effects(data.source, recipe, plan.chosen)
     freeze = network.freeze_map(recipe.trainable)
     check_optimizer(freeze.ever_trains(), recipe.optimizer, plan.chosen)
     module_to_device(network.module, device)
@@ -217,6 +218,11 @@ def say_idle(plan: Plan, setup: Setup, context: RunContext) -> None:
     """Say what somebody chose and what never comes to pass in this run."""
     steps = count_steps(plan.recipe, len(setup.data.split.train), Progress())
     lines = idle_lines(plan.recipe, plan.chosen, steps.per_epoch, steps.end)
+    wanted, there = plan.recipe.data.train_samples, len(setup.data.whole.train)
+    if "data.train_samples" in plan.chosen and wanted > there:
+        lines.append(
+            f"--train-samples {wanted}: there are {there:,} {setup.data.source.noun}s to train on, all are taken"
+        )
     workers, method = setup.loaders.train.workers, plan.machine.worker_start
     if method != "auto" and not workers:
         lines.append(f"--worker-start {method}: no worker process is started, so few files are quicker without")

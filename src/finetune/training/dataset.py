@@ -1,7 +1,7 @@
 """The data set that a recipe names: opened, split, on its way to batches."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from finetune.data.batch import Split
 from finetune.data.images import ImagePipeline, names_to_indices, without
 from finetune.data.open import open_source, split_data
 from finetune.data.order import epoch_order, side_by_side
-from finetune.data.source import PARTS, Source, TextSource, class_counts
+from finetune.data.source import Source, TextSource, class_counts
 from finetune.data.texts import TextPipeline
 from finetune.data.tokens import Tokenization
 from finetune.errors import UsageError
@@ -96,28 +96,6 @@ class Data:
         data = dataclasses.replace(self, split=split, skipped=tuple(sorted({*self.skipped, *names})))
         data.check()
         return data
-
-    def check_effects(self, recipe: Recipe, chosen: Collection[str]) -> None:
-        """Refuse what was chosen and changes nothing about this data.
-
-        Args:
-            chosen: see `recipe.effects.chosen`.
-
-        Raises:
-            UsageError: the first of them.
-        """
-        spec, parts, noun = recipe.data, self.source.parts, self.source.noun
-        own = 0 if parts is None else int((parts == PARTS.index("validation")).sum())
-        if own and "data.validation_fraction" in chosen:
-            raise UsageError(
-                f"--validation-fraction {spec.validation_fraction:g}: has no effect, {spec.place} brings {own:,} "
-                f"{noun}s along to validate with; leave it out"
-            )
-        if "data.train_samples" in chosen and spec.train_samples > len(self.whole.train):
-            raise UsageError(
-                f"--train-samples {spec.train_samples}: there are {len(self.whole.train):,} {noun}s to train on; give "
-                "fewer, or leave it out"
-            )
 
     def check(self) -> None:
         """Every class must have something to train on, and something must validate."""
