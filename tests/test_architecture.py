@@ -20,7 +20,7 @@ ORDER = [
     ["report"],
     ["watch", "listing", "doctor"],
     ["training"],
-    ["export", "runs"],
+    ["export", "runs", "rehearse"],
     ["options"],
     ["commands"],
     ["cli"],

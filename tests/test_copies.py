@@ -10,7 +10,7 @@ from conftest import DyingTerminal, assert_equal_runs, read, small_recipe, start
 from encoders import make_encoder
 from PIL import Image
 
-from finetune import Images, TextTable, UsageError, text_head
+from finetune import Images, Training, UsageError, text_head
 from finetune.cli import main
 from finetune.data.batch import Split
 from finetune.data.copies import find_copies
@@ -144,7 +144,7 @@ def test_texts_are_compared_by_content_and_labels(tmp_path):
     run, notes = begin(
         tmp_path / "dropped",
         text_head(
-            texts=str(tmp_path / "a.csv"), backbone=str(encoder), epochs=1, table=TextTable(drop_duplicates=True)
+            texts=str(tmp_path / "a.csv"), backbone=str(encoder), epochs=1, training=Training(drop_duplicates=True)
         ),
     )
     assert {"line 44", "line 45"} <= set(read(run)["data"]["skipped"]) and len(read(run)["data"]["skipped"]) == 3

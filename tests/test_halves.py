@@ -134,7 +134,7 @@ def test_a_teacher_that_does_not_fit_is_halved_and_that_is_remembered(tmp_path, 
 def test_a_first_look_that_does_not_fit_begins_anew_with_fewer_at_once(tmp_path, monkeypatch, kept):
     real, sizes = data_check.standardise, []
 
-    def standardise(module, batches, forward=None):
+    def standardise(module, batches, forward=None, **how):
         def limited():
             for batch in batches:
                 sizes.append(len(batch))
@@ -142,7 +142,7 @@ def test_a_first_look_that_does_not_fit_begins_anew_with_fewer_at_once(tmp_path,
                     raise too_many()
                 yield batch
 
-        real(module, limited(), forward)
+        real(module, limited(), forward, **how)
 
     monkeypatch.setattr(data_check, "standardise", standardise)
     said = begun(tmp_path / "run", small_recipe(augment="none", epochs=1), kept)

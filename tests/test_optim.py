@@ -2,13 +2,15 @@ import itertools
 
 import pytest
 import torch
+from conftest import assert_equal_runs, small_recipe, train_run, train_with_deaths
 from torch import nn
 
 from finetune import Images, Model, Optimizer, Recipe, Schedule, Stop, UsageError
+from finetune.models.freeze import FreezeMap, Rule
 from finetune.runs.resume import extend
 from finetune.store.state import Progress
 from finetune.store.steps import count_steps, way_on
-from finetune.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
+from finetune.training.optimizer import build_optimizer, check_optimizer, load_optimizer_state, optimizer_state
 from finetune.training.schedule import learning_rate, schedule_factor
 from finetune.training.step import optimizer_step
 from finetune.training.validation import record_validation
@@ -39,7 +41,19 @@ def test_matrices_decay_and_vectors_do_not():
     ]
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "RMSprop", "adagrad", "nadam", "rprop"])
+CLASSES = sorted(
+    name for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
+)  # fmt: skip
+# What they cannot train: a head with a bias; anything but an embedding that gives sparse gradients.
+REFUSED = {
+    "Muon": "--optimizer Muon: cannot train this network: it trains matrices only, and 1 of 2 tensors are none, like "
+    "classifier.1.bias; give adamw, sgd",
+    "SparseAdam": "--optimizer SparseAdam: cannot train this network: SparseAdam does not support dense gradients",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in REFUSED])
 def test_saved_state_is_by_name_plain_and_goes_on_exactly(name):
     def two_steps(model, optimizer):
         for factor in (1.0, 2.0):
@@ -62,6 +76,34 @@ def test_saved_state_is_by_name_plain_and_goes_on_exactly(name):
     two_steps(model, optimizer)
     two_steps(twin, other)
     assert torch.equal(model.weight, twin.weight) and torch.equal(model.bias, twin.bias)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in REFUSED else pytest.param(name, marks=pytest.mark.slow) for name in CLASSES]
+)
+def test_every_class_of_torch_optim_trains_and_resumes_exactly_or_is_refused_by_name(tmp_path, name):
+    recipe = small_recipe(optimizer=Optimizer(name, lr=1e-2), epochs=1, augment="none")
+    if name in REFUSED:
+        with pytest.raises(UsageError, match=REFUSED[name]):
+            train_run(tmp_path / "run", recipe)
+        assert not (tmp_path / "run").exists()
+        return
+    unbroken = train_run(tmp_path / "unbroken", recipe)
+    assert_equal_runs(train_with_deaths(tmp_path / "run", recipe, [2, 5]), unbroken)
+
+
+def test_muon_trains_where_there_are_matrices_only():
+    layer = nn.Linear(3, 2, bias=False)
+    check_optimizer(dict(layer.named_parameters()), Optimizer("muon"))
+
+
+def test_an_optimizer_is_tried_on_what_a_thaw_adds_too():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2, bias=False))
+    rules = [Rule("1"), Rule("0", from_epoch=3), Rule("*", trainable=False)]
+    ever = FreezeMap(model, rules).ever_trains()
+    assert list(ever) == ["0.weight", "0.bias", "1.weight"]
+    with pytest.raises(UsageError, match=r"1 of 3 tensors are none, like 0\.bias"):
+        check_optimizer(ever, Optimizer("muon"))
 
 
 def test_an_unknown_optimizer_names_the_nearest_and_lbfgs_is_not_offered():

@@ -16,7 +16,7 @@ from contextlib import redirect_stderr, suppress
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import docstring_parser
 import tyro
@@ -39,10 +39,12 @@ from finetune.options import (
     EvaluateOptions,
     ExportOptions,
     PredictOptions,
+    RehearseOptions,
     ReportOptions,
     ResumeOptions,
     RunOptions,
     RunsOptions,
+    repeatable,
 )
 from finetune.recipe.heads import image_head, text_head
 from finetune.recipe.scripts import call_recipe, find_recipe_file, load_recipe_function, shipped_recipes
@@ -53,14 +55,15 @@ INSTANTIATED = re.compile(
     r"Error parsing (--[\w-]+): no type matching \{None\}\|(.+?) could be instantiated from \[(.*?)\]\.?.*"
 )
 ADDRESS = re.compile(r"([A-Za-z][\w+.-]*://)[^\s;,]+")
-# Options that say nothing of what is trained; those of the first kind are followed by a value. URLs hold passwords.
-ONCE, ONCE_WITHOUT_VALUE = ("--run", "--notify"), ("--resume", "--quiet")
+# Before a run that a rehearsal starts.
+PART = "--part"
 
 HELP = """\
 finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit for bit.
 
   finetune RECIPE [options]              train; RECIPE is a file or a shipped recipe: {recipes}
   finetune RECIPE --help                 the recipe's own options, with their documentation
+  finetune rehearse RECIPE [options]     try kill and resume on a sample of the data; time, memory, disk of it all
   finetune resume [RUN] [--epochs N]     go on; without RUN: the newest unfinished below runs/
   finetune export RUN                    weights that stock torchvision or transformers loads, a JSON beside them
   finetune predict FILE INPUT...         classify images, texts, folders or a csv with an export: JSON lines, or --csv
@@ -114,23 +117,40 @@ def options_class(function: Callable[..., Recipe]) -> type:
     return dataclasses.make_dataclass("RecipeOptions", fields, frozen=True)
 
 
-def parse_recipe(name: str, arguments: Sequence[str]) -> tuple[Path, Recipe, RunOptions]:
-    """Load a recipe and parse its and the run's options."""
+class Parsed(NamedTuple):
+    """A recipe with its options and those of the run.
+
+    Attributes:
+        path: of its file.
+        usual: the recipe with its options left out; None where it needs some.
+        also: options of the command itself.
+    """
+
+    path: Path
+    recipe: Recipe
+    options: RunOptions
+    usual: Recipe | None
+    also: Any = None
+
+
+def parse_recipe(name: str, arguments: Sequence[str], also: type | None = None) -> Parsed:
+    """Load a recipe and parse its and the run's options, and `also` those of a command."""
     path = find_recipe_file(name, COMMANDS)
     function = load_recipe_function(path)
-    recipe_class = options_class(function)
-    both = dataclasses.make_dataclass(
-        "Options",
-        [
-            ("recipe", Annotated[recipe_class, tyro.conf.OmitArgPrefixes], dataclasses.field(default=recipe_class())),
-            ("run", Annotated[RunOptions, tyro.conf.OmitArgPrefixes], dataclasses.field(default=RunOptions())),
-        ],
-        frozen=True,
-    )
+    groups = {"recipe": options_class(function), "run": RunOptions} | ({"also": also} if also else {})
+    recipe_class = groups["recipe"]
+    fields = [
+        (name, Annotated[group, tyro.conf.OmitArgPrefixes], dataclasses.field(default=group()))
+        for name, group in groups.items()
+    ]
+    all_options = dataclasses.make_dataclass("Options", fields, frozen=True)
     summary = docstring_parser.parse(inspect.getdoc(function) or "").short_description or ""
-    parsed = parse(both, name, summary, arguments)
+    parsed = parse(all_options, name if also is None else f"rehearse {name}", summary, arguments)
     options = {field.name: getattr(parsed.recipe, field.name) for field in dataclasses.fields(recipe_class)}
-    return path, call_recipe(function, options, path), parsed.run
+    recipe, usual = call_recipe(function, options, path), None
+    with suppress(UsageError):
+        usual = call_recipe(function, {name: getattr(recipe_class(), name) for name in options}, path)
+    return Parsed(path, recipe, parsed.run, usual, getattr(parsed, "also", None))
 
 
 def parse(options: type, command: str, description: str, arguments: Sequence[str]) -> Any:
@@ -174,23 +194,12 @@ def import_commands(with_torch: bool = True) -> ModuleType:
     return importlib.import_module("finetune.commands")
 
 
-def repeatable(words: Sequence[str]) -> list[str]:
-    """What was typed, without what belongs to one run alone: its folder; and without what is secret."""
-    found, is_value = [], False
-    for word in words:
-        name = word.partition("=")[0]
-        if not is_value and name not in (*ONCE, *ONCE_WITHOUT_VALUE):
-            found.append(word)
-        is_value = word in ONCE
-    return found
-
-
 # ---- Commands ------------------------------------------------------------------------------------------------------
 
 
 def command_train(name: str, arguments: Sequence[str]) -> int:
-    path, recipe, options = parse_recipe(name, arguments)
-    return import_commands().train_recipe(path, recipe, options, repeatable([name, *arguments]))
+    path, recipe, options, usual, _ = parse_recipe(name, arguments)
+    return import_commands().train_recipe(path, recipe, options, repeatable([name, *arguments]), usual)
 
 
 def command_resume(arguments: Sequence[str]) -> int:
@@ -221,8 +230,31 @@ def command_report(arguments: Sequence[str]) -> int:
 def command_summary(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("finetune summary: needs a recipe, as in: finetune summary vgg_head")
-    _, recipe, _ = parse_recipe(arguments[0], arguments[1:])
-    return import_commands().summarise(recipe)
+    _, recipe, options, usual, _ = parse_recipe(arguments[0], arguments[1:])
+    return import_commands().summarise(recipe, options, usual)
+
+
+def command_rehearse(arguments: Sequence[str]) -> int:
+    part, words = None, list(arguments)
+    if words[:1] == [PART] and len(words) > 1:
+        from finetune.rehearse.part import Part
+
+        part, words = Part.from_text(words[1]), words[2:]
+    if not words or words[0].startswith("-"):
+        raise UsageError(
+            "finetune rehearse: needs a recipe, and the options of its run, as in: finetune rehearse vgg_head"
+        )
+    before, sys.dont_write_bytecode = (
+        sys.dont_write_bytecode,
+        True,
+    )  # nothing is left behind, not beside the recipe either
+    try:
+        path, recipe, options, usual, also = parse_recipe(words[0], words[1:], RehearseOptions)
+    finally:
+        sys.dont_write_bytecode = before
+    if part is not None:
+        return import_commands().rehearse_part(path, recipe, options, part, usual)
+    return import_commands().rehearse_recipe(path, recipe, options, words, usual, also.json)
 
 
 def command_cache(arguments: Sequence[str]) -> int:
@@ -262,6 +294,7 @@ def command_new(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "resume": command_resume,
+    "rehearse": command_rehearse,
     "export": command_export,
     "predict": command_predict,
     "evaluate": command_evaluate,

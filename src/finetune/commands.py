@@ -1,12 +1,13 @@
 """What each command does, once its options are parsed. Each imports what it needs: torch is not for all of them."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from finetune.base.formatting import best_text, json_line, parse_size, printable
-from finetune.base.signals import StopRequest
+from finetune.base.signals import StopRequest, listen_for_signals
 from finetune.base.terminal import Terminal, make_console
 from finetune.errors import UsageError, reader_is_gone
 from finetune.options import (
@@ -17,15 +18,23 @@ from finetune.options import (
     ReportOptions,
     ResumeOptions,
     RunOptions,
+    RunsOptions,
+    check_machine,
+    check_place,
+    check_run,
+    given_options,
+    refuse,
 )
+from finetune.recipe.effects import chosen
 from finetune.recipe.execution import Machine, Numerics, Settings, asked_config, split_config
 from finetune.recipe.scripts import local_modules
 from finetune.recipe.serialize import differences
-from finetune.recipe.spec import Recipe
+from finetune.recipe.spec import Distillation, Recipe
 from finetune.store.run_folder import newest_unfinished, peek
 from finetune.watch.remote_trackers import check_notify_urls, check_services, notify_urls
 
 if TYPE_CHECKING:
+    from finetune.rehearse.part import Part
     from finetune.store.state import Progress
     from finetune.training.context import RunContext
 
@@ -57,9 +66,9 @@ def checked_notify_urls(options: MachineOptions) -> tuple[str, ...]:
     return urls
 
 
-def train_recipe(path: Path, recipe: Recipe, options: RunOptions, words: list[str]) -> int:
-    """`finetune RECIPE`; `words`: to repeat it."""
-    train(path.stem, tuple(local_modules(path)), recipe, options, words, finish)
+def train_recipe(path: Path, recipe: Recipe, options: RunOptions, words: list[str], usual: Recipe | None) -> int:
+    """`finetune RECIPE`; `words`: to repeat it; `usual`: the recipe without options."""
+    train(path.stem, tuple(local_modules(path)), recipe, options, words, finish, usual=usual)
     return 0
 
 
@@ -71,6 +80,7 @@ def train(
     words: Sequence[str],
     conclude: Conclude[Result],
     *,
+    usual: Recipe | None = None,
     trackers: Sequence[object] = (),
     stop: StopRequest | None = None,
 ) -> Result:
@@ -81,12 +91,15 @@ def train(
         code: files to keep with the run.
         words: to type after `finetune` to repeat it.
         conclude: told how it ended; what it returns is returned.
+        usual: the recipe with its options left out.
         trackers, stop: see `RunContext`.
     """
     from finetune.runs.context import open_context
     from finetune.runs.resume import resume as resume_in
     from finetune.runs.start import Plan, start
 
+    names = chosen(recipe, usual)
+    check_run(options, names, keeps_features=isinstance(recipe.task, Distillation))
     numerics = Numerics(options.precision, options.deterministic, options.backbone_precision or "", options.cache)
     given, machine = options.given(), make_machine(options)
     settings = Settings(
@@ -94,6 +107,7 @@ def train(
     )
     check_services(settings.trackers)
     terminal, notify = make_terminal(options.quiet), checked_notify_urls(options)
+    check_machine(options, bool(notify))
     with open_context(options.run, terminal, settings, notify, trackers, stop) as context:
         run = context.folder
         if run is not None and run.exists() and options.resume:
@@ -117,8 +131,59 @@ def train(
             copy_frozen=options.frozen == "copy",
             skip_broken=options.skip_broken,
             command=tuple(words),
+            chosen=names,
         )
         return conclude(context, start(plan, context))
+
+
+def rehearse_recipe(
+    path: Path, recipe: Recipe, options: RunOptions, words: Sequence[str], usual: Recipe | None, as_json: bool
+) -> int:
+    """`finetune rehearse`. Returns 1 if the resumed run is not the same, else 0."""
+    from finetune.base.device import pick_device
+    from finetune.rehearse.extent import Asked, extent_of
+    from finetune.rehearse.rehearsal import rehearse
+    from finetune.rehearse.show import plan_text, show, to_plain, verdict
+
+    names, machine = chosen(recipe, usual), make_machine(options)
+    check_run(options, names, keeps_features=isinstance(recipe.task, Distillation))
+    terminal = make_terminal(options.quiet or as_json)
+    given = {name: value for name, value in dataclasses.asdict(machine).items() if value not in (None, "", "auto")}
+    asked = Asked(
+        recipe=recipe,
+        words=words,
+        machine_words=[f"--{name.replace('_', '-')}={value}" for name, value in given.items()],
+        code=local_modules(path),
+        place=options.run,
+        keep=options.keep or Settings.keep,
+        cache_limit=options.cache_limit,
+        is_free=not options.deterministic and pick_device(options.device).type == "cuda",
+    )
+    with listen_for_signals("") as stop:
+        extent = extent_of(recipe, names)
+        terminal.say(plan_text(path.stem, extent))
+        found = rehearse(asked, extent, stop, terminal.console.status, terminal.say)
+    if as_json:
+        print(json_line(to_plain(found)))
+    elif options.quiet:
+        print(printable(verdict(found)))
+    else:
+        show(found, terminal.console)
+    return 0 if found.is_same else 1
+
+
+def rehearse_part(path: Path, recipe: Recipe, options: RunOptions, part: "Part", usual: Recipe | None) -> int:
+    """One of the runs that a rehearsal is made of, in its own process."""
+    from finetune.rehearse.process import WaitsToBeKilled
+
+    changed = dataclasses.replace(
+        options, run=part.run, resume=part.resume, save_every_steps=part.save_step, save_every_minutes=None, keep=1,
+        track="none", notify=(), notify_every_epochs=None, report=False, log_every_steps=1, quiet=False,
+    )  # fmt: skip
+    waits = [WaitsToBeKilled(Path(part.run), part.wait_step)] if part.wait_step else []
+    usual = part.shortened(usual) if usual is not None else None
+    code = tuple(local_modules(path))
+    return train(path.stem, code, part.shortened(recipe), changed, [], lambda *_: 0, usual=usual, trackers=waits)
 
 
 def resume_run(options: ResumeOptions) -> int:
@@ -140,7 +205,11 @@ def resume(
 
     run = options.run or str(newest_unfinished().path)
     machine, terminal, notify = make_machine(options), make_terminal(options.quiet), checked_notify_urls(options)
+    check_machine(options, bool(notify))
     with open_context(run, terminal, Settings(), notify, trackers, stop) as context:
+        recipe, numerics = split_config(context.run.read_recipe().config)
+        if not numerics.cache and not isinstance(recipe.task, Distillation):
+            refuse(options, ["cache_limit"], "on a run with --no-cache, which keeps nothing")
         progress = resume_in(
             context,
             machine,
@@ -148,7 +217,7 @@ def resume(
             epochs=options.epochs,
             lr=options.lr,
             from_file=Path(options.from_) if options.from_ else None,
-            place=options.images or options.texts,
+            place=check_place(options, recipe.data),
         )
         return conclude(context, progress)
 
@@ -197,6 +266,8 @@ def export_run(options: ExportOptions) -> int:
     from finetune.export.weights import FORMATS, copy_checkpoint, export
     from finetune.store.remote import open_run
 
+    if not options.weights_only:
+        refuse(options, ["format", "half"], "with --no-weights-only, which copies the checkpoint as it is")
     with open_run(options.run, _say_aside) as run:
         if not options.weights_only:
             print(copy_checkpoint(run, options.from_, Path(options.output) if options.output else None))
@@ -219,8 +290,11 @@ def export_run(options: ExportOptions) -> int:
 
 def predict_files(options: PredictOptions) -> int:
     """`finetune predict`."""
+    from finetune.data.table import TABLE_SUFFIXES
     from finetune.export.predict import predict
 
+    if not any(Path(name).suffix.lower() in TABLE_SUFFIXES for name in options.inputs):
+        refuse(options, ["image_column", "text_column"], "where no table is given")
     if not options.inputs:
         raise UsageError("finetune predict: nothing to predict; give images, texts, folders or a csv")
     return predict(
@@ -243,7 +317,13 @@ def evaluate_run(options: EvaluateOptions) -> int:
 
     workers = check_workers(options.workers)
     with open_run(options.run, _say_aside, writes=False) as run:
-        place = options.images or options.texts
+        recipe, _ = split_config(run.read_recipe().config)
+        place = check_place(options, recipe.data)
+        other = "image_column" if recipe.data.kind == "texts" else "text_column"
+        refuse(options.table, [other], f"on a run on {recipe.data.kind}")
+        if not place:
+            names = [field.name for field in dataclasses.fields(options.table)]
+            refuse(options.table, names, f"on the run's own data; for other data give {recipe.data.option} as well")
         figures = evaluate(run, options.from_, place, options.table, options.device, workers, _say_aside)
     if options.json:
         print(json_line(figures))
@@ -261,16 +341,18 @@ def write_report_of_run(options: ReportOptions) -> int:
         raise UsageError(f"--output {options.output}: must end in .html")
     with open_run(options.run, _say_aside, writes=not options.output) as run:
         output = Path(options.output) if options.output else run.report_file
-        report_run(run, output, options.images or options.texts, _say_aside)
+        recipe, _ = split_config(run.read_recipe().config)
+        report_run(run, output, check_place(options, recipe.data), _say_aside)
     print(output)
     return 0
 
 
-def summarise(recipe: Recipe) -> int:
+def summarise(recipe: Recipe, options: RunOptions, usual: Recipe | None) -> int:
     """`finetune summary`."""
+    refuse(options, list(given_options(options)), "on a summary, which runs nothing")
     from finetune.runs.summary import summary_text
 
-    print(summary_text(recipe))
+    print(summary_text(recipe, chosen(recipe, usual)))
     return 0
 
 
@@ -288,6 +370,8 @@ def list_or_compare(folders: Sequence[str], sort: str, as_json: bool) -> int:
         raise UsageError(f"--sort {sort}: no such key; give {', '.join(SORT_KEYS)}")
     runs = list(find_runs(folders))
     if len(folders) == 2 and all(is_run(Path(folder)) for folder in folders):
+        if sort != RunsOptions.sort:
+            raise UsageError(f"--sort {sort}: has no effect on two runs side by side; leave it out")
         from finetune.listing.compared import Comparison
 
         comparison = Comparison.of(*runs)

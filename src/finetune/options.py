@@ -1,12 +1,15 @@
 """The options of each command, as tyro reads them off dataclasses: a field is an option, the text below it its help."""
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from finetune.errors import UsageError
 from finetune.recipe.heads import AnyTable
+from finetune.recipe.spec import Data
 
 # Options that may be left out; without a name of its own, help would show "{None}|INT (default: None)".
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
@@ -80,6 +83,14 @@ class RunOptions(SettingOptions, MachineOptions):
     """copy = keep the frozen weights in the run folder, so that it stands alone."""
     skip_broken: bool = False
     """Look at every image or text first, and leave broken ones out."""
+
+
+@dataclass(frozen=True)
+class RehearseOptions:
+    """Options of `finetune rehearse` besides those of the run."""
+
+    json: bool = False
+    """Print one JSON object."""
 
 
 @dataclass(frozen=True)
@@ -207,3 +218,93 @@ class DoctorOptions:
 
     json: bool = False
     """Print one JSON object."""
+
+
+# ---- What has no effect is refused ---------------------------------------------------------------------------------
+
+
+def option_text(name: str, value: object) -> str:
+    """An option as it was typed."""
+    option = f"--{name.strip('_').replace('_', '-')}"
+    if isinstance(value, bool):
+        return option if value else f"--no-{option.removeprefix('--')}"
+    return f"{option} {value}"
+
+
+def given_options(options: object) -> dict[str, object]:
+    """The options of a dataclass that are not its defaults, by name."""
+    assert dataclasses.is_dataclass(options)
+    return {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if field.default is not dataclasses.MISSING and getattr(options, field.name) != field.default
+    }
+
+
+def refuse(options: object, names: Collection[str], why: str) -> None:
+    """Refuse options that were given and have no effect.
+
+    Raises:
+        UsageError: one of `names` was given.
+    """
+    for name, value in given_options(options).items():
+        if name in names:
+            raise UsageError(f"{option_text(name, value)}: has no effect {why}; leave it out")
+
+
+def check_machine(options: RunOptions | ResumeOptions, notifies: bool) -> None:
+    """Refuse options of how a run is run of which one makes the other void.
+
+    Args:
+        notifies: whether messages go anywhere.
+    """
+    if options.workers == 0:
+        refuse(options, ["worker_start"], "with --workers 0, which starts none")
+    if not notifies and options.notify_every_epochs:
+        refuse(options, ["notify_every_epochs"], "without --notify URL (or FINETUNE_NOTIFY): nobody is told")
+
+
+def check_run(options: RunOptions, recipe_chosen: Collection[str], keeps_features: bool) -> None:
+    """Refuse options of a run that have no effect together.
+
+    Args:
+        recipe_chosen: see `recipe.effects.chosen`.
+        keeps_features: whether some are, with --no-cache too: those of a teacher.
+    """
+    if not options.run:
+        refuse(options, ["resume"], "without --run DIR, as a run without a name gets the next free folder")
+    if not options.cache and not keeps_features:
+        refuse(options, ["cache_limit"], "with --no-cache, which keeps nothing")
+    if options.init_from and "model.weights" in recipe_chosen:
+        raise UsageError(
+            f"--weights: has no effect with --init-from {options.init_from}, which brings its own; leave one out"
+        )
+
+
+def check_place(options: object, data: Data) -> str:
+    """Where the data of a run lies now, as `--images` or `--texts` says; "" = neither was given.
+
+    Raises:
+        UsageError: it is the one for the other kind of data.
+    """
+    other = "texts" if data.kind == "images" else "images"
+    refuse(options, [other], f"on a run on {data.kind}")
+    place: str = getattr(options, data.kind)
+    return place
+
+
+# ---- What was typed -----------------------------------------------------------------------------------------------
+
+# Options that say nothing of what is trained; those of the first kind are followed by a value. URLs hold passwords.
+ONCE, ONCE_WITHOUT_VALUE = ("--run", "--notify"), ("--resume", "--quiet")
+
+
+def repeatable(words: Sequence[str]) -> list[str]:
+    """What was typed, without what belongs to one run alone: its folder; and without what is secret."""
+    found, is_value = [], False
+    for word in words:
+        name = word.partition("=")[0]
+        if not is_value and name not in (*ONCE, *ONCE_WITHOUT_VALUE):
+            found.append(word)
+        is_value = word in ONCE
+    return found

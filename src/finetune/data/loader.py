@@ -87,7 +87,7 @@ class Loader:
         self._pipeline = pipeline
         self.contents = contents
         self._requests = _Requests()
-        self._workers, self._start_method, self._pin_memory = workers, start_method, pin_memory
+        self.workers, self._start_method, self._pin_memory = workers, start_method, pin_memory
         self._loader: DataLoader | None = None
 
     def _with_workers(self) -> DataLoader:
@@ -96,7 +96,7 @@ class Loader:
             _PipelineDataset(self._pipeline),
             batch_size=None,
             sampler=self._requests,
-            num_workers=self._workers,
+            num_workers=self.workers,
             multiprocessing_context=multiprocessing.get_context(method),
             worker_init_fn=_prepare_worker,
             persistent_workers=True,
@@ -128,7 +128,7 @@ class Loader:
                 yield batch
 
     def _fetched(self, requests: Iterable[Request]) -> Generator[Batch | FinetuneError, None, None]:
-        if not self._workers:
+        if not self.workers:
             for request in requests:
                 with one_thread():
                     batch = self._pipeline.fetch(request)

@@ -1,12 +1,14 @@
 """The data that a recipe names, opened and split."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from finetune.data.batch import Split
 from finetune.data.images import open_images, split_source
-from finetune.data.source import Reading, Source
+from finetune.data.sample import sampled
+from finetune.data.source import PARTS, Reading, Source
 from finetune.data.table import Columns
 from finetune.data.texts import open_texts
+from finetune.errors import UsageError
 from finetune.recipe import spec as recipes
 from finetune.recipe.spec import Recipe, Texts
 
@@ -17,6 +19,10 @@ def open_source(spec: recipes.Data, kind: str, classes: Sequence[str] | None = N
     Args:
         kind: of the task.
     """
+    return sampled(_whole_source(spec, kind, classes), spec.samples)
+
+
+def _whole_source(spec: recipes.Data, kind: str, classes: Sequence[str] | None) -> Source:
     reading = Reading(spec.listing == "content", spec.quotes, spec.missing_labels, spec.group_by)
     if isinstance(spec, Texts):
         columns = Columns(spec.text_column, spec.label_column, spec.split_column, spec.separator, spec.group_column)
@@ -29,3 +35,21 @@ def split_data(source: Source, recipe: Recipe) -> Split:
     """The recipe's split of a source."""
     spec = recipe.data
     return split_source(source, spec.validation_fraction, recipe.seed, spec.train_samples)
+
+
+def check_data_effects(source: Source, recipe: Recipe, chosen: Collection[str]) -> None:
+    """Refuse what was chosen and changes nothing about this data.
+
+    Args:
+        chosen: see `recipe.effects.chosen`.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    spec, noun = recipe.data, source.noun
+    own = 0 if source.parts is None else int((source.parts == PARTS.index("validation")).sum())
+    if own and "data.validation_fraction" in chosen:
+        raise UsageError(
+            f"--validation-fraction {spec.validation_fraction:g}: has no effect, {spec.place} brings {own:,} {noun}s "
+            "along to validate with; leave it out"
+        )

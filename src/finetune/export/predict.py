@@ -22,6 +22,8 @@ from finetune.export.load import load_described, prepared
 from finetune.recipe.spec import TASKS
 from finetune.tasks.losses import Classifying, MultiLabelTask, RegressionTask, Task, make_task
 
+# Classes that are listed unless another number is given.
+TOP_K = 3
 # Of several labels, those with a probability above this apply.
 THRESHOLD = 0.5
 
@@ -56,6 +58,12 @@ def predict(
     task = make_task(TASKS[description["task"]](), len(classes), description.get("scale", ()))
     preprocessing = prepared(file, description)
     say = partial(print, file=sys.stderr)
+    if isinstance(task, RegressionTask) and top_k != TOP_K:
+        raise UsageError(f"--top-k {top_k}: has no effect, {file} predicts a number and no classes; leave it out")
+    reads = "texts" if isinstance(preprocessing, Tokenization) else "images"
+    for option, value, of in (("--image-column", image_column, "images"), ("--text-column", text_column, "texts")):
+        if value and of != reads:
+            raise UsageError(f"{option} {value}: has no effect, {file} reads {reads}; leave it out")
     samples: ImageInputs | TextInputs
     if isinstance(preprocessing, Tokenization):
         samples = TextInputs(texts_in(inputs, text_column, allow_outside, say), preprocessing)

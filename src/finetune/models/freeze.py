@@ -72,6 +72,16 @@ class FreezeMap:
         """What is frozen in an epoch, counted from 0."""
         return Freeze(self, epoch)
 
+    def ever_trains(self) -> dict[str, nn.Parameter]:
+        """The parameters that train in any epoch, by name."""
+        last = max((rule.from_epoch for rule in self.rules), default=0)
+        return {
+            name: parameter
+            for path, module in self.module.named_modules()
+            if self.trains(path, last)
+            for name, parameter in module.named_parameters(path, recurse=False)
+        }
+
     def thaws_before(self, epoch: int) -> int:
         """How many thaws have happened by `epoch`: 0 before the first."""
         return len({rule.from_epoch for rule in self.rules if rule.trainable and 0 < rule.from_epoch <= epoch})

@@ -36,10 +36,6 @@ class Table:
             between tabs it is a letter unless the value begins and ends with one.
         missing_labels: rows whose label is empty or spelled like a missing value (nan, NA, null, None, ...): refuse
             names the first; leave-out goes on without them; class takes the spelling for a class.
-        group_column: says what a sample belongs to, as a patient or a camera: samples of one never stand on both sides
-            of the split.
-        group_by: the same from the names of files: a regular expression, as in "patient(\\d+)".
-        drop_duplicates: leave out samples with the very content of another one; of those with different labels all.
     """
 
     label_column: str = ""
@@ -48,9 +44,6 @@ class Table:
     allow_outside: bool = False
     quotes: Literal["auto", "none", "standard"] = "auto"
     missing_labels: Literal["refuse", "leave-out", "class"] = "refuse"
-    group_column: str = ""
-    group_by: str = ""
-    drop_duplicates: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +87,10 @@ class Training:
         validate_every_steps: validate also every so many steps; 0 = each epoch only.
         train_samples: train on so many samples only, each class in its share; 0 = all.
         validation_fraction: share of each class that validates, where the data comes without a validation part.
+        group_column: of a table: says what a sample belongs to, as a patient or a camera; samples of one never stand on
+            both sides of the split.
+        group_by: the same from the names of files: a regular expression, as in "patient(\\d+)".
+        drop_duplicates: leave out samples with the very content of another one; of those with different labels all.
     """
 
     optimizer: str = "adamw"
@@ -108,6 +105,9 @@ class Training:
     validate_every_steps: int = 0
     train_samples: int = 0
     validation_fraction: float = 0.2
+    group_column: str = ""
+    group_by: str = ""
+    drop_duplicates: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,9 @@ def image_head(
             pixel_range=training.pixel_range,
             validation_fraction=training.validation_fraction,
             train_samples=training.train_samples,
+            group_column=training.group_column,
+            group_by=training.group_by,
+            drop_duplicates=training.drop_duplicates,
         ),
         task(label_smoothing=training.label_smoothing, class_weights=training.class_weights),
         training,
@@ -238,6 +241,9 @@ def text_head(
         max_length=max_length,
         validation_fraction=training.validation_fraction,
         train_samples=training.train_samples,
+        group_column=training.group_column,
+        group_by=training.group_by,
+        drop_duplicates=training.drop_duplicates,
     )
     goal = _text_task(task, table, training)
     return _head_recipe(model, data, goal, training, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)

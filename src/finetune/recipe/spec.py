@@ -91,6 +91,7 @@ class Images:
         fonts: folder of fonts for "glyphs"; "" = those that matplotlib ships.
         pixel_range: which values of pictures of more than 8 bits become black and white: "LOW,HIGH"; "auto" = those
             that the data set uses; "full" = the ends of their type's range, after which 8 bits are left.
+        samples: take so many only of each part of the data (of all, where it has none), each class among them; 0 = all.
     """
 
     kind: str = field(default="images", init=False)
@@ -115,6 +116,7 @@ class Images:
     train_samples: int = 0
     fonts: str = ""
     pixel_range: str = named("auto", before="full")
+    samples: int = named(0, before=0)
 
     @property
     def place(self) -> str:
@@ -132,7 +134,7 @@ class Texts:
         texts: "messages", a csv, tsv, jsonl or parquet file, or a folder of class/*.txt.
         text_column, label_column: of such a file; "" = found by their names.
         split_column, separator, allow_outside, listing, quotes, missing_labels, group_column, group_by,
-            drop_duplicates, validation_fraction, train_samples: as of images.
+            drop_duplicates, validation_fraction, train_samples, samples: as of images.
         max_length: tokens of a text, what is longer is cut off; 0 = what the backbone takes, 512 at most.
     """
 
@@ -152,6 +154,7 @@ class Texts:
     max_length: int = 0
     validation_fraction: float = 0.2
     train_samples: int = 0
+    samples: int = named(0, before=0)
     # Texts are never changed at random.
     augment: ClassVar[str] = "none"
     mixup: ClassVar[float] = 0.0
@@ -388,6 +391,7 @@ def check_ranges(recipe: Recipe) -> None:
         ("seed", recipe.seed, recipe.seed >= 0, "0 or more"),
         ("last-batch", recipe.last_batch, recipe.last_batch in ("fold", "alone"), "fold or alone"),
         ("train-samples", data.train_samples, data.train_samples >= 0, "0 (all) or more"),
+        ("samples", data.samples, data.samples >= 0, "0 (all) or more"),
         ("validation-fraction", data.validation_fraction, 0 < data.validation_fraction < 1, "between 0 and 1"),
         ("dropout", recipe.model.dropout, 0 <= recipe.model.dropout < 1, "0 up to, not including, 1"),
         ("head-width", recipe.model.head_width, recipe.model.head_width >= 1, "1 or more"),

@@ -142,6 +142,8 @@ def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: DataFacts, place: s
         indices, part = (split.test, "test") if len(split.test) else (split.validation, "validation")
         indices = without(indices, names_to_indices(source, facts.skipped))
         return _Judged(source, indices, part, Contents(source, run.contents_file))
+    if spec.samples:  # of the run's own data
+        source = open_source(dataclasses.replace(spec, samples=0), recipe.task.kind, facts.classes or None)
     if not place:
         raise RunError(
             f"{recipe.data.place} is not what the run was trained on any more; say what to evaluate on with "

@@ -12,6 +12,7 @@ from finetune.base.formatting import best_text
 from finetune.base.lock import alone_in_process
 from finetune.data.contents import Contents
 from finetune.data.names import same_classes
+from finetune.data.open import check_data_effects
 from finetune.data.order import key
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, StoppedEarly, UsageError
@@ -19,6 +20,7 @@ from finetune.models.heads import rescale
 from finetune.models.network import store_frozen
 from finetune.models.pretrained import new_network, pretrained
 from finetune.models.weights import Weights
+from finetune.recipe.effects import check_effects, idle_lines
 from finetune.recipe.execution import Machine, Numerics, check_precision
 from finetune.recipe.spec import Images, Recipe, located
 from finetune.runs.startup_table import facts_of
@@ -37,7 +39,7 @@ from finetune.training.context import RunContext
 from finetune.training.data_check import check_copies, leave_out_broken, look
 from finetune.training.dataset import check_numbers, open_data, survey_pixels
 from finetune.training.loop import train
-from finetune.training.optimizer import find_optimizer
+from finetune.training.optimizer import check_optimizer, find_optimizer
 from finetune.training.phase import Phase, start_phase
 from finetune.training.setup import Setup, make_loaders
 from finetune.training.teacher import taught
@@ -58,6 +60,8 @@ class Plan:
         skip_broken: look at every sample first, and leave broken ones out.
         place: where the recipe's data lies now, if not where it says.
         command: what to type after `finetune` to do the same again; for people, no secrets.
+        chosen: values of the recipe that somebody chose, which are held against what they change; see
+            `recipe.effects`. Not of a run that was begun before: what was taken then goes on being taken.
     """
 
     recipe: Recipe
@@ -70,6 +74,7 @@ class Plan:
     skip_broken: bool = False
     place: str = ""
     command: tuple[str, ...] = ()
+    chosen: frozenset[str] = frozenset()
 
 
 def start(plan: Plan, context: RunContext) -> Progress:
@@ -102,6 +107,7 @@ def start(plan: Plan, context: RunContext) -> Progress:
                 check_parts(setup)
                 for line in lines_on_parts(setup):
                     context.say(line)
+                say_idle(plan, setup, context)
                 context.save_contents(setup.loaders.train.contents)
                 seed_generators(key("train", plan.recipe.seed))
                 progress = Progress(history=[{"event": "start", "step": 0, "epoch": 0}])
@@ -184,6 +190,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     device = pick_device(plan.machine.device)
     check_precision(numerics, device.type)
     find_optimizer(recipe.optimizer.name)
+    check_effects(recipe, plan.chosen)
     set_numerics(numerics.deterministic)
     recipe_here = located(recipe, plan.place)
     if init_from:
@@ -210,14 +217,32 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         if begins_with is not None:  # a part of the file is not the file
             weights, weights_text = None, f"begins as a part of {weights_text}"
     check_numbers(data, recipe)
+    check_data_effects(data.source, recipe, plan.chosen)
+    freeze = network.freeze_map(recipe.trainable)
+    check_optimizer(freeze.ever_trains(), recipe.optimizer, plan.chosen)
     module_to_device(network.module, device)
     loaders = make_loaders(data, plan.machine, device, Contents(data.source))
-    freeze = network.freeze_map(recipe.trainable)
     setup = Setup(
         recipe, numerics, plan.machine, backbone, network, freeze, data, loaders, device, weights_text, preprocessing_of
     )
     check_parts(setup)
     return setup, weights
+
+
+def say_idle(plan: Plan, setup: Setup, context: RunContext) -> None:
+    """Say what somebody chose and what never comes to pass in this run."""
+    steps = count_steps(plan.recipe, len(setup.data.split.train), Progress())
+    lines = idle_lines(plan.recipe, plan.chosen, steps.per_epoch, steps.end)
+    wanted, there = plan.recipe.data.train_samples, len(setup.data.whole.train)
+    if "data.train_samples" in plan.chosen and wanted > there:
+        lines.append(
+            f"--train-samples {wanted}: there are {there:,} {setup.data.source.noun}s to train on, all are taken"
+        )
+    workers, method = setup.loaders.train.workers, plan.machine.worker_start
+    if method != "auto" and not workers:
+        lines.append(f"--worker-start {method}: no worker process is started, so few files are quicker without")
+    for line in lines:
+        context.say(line)
 
 
 def run_setup(

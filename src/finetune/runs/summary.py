@@ -36,9 +36,13 @@ def checkpoint_bytes(setup: Setup, trainable: list[str], held_in_eval: list[str]
 
 @numerics_put_back()
 @generators_put_back()
-def summary_text(recipe: Recipe) -> str:
-    """torchinfo's table with the trainable column, then the counts and sizes that decide."""
-    setup, _ = new_setup(Plan(recipe, Numerics(), Machine(device="cpu")))
+def summary_text(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> str:
+    """torchinfo's table with the trainable column, then the counts and sizes that decide.
+
+    Args:
+        chosen: see `Plan`.
+    """
+    setup, _ = new_setup(Plan(recipe, Numerics(), Machine(device="cpu"), chosen=chosen))
     module, backbone, freeze = setup.network.module, setup.backbone, setup.freeze.at(0)
     trainable, held = freeze.apply(), freeze.modes()
     table = summary(

@@ -2,14 +2,20 @@
 
 import difflib
 import inspect
+from collections.abc import Collection
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from finetune.base.plain import Fields
-from finetune.errors import UsageError
+from finetune.errors import UsageError, one_line
+from finetune.recipe.spec import Optimizer as Spec
 
+# What a class of torch.optim says of parameters or values that it cannot work with.
+REFUSALS = (ValueError, RuntimeError, TypeError, AttributeError, AssertionError)
+# A trial step needs the kind of a parameter, not its size.
+TRIAL_EDGE = 2
 FUSED_ON = ("cpu", "cuda")
 
 
@@ -63,6 +69,50 @@ def build_optimizer(
             group: dict[str, object] = {"params": [parameters[key] for key in names], "names": names}
             groups.append(group | ({"weight_decay": decay} if "weight_decay" in takes else {}))
     return cast(_MakesOptimizer, kind)(groups, **arguments)
+
+
+def check_optimizer(parameters: dict[str, nn.Parameter], spec: Spec, chosen: Collection[str] = ()) -> None:
+    """Try the optimizer on small parameters of the same kinds as those that will train: a step with a zero gradient.
+
+    Args:
+        parameters: all that ever train, by name.
+        chosen: see `recipe.effects.chosen`.
+
+    Raises:
+        UsageError: it cannot train them, or takes nothing of what somebody chose for it.
+    """
+    takes = inspect.signature(find_optimizer(spec.name)).parameters
+    for name in ("weight_decay", "momentum"):
+        if name not in takes and f"optimizer.{name}" in chosen:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {getattr(spec, name):g}: has no effect, --optimizer {spec.name} takes "
+                "none; leave it out, or give another optimizer"
+            )
+    matrices = {name: value for name, value in parameters.items() if value.ndim == 2}
+    reason = _refusal(parameters, spec)
+    if not reason:
+        return
+    if matrices and not _refusal(matrices, spec):
+        others = [name for name in parameters if name not in matrices]
+        reason = f"it trains matrices only, and {len(others)} of {len(parameters)} tensors are none, like {others[0]}"
+    raise UsageError(
+        f"--optimizer {spec.name}: cannot train this network: {reason}; give adamw, sgd or another class of torch.optim"
+    )
+
+
+def _refusal(parameters: dict[str, nn.Parameter], spec: Spec) -> str:
+    """What the optimizer says when it is to train such parameters; "" = it trains them."""
+    small = {
+        name: nn.Parameter(torch.zeros([min(edge, TRIAL_EDGE) for edge in value.shape], dtype=value.dtype))
+        for name, value in parameters.items()
+    }
+    for value in small.values():
+        value.grad = torch.zeros_like(value)
+    try:
+        build_optimizer(small, spec.name, spec.lr, spec.weight_decay, spec.momentum).step()
+    except REFUSALS as error:
+        return one_line(error)
+    return ""
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

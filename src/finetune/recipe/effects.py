@@ -1,0 +1,127 @@
+"""What somebody chose and has no effect in the recipe at hand is refused before anything is done. Imports no torch."""
+
+import dataclasses
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from finetune.errors import UsageError
+from finetune.recipe.serialize import flatten, to_plain
+from finetune.recipe.spec import Distillation, Images, Recipe
+
+# Data that ships with the kit lies in one place, where nothing leads out of.
+SHIPPED_DATA = ("digits", "glyphs", "messages")
+# Which values each schedule reads besides its warm-up.
+SCHEDULE_VALUES = {
+    "cosine": {"final_fraction"},
+    "step": {"step_epochs", "factor"},
+    "plateau": {"factor", "patience"},
+    "constant": set[str](),
+}
+
+
+def chosen(recipe: Recipe, usual: Recipe | None = None) -> frozenset[str]:
+    """Names of the values that somebody chose: those that are neither the default of their field nor what the recipe
+    gives when nothing is asked of it.
+
+    Args:
+        usual: the recipe with all of its options left out; None = there is no such thing.
+
+    Returns:
+        Like "optimizer.weight_decay".
+    """
+    given, defaults = flatten(to_plain(recipe)), flatten(_defaults(recipe))
+    own = flatten(to_plain(usual)) if usual is not None else {}
+    return frozenset(
+        name
+        for name, value in given.items()
+        if name in defaults and value != defaults[name] and not (name in own and value == own[name])
+    )
+
+
+def _defaults(spec: object) -> dict[str, object]:
+    """The defaults of a spec's fields, of the specs in it those of their own."""
+    assert dataclasses.is_dataclass(spec)
+    found: dict[str, object] = {}
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = _defaults(value)
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = json.loads(json.dumps(field.default))  # as plain values: lists for tuples
+    return found
+
+
+def check_effects(recipe: Recipe, names: Collection[str]) -> None:
+    """Refuse what was chosen and changes nothing in this recipe.
+
+    Args:
+        names: see `chosen`.
+
+    Raises:
+        UsageError: the first of them: the option, its value, and why.
+    """
+    given = flatten(to_plain(recipe))
+    for name, has_none, why in _rules(recipe):
+        if has_none and name in names:
+            part, _, field = name.rpartition(".")
+            value = "" if given[name] is True else f" {given[name]}"
+            # A schedule's own values are no options.
+            said = f"Schedule({field}={given[name]})" if part == "schedule" else f"--{field.replace('_', '-')}{value}"
+            raise UsageError(f"{said}: has no effect {why}; leave it out")
+
+
+def _rules(recipe: Recipe) -> list[tuple[str, bool, str]]:
+    """(value, whether it has no effect here, why)."""
+    model, data, schedule = recipe.model, recipe.data, recipe.schedule
+    of_images, distils = isinstance(data, Images), isinstance(recipe.task, Distillation)
+    of_texts_only = "on a backbone that reads images"
+    is_shipped = data.place in SHIPPED_DATA
+    is_table_of_texts = not of_images and bool(Path(data.place).suffix) and not Path(data.place).is_dir()
+    suffix = "" if is_shipped or Path(data.place).is_dir() else Path(data.place).suffix.lower()
+    whole = "where the network is a part of its teacher"
+    rules = [
+        ("model.revision", of_images, f"{of_texts_only}: write hf:OWNER/NAME@REVISION for --backbone"),
+        ("model.pooling", of_images, of_texts_only),
+        ("model.weights", distils, whole),
+        ("model.pooling", distils, whole),
+        ("model.dropout", model.head == "none", "without a head"),
+        ("model.head_width", model.head != "mlp", f"with --head {model.head}: it is of an mlp"),
+        ("data.allow_outside", is_shipped, f"on {data.place}, which ships with the kit"),
+        ("data.allow_outside", is_table_of_texts, "on a table of texts, which names no files"),
+        ("data.label_column", distils, "in a distillation, which reads no labels"),
+        ("data.quotes", suffix not in (".csv", ".tsv"), f"on {data.place}: it is of a .csv or .tsv"),
+        ("data.missing_labels", not suffix, f"on {data.place}: it is of a table"),
+        ("data.missing_labels", distils, "in a distillation, which reads no labels"),
+        ("data.group_by", is_shipped, f"on {data.place}, which ships with the kit"),
+        ("data.drop_duplicates", data.place in ("digits", "glyphs"), f"on {data.place}, which ships with the kit"),
+        ("data.fonts", data.place != "glyphs", f"with --images {data.place}: it is of glyphs"),
+        ("data.train_samples", data.place == "glyphs", "on glyphs, which are split by font"),
+    ]
+    rules += [
+        (f"schedule.{name}", name not in SCHEDULE_VALUES.get(schedule.name, {name}), f"with --schedule {schedule.name}")
+        for name in sorted(set[str]().union(*SCHEDULE_VALUES.values()))
+    ]
+    return rules
+
+
+def idle_lines(recipe: Recipe, names: Collection[str], steps_per_epoch: int, end_step: int) -> list[str]:
+    """What was chosen and never comes to pass in a run of this length, one line each. No reason to stop: whoever tries
+    a command out shortens it, and leaves the rest.
+
+    Args:
+        names: see `chosen`.
+        end_step: the run's last step.
+    """
+    lines = []
+    every, patience, views = recipe.validate_every_steps, recipe.stop.patience, recipe.data.views
+    epochs = -(-end_step // steps_per_epoch)
+    ends = {*range(steps_per_epoch, end_step + 1, steps_per_epoch), end_step}
+    validations = len(ends | set(range(every, end_step + 1, every)) if every else ends)
+    if "validate_every_steps" in names and every > end_step:
+        lines.append(f"--validate-every-steps {every}: does not come in this run of {end_step:,} steps")
+    if "stop.patience" in names and patience >= validations:
+        lines.append(f"--patience {patience}: cannot stop this run early, which validates {validations} time(s)")
+    if "data.views" in names and views > epochs:
+        lines.append(f"--views {views}: only the first {epochs} are ever seen in {epochs} epoch(s)")
+    return lines
