@@ -22,7 +22,7 @@ def test_help_imports_no_torch_and_names_every_command_and_recipe():
         "assert not heavy, heavy"
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    for word in ("resume", "export", "predict", "summary", "new", "vgg_head", "resnet_head", "75"):
+    for word in ("rehearse", "resume", "export", "predict", "summary", "new", "vgg_head", "resnet_head", "75"):
         assert word in output
 
 

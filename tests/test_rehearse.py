@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import conftest
@@ -42,13 +43,14 @@ QUICK = ["--device", "cpu", "--batch-size", "16"]
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
+def place(tmp_path, monkeypatch) -> Iterator[Path]:
     """A folder to be in, and one for temporary files, both watched: what is there afterwards was left behind. The
     processes start warm."""
-    for name in ("here", "temporary", "kept"):
+    for name in ("here", "kept"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a short name: worker processes have sockets in it
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "kept"))
     monkeypatch.chdir(tmp_path / "here")
     started = []
@@ -59,8 +61,11 @@ def place(tmp_path, monkeypatch) -> Path:
 
     monkeypatch.setattr(process, "start", start)
     yield tmp_path / "here"
-    assert list((tmp_path / "temporary").iterdir()) == [] and list((tmp_path / "kept").iterdir()) == []
-    assert all(one.poll() is not None and not psutil.pid_exists(one.pid) for one in started)
+    left = [*temporary.iterdir(), *(tmp_path / "kept").iterdir()]
+    shutil.rmtree(temporary)
+    assert left == []
+    assert [one.poll() for one in started if one.poll() is None] == []
+    assert [one.pid for one in started if psutil.pid_exists(one.pid)] == []
 
 
 def rehearse(capsys, *words: str, code: int = 0) -> dict:
@@ -111,7 +116,7 @@ def test_ctrl_c_ends_it_and_nothing_is_left(place, where):
     started = conftest.finetune("rehearse", "vgg_head", *QUICK, "--augment", "light")
     temporary = Path(tempfile.gettempdir())
     deadline = time.monotonic() + 60
-    while not list(temporary.glob(f"finetune-rehearsal-*/{where}")) and time.monotonic() < deadline:
+    while not list(temporary.glob(f"rehearse-*/{where}")) and time.monotonic() < deadline:
         time.sleep(0.01)
     children = psutil.Process(started.pid).children(recursive=True)
     assert children
@@ -179,14 +184,16 @@ STRANGE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", STRANGE)
-def test_a_recipe_of_ones_own_that_no_resume_can_repeat_is_found_and_the_cause_named(place, capsys, case):
+def test_a_recipe_of_ones_own_that_no_resume_can_repeat_is_found_and_the_cause_named(place, case):
     text, said, kind, line = STRANGE[case]
     Path("mine").mkdir()
     # What is strange lies in a file beside the recipe.
     body, _, function = (HEAD + text.removeprefix(HEAD)).partition("def recipe")
     Path("mine", "beside.py").write_text(body)
     Path("mine", "strange.py").write_text(f"from beside import *\n{HEAD}def recipe{function}")
-    found = rehearse(capsys, "mine/strange.py", "--device", "cpu", code=1)
+    # In a process of its own: the recipe changes the one that reads it.
+    found = json.loads(conftest.finish(conftest.finetune("rehearse", "mine/strange.py", "--json"), code=1))
+    assert sorted(path.name for path in Path.cwd().rglob("*")) == ["beside.py", "mine", "strange.py"]
     assert not found["is_same"] and said in found["verdict"], found["verdict"]
     assert found["cause"]["kind"] == kind, found["cause"]
     assert (line in " ".join(found["cause"]["lines"])) if line else not found["cause"]["lines"]
@@ -360,7 +367,7 @@ def test_whoever_asks_to_stop_ends_a_process_and_what_it_started(monkeypatch):
 
     threading.Thread(target=ask).start()
     with pytest.raises(StoppedEarly, match="stopped by a test in a rehearsal, of which nothing is left"):
-        carry_out([], process.environment(Path("x")), stop)
+        carry_out([], process.environment(Path("x"), Path("y")), stop)
     with pytest.raises(ProcessLookupError):
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.data.open import check_data_effects, open_source, split_data
+from finetune.data.order import count_batches
 from finetune.recipe.effects import check_effects
 from finetune.recipe.spec import Recipe
 from finetune.rehearse.part import EPOCH_STEPS, Part, epochs_of, thaws_of
@@ -113,4 +114,4 @@ def extent_of(recipe: Recipe, chosen: frozenset[str]) -> Extent:
 
 
 def _counts(train: int, validation: int, recipe: Recipe) -> Counts:
-    return Counts(train, validation, math.ceil(train / recipe.batch_size))
+    return Counts(train, validation, count_batches(train, recipe.batch_size, recipe.folds))

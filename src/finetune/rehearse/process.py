@@ -19,6 +19,10 @@ from finetune.features.cache import FOLDER_VARIABLE
 LOOK_SECONDS = 0.02
 # To look at all processes takes a moment that the run would miss.
 MEMORY_SECONDS = 0.25
+# Where worker processes have their sockets, which nobody takes away after a kill.
+TEMPORARY_VARIABLES = ("TMPDIR", "TEMP", "TMP")
+# With a longer name before it, that of a socket is none (104 bytes on macOS, 108 on Linux).
+LONGEST_FOLDER = 104 - len("/pymp-12345678/listener-12345678") - 1
 # A file of this name in a run's folder says that it waits to be killed.
 WAITS_FILE = "waits-to-be-killed"
 
@@ -52,10 +56,13 @@ class Ended:
         return told[-1] if told else (self.lines[-1][1] if self.lines else f"exit code {self.code}, without a word")
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """That of the processes: features are kept in `folder`, nobody is told, no bytecode lies about."""
+def environment(folder: Path, kept: Path) -> dict[str, str]:
+    """That of the processes: what a killed one leaves lies in `folder`, features are kept in `kept`, nobody is told, no
+    bytecode lies about."""
     found = {name: value for name, value in os.environ.items() if name != "FINETUNE_NOTIFY"}
-    return found | {FOLDER_VARIABLE: str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    if len(os.fsencode(folder)) <= LONGEST_FOLDER:
+        found |= dict.fromkeys(TEMPORARY_VARIABLES, str(folder))
+    return found | {FOLDER_VARIABLE: str(kept), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def start(words: list[str], env: Mapping[str, str]) -> "subprocess.Popen[str]":

@@ -57,7 +57,8 @@ def rehearse(asked: Asked, extent: Extent, stop: StopRequest, status: Status, sa
         StoppedEarly: asked for. Nothing is left.
         FinetuneError: not even the unbroken run comes to its end; as it would say it.
     """
-    with tempfile.TemporaryDirectory(prefix="finetune-rehearsal-") as folder:
+    # A short name: see `process.environment`.
+    with tempfile.TemporaryDirectory(prefix="rehearse-") as folder:
         stage = _Stage(asked, extent, Path(folder), stop, status, say)
         whole, ended = stage.unbroken("unbroken")
         measured = measure(asked, extent, ended, whole, stage.kept)
@@ -142,6 +143,6 @@ class _Stage:
 
     def _carry_out(self, name: str, words: list[str], killed_in: Path | None = None) -> Ended:
         with self.status(f"{name} ..."):
-            ended = carry_out(words, environment(self.kept), self.stop, killed_in)
+            ended = carry_out(words, environment(self.folder, self.kept), self.stop, killed_in)
         self.say(f"  {name}: {seconds_text(ended.seconds)}")
         return ended
