@@ -1,18 +1,23 @@
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import small_recipe, train_run
+from safetensors.torch import save_file
 
 import finetune
 from finetune import Images, RunError
 from finetune.cli import main
 from finetune.data.batch import Request
-from finetune.export.verify import FOLDED_TOLERANCE
+from finetune.export.verify import FOLDED_TOLERANCE, Own
 from finetune.export.weights import ONNX_TOLERANCE, export
 from finetune.models.backbones import find_backbone
+from finetune.models.bundled import bundled_weights
+from finetune.models.heads import folded_state
+from finetune.models.weights import read_weights
 from finetune.store.restore import trained_network
 from finetune.training.dataset import open_data
 
@@ -131,6 +136,57 @@ def test_an_unfinished_run_without_a_checkpoint_cannot_be_exported(tmp_path):
     assert not (tmp_path / "model.pt").exists()
 
 
+def shifted(tmp_path, by: float) -> str:
+    """Weights whose features lie `by` from zero, and deviate as they always do."""
+    weights = read_weights(bundled_weights("bundled/vgg"))
+    last = [name for name in weights if name.startswith("features") and name.endswith("bias")][-1]
+    file = tmp_path / "shifted.safetensors"
+    save_file(weights | {last: weights[last] + by}, file)
+    return str(file)
+
+
+def test_features_that_deviate_little_from_a_large_mean_are_learnt_from_and_exported_without_loss(tmp_path):
+    model = finetune.Model("bundled/vgg", weights=shifted(tmp_path, 3000))
+    recipe = small_recipe(model=model, augment="none", dropout=0.0, epochs=4, task=finetune.Classification())
+    run = train_run(tmp_path / "run", recipe, save_every_steps=0)
+    report = export(run, "best", tmp_path / "model.pt")
+    assert report.description["metrics"]["val/accuracy"] > 0.8
+    assert report.description["architecture"]["standardised"] == ["classifier.1"]
+    assert report.largest_difference == 0 and not report.description["architecture"]["stock"]
+    assert "What classifier.1 reads deviates so little from its mean that it has no stock" in report.text()
+    images = open_data(recipe, find_backbone("bundled/vgg")).pipeline.fetch(Request(list(range(8)))).inputs
+    with torch.inference_mode():
+        wanted = trained_network(run, "best")[0].module(images)
+        assert torch.equal(finetune.load(tmp_path / "model.pt")(images), wanted)
+        # What a stock layer would have given:
+        state = folded_state(trained_network(run, "best")[0].module)
+        plain = find_backbone("bundled/vgg").build(10).eval()
+        plain.load_state_dict(state)
+        assert (plain(images) - wanted).abs().max() > 1e-4
+    export(run, "best", tmp_path / "model.onnx")
+    again = train_run(tmp_path / "next", small_recipe(model=finetune.Model("bundled/vgg", str(tmp_path / "model.pt"))))
+    assert again.latest.exists()
+
+
+@pytest.mark.parametrize(("precision", "backbone"), [("bf16", ""), ("fp32", "bf16")])
+def test_an_export_says_how_far_what_the_run_computed_lies_from_what_its_weights_give(tmp_path, precision, backbone):
+    recipe = small_recipe(epochs=1, augment="none")
+    run = train_run(tmp_path / "run", recipe, precision=precision, backbone_precision=backbone, save_every_steps=0)
+    text = export(run, "best", tmp_path / "model.pt").text()
+    assert "its logits equal the run's within" in text and ", both computed in fp32\n" in text
+    said = re.search(r"the run computed in bf16: what it gave lies within (\S+) of the spread; (\d+) of 16 sam", text)
+    assert 1e-4 < float(said[1]) < 0.05 and int(said[2]) >= 14 and "more than rounding explains" not in text
+
+
+def test_what_rounding_does_not_explain_is_said():
+    assert Own("bf16", 0.1, 15, 16).text().endswith("15 of 16 samples are decided alike")
+    assert "more than rounding explains, so judge the file anew" in Own("bf16", 0.2, 12, 16).text()
+    assert Own("fp16", 0.1, None, 16).text() == (
+        "the run computed in fp16: what it gave lies within 0.1 of the spread: more than rounding explains, so judge the "
+        "file anew, or compute it in fp16 too"
+    )
+
+
 # ---- Other formats --------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +235,11 @@ def test_a_second_format_beside_the_first_leaves_the_first_loadable(trained, tmp
     "change",
     [
         {"task": None},
+        {"scale": [1.0]},
+        {"scale": [1.0, 0.0]},
+        {"scale": [1.0, "2"]},
+        {"architecture.standardised": ["features.0"]},
+        {"architecture.standardised": ["nowhere"]},
         {"task": "sideways"},
         {"task": ["classification"]},
         {"schema_version": "2"},

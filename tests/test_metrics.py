@@ -189,4 +189,6 @@ def test_many_of_one_number_have_that_mean_and_a_deviation_of_one():
     for count in (1, 3, 7, 1000):
         numbers = torch.full((count,), 0.1, dtype=torch.float64)
         assert scale_of(numbers) == [0.1, 1.0] and all_same(numbers)
-    assert scale_of(torch.tensor([1e9, 1e9 + 1], dtype=torch.float64)) == [1e9 + 0.5, 0.5]
+    for size in (1.0, 1e9, 2.0**50, -(2.0**40)):
+        assert scale_of(torch.tensor([size, size + 1] * 3, dtype=torch.float64)) == [size + 0.5, 0.5]
+    assert scale_of(torch.tensor([1e200, 3e200], dtype=torch.float64)) == pytest.approx([2e200, 1e200])

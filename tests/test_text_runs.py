@@ -24,12 +24,15 @@ from conftest import finetune as run_finetune
 from encoders import ANIMALS, TOOLS, make_encoder, sentences, text_recipe, write_csv
 
 import finetune
-from finetune import TextTable, Trainable
+from finetune import TextTable, Trainable, Training, UsageError
+from finetune.base.files import read_json
 from finetune.cli import main
 from finetune.data.tokens import PADDING
 from finetune.export.weights import export
 from finetune.features.cache import cache_folder
+from finetune.models.folding import scale_beside
 from finetune.recipe.execution import Machine, Numerics, Settings
+from finetune.report.examples import examples_of
 from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
 
@@ -158,6 +161,87 @@ def test_numbers_are_learnt_and_predicted_in_their_own_unit(tmp_path, encoder, c
     assert main(["predict", str(tmp_path / "model.pt"), "the hammer saw", "cat dog cow"]) == 0
     few, many = (json.loads(line)["value"] for line in capsys.readouterr().out.splitlines())
     assert 850 < few < 1150 < 1250 < many < 1700
+
+
+@pytest.fixture(scope="module")
+def distant(tmp_path_factory, encoder):
+    """A run on numbers of which float32 knows one only: 1e9 and 1e9 + 1."""
+    place = tmp_path_factory.mktemp("distant")
+    rows = [(text, repr(1e9 + (label == "animal"))) for text, label in sentences(240)]
+    numbers = write_csv(place / "distant.csv", rows, ("text", "score"))
+    options = {"epochs": 16, "dropout": 0.0, "pooling": "stock", "table": TextTable(label_column="score")}
+    run = train_run(place / "run", text_recipe(numbers, encoder, task="regression", **options), save_every_steps=0)
+    return run, ["the cat saw a horse", "the hammer was near my drill"]
+
+
+def test_numbers_far_from_zero_are_exported_and_predicted_as_exactly_as_any(tmp_path, distant, capsys):
+    run, texts = distant
+    assert main(["evaluate", str(run.path), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["mae"] < 0.25 and figures["r2"] > 0.7
+    report = export(run, "best", tmp_path / "model.pt")
+    mean, deviation = report.description["scale"]
+    assert (mean, deviation) == (pytest.approx(1e9 + 0.5, abs=0.1), pytest.approx(0.5, abs=0.01))
+    assert f"value = output * {deviation!r} + {mean!r}, in float64" in report.text()
+    assert report.largest_difference < 1e-4  # of a deviation
+    assert main(["predict", str(tmp_path / "model.pt"), *texts]) == 0
+    animal, tool = (json.loads(line)["value"] for line in capsys.readouterr().out.splitlines())
+    assert animal == pytest.approx(1e9 + 1, abs=0.4) and tool == pytest.approx(1e9, abs=0.4)
+    scope: dict = {}
+    with torch.inference_mode():
+        exec(report.stock_lines.replace("['a text']", repr(texts)).replace('["a text"]', repr(texts)), scope)
+        loaded = finetune.load(tmp_path / "model.pt")(**scope["inputs"])
+    for values in (scope["values"], loaded):
+        assert values.dtype == torch.float64
+        torch.testing.assert_close(values.flatten().tolist(), [animal, tool], rtol=0, atol=1e-5)
+    words = ["export", str(run.path), "--format", "hf", "--output", str(tmp_path / "folder")]
+    assert main(words) == 0
+    lines = capsys.readouterr().err.partition("\n\n")[2]
+    exec(lines.replace("a text", texts[0]), scope)  # as printed
+    assert scope["value"] == pytest.approx(animal, abs=1e-4)
+    # This encoder's features lie too far from zero for 16 bits, and that is measured in deviations too.
+    assert main([*words, "--half"]) == 1
+    assert (
+        "deviations of the targets, allowed is 0.0" in (said := capsys.readouterr().err) and "leave --half out" in said
+    )
+    examples = read_json(run.validation_file, "")["worst"]
+    assert {1e9, 1e9 + 1} == {round(one["true"], 6) for one in examples}
+    assert len({one.predicted for one in examples_of(examples, [], None)}) > 5
+
+
+def test_a_scale_that_float32_holds_is_folded_and_one_that_it_cannot_stands_beside():
+    assert scale_beside([]) == scale_beside([2010.0, 10.0]) == scale_beside([3.0, 1.5], torch.float16) == []
+    assert scale_beside([1e-30, 1e-31]) == []
+    for scale in ([1e9, 1.0], [-1e9, 1.0], [1e-7, 1e-14], [1.7e9, 3600.0], [0.0, 1e200], [0.0, 1e-44]):
+        assert scale_beside(scale) == scale
+    for scale in ([2010.0, 10.0], [7e4, 2e4], [0.0, 1e-4]):  # the last digit, too large, too small
+        assert scale_beside(scale, torch.float16) == scale
+
+
+def test_numbers_that_are_all_the_same_have_no_r2_and_cannot_be_learnt(tmp_path, encoder, capsys):
+    rows = [(text, number % 3, "train") for number, (text, _) in enumerate(sentences(30))]
+    rows += [(text, 4, "val") for text, _ in sentences(8)]
+    table = TextTable(label_column="score", split_column="split")
+    options = {"task": "regression", "pooling": "mean", "table": table, "epochs": 1}
+    numbers = write_csv(tmp_path / "same.csv", rows, ("text", "score", "split"))
+    with pytest.raises(
+        UsageError, match=r"--stop-metric r2: the 8 number\(s\) that validate are all 4, so there is no"
+    ):
+        train_run(tmp_path / "run", text_recipe(numbers, encoder, training=Training(stop_metric="r2"), **options))
+    assert not (tmp_path / "run").exists()
+    run = train_run(tmp_path / "run", text_recipe(numbers, encoder, **options))
+    logged = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    assert any("val/mae" in line for line in logged) and not any("val/r2" in line for line in logged)
+    assert "no R2, for the 8 number(s) that validate are all 4" in read_json(run.validation_file, "")["facts"]["data"]
+    assert main(["evaluate", str(run.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["r2"] is None
+    assert main(["evaluate", str(run.path)]) == 0
+    assert "undefined: the numbers are all the same" in capsys.readouterr().out
+    assert main(["report", str(run.path)]) == 0
+    same = [(text, 4, part) for text, _, part in rows]
+    write_csv(tmp_path / "same.csv", same, ("text", "score", "split"))
+    with pytest.raises(UsageError, match=r"the 30 number\(s\) to train on are all 4, so there is nothing to learn"):
+        train_run(tmp_path / "other", text_recipe(numbers, encoder, **options))
 
 
 def test_a_folder_for_transformers_predicts_numbers_in_their_own_unit(tmp_path, encoder, capsys):

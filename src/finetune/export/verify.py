@@ -15,7 +15,7 @@ from finetune.data.source import TextSource
 from finetune.data.tokens import Tokenization
 from finetune.errors import FinetuneError, RunError, UsageError
 from finetune.models.backbones import Backbone
-from finetune.models.folding import layers_apart, scale_beside
+from finetune.models.folding import layers_apart, lost_by_folding, scale_beside
 from finetune.models.heads import NO_HEAD, folded_state, rescale, standardised_layers
 from finetune.models.network import Network
 from finetune.recipe.execution import Numerics, check_precision, split_config
@@ -36,8 +36,8 @@ FOLDED_TOLERANCE = 1e-5
 # Where features hardly deviate from their mean, sums of folded weights lose more of float32's digits than that. Then it
 # is float64 that must agree so well, and float32 so:
 ROUNDED_TOLERANCE = 1e-3
-# A mean that is folded in costs so many units of its last place.
-MEAN_ROUNDINGS = 4
+# A mean that is folded in, or a feature that another runtime computes, costs so many units of its last place.
+ROUNDINGS = 4
 # What a run in fewer bits computed lies so many roundings from what its weights give in fp32; more, and it was
 # something else than those bits.
 PRECISION_ROUNDINGS = 16
@@ -76,6 +76,8 @@ class Trained:
         samples, outputs: some network inputs, and what the run's own network gives for them in fp32: numbers to predict
             standardised.
         folded: whether standardisation, of features or of numbers to predict, was folded in.
+        lost: how far rounding may move an output because features that hardly deviate were computed otherwise: in
+            folded layers, and in all, which a runtime with other kernels does.
         folded_scale: mean and deviation of the numbers to predict where those were folded in; else [].
         scale: likewise where the weights could not hold them.
         apart: paths of the layers whose standardisation the weights could not hold.
@@ -91,6 +93,7 @@ class Trained:
     samples: Tensor
     outputs: Tensor
     folded: bool
+    lost: tuple[float, float]
     folded_scale: list[float]
     scale: list[float]
     apart: list[str]
@@ -140,8 +143,11 @@ def trained_tensors(run: RunFolder, which: str, dtype: torch.dtype = torch.float
     network, state = trained_network(run, which)
     recipe, numerics = split_config(state.config)
     backbone = backbone_of_run(run, state)
-    apart = layers_apart(network.module.state_dict())
+    own_tensors = network.module.state_dict()
+    apart = layers_apart(own_tensors)
     tensors = folded_state(network.module, apart)
+    losses = {path: lost for path, (lost, _) in lost_by_folding(own_tensors).items()}
+    lost = sum(value for path, value in losses.items() if path not in apart), sum(losses.values())
     samples = comparison_samples(recipe, backbone, state)
     beside = scale_beside(state.data.scale, dtype)
     folded_scale = [] if beside else list(state.data.scale)
@@ -152,8 +158,8 @@ def trained_tensors(run: RunFolder, which: str, dtype: torch.dtype = torch.float
     own = own_outputs(network, recipe, numerics, state, backbone, samples)
     compared = None if own is None else _compared(numerics, make_task(recipe.task, state.data.outputs), outputs, own)
     return Trained(
-        recipe, numerics, backbone, network, state, tensors, samples, outputs, folded, folded_scale, beside, apart,
-        compared,
+        recipe, numerics, backbone, network, state, tensors, samples, outputs, folded, lost, folded_scale, beside,
+        apart, compared,
     )  # fmt: skip
 
 
@@ -233,9 +239,10 @@ def hold_against(
         RunError: it does not give the run's outputs.
     """
     allowed = (max(rounding, FOLDED_TOLERANCE) if trained.folded else rounding) * trained.spread
+    allowed += ROUNDINGS * trained.lost[1] if rounding else trained.lost[0]
     if trained.folded_scale:
         mean, deviation = trained.folded_scale
-        allowed += MEAN_ROUNDINGS * torch.finfo(dtype).eps * abs(mean) / deviation
+        allowed += ROUNDINGS * torch.finfo(dtype).eps * abs(mean) / deviation
     with torch.inference_mode():
         difference = _difference(trained, compute(model, trained.samples), trained.outputs)
         if not rounding and trained.folded and allowed < difference <= ROUNDED_TOLERANCE * trained.spread:
@@ -244,7 +251,7 @@ def hold_against(
             exact = _difference(trained, compute(copy.deepcopy(model).double(), samples), wanted)
             refuse_above(what, trained, exact, allowed)
             return difference
-    refuse_above(what, trained, difference, allowed)
+    refuse_above(what, trained, difference, allowed, "" if dtype == torch.float32 else "leave --half out; ")
     return difference
 
 
@@ -257,11 +264,11 @@ def _difference(trained: Trained, found: Tensor, wanted: Tensor) -> float:
     return (found - wanted).abs().max().item()
 
 
-def refuse_above(what: str, trained: Trained, difference: float, allowed: float) -> None:
-    """Raises: RunError: what was written does not give the run's outputs."""
+def refuse_above(what: str, trained: Trained, difference: float, allowed: float, instead: str = "") -> None:
+    """Raises: RunError: what was written does not give the run's outputs; says what to do `instead`."""
     if not difference <= allowed:
         numbers, unit = ("numbers", " deviations of the targets") if trained.state.data.scale else ("logits", "")
         raise RunError(
-            f"{what}: {numbers} differ from the run's by {difference:.3g}{unit}, allowed is {allowed:.3g}; nothing is "
-            "written"
+            f"{what}: {numbers} differ from the run's by {difference:.3g}{unit}, allowed is {allowed:.3g}; {instead}"
+            "nothing is written"
         )

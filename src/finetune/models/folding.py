@@ -20,11 +20,6 @@ ROUNDING_SHARES = {torch.float32: 2e-4, torch.float16: 5e-3}
 SPAN_DEVIATIONS = 100
 
 
-def is_held(deviations_from_zero: float, dtype: torch.dtype) -> bool:
-    """Whether a type can say what sets numbers apart whose mean lies so many deviations from zero."""
-    return torch.finfo(dtype).eps * deviations_from_zero <= ROUNDING_SHARES[dtype]
-
-
 def scale_beside(scale: Sequence[float], dtype: torch.dtype = torch.float32) -> list[float]:
     """Mean and deviation of numbers to predict where they must stand beside the weights; else [].
 
@@ -36,7 +31,29 @@ def scale_beside(scale: Sequence[float], dtype: torch.dtype = torch.float32) -> 
         return []
     (mean, deviation), info = scale, torch.finfo(dtype)
     fits = abs(mean) + SPAN_DEVIATIONS * deviation < info.max and deviation > SPAN_DEVIATIONS * info.tiny
-    return [] if fits and is_held(abs(mean) / deviation, dtype) else [mean, deviation]
+    is_held = info.eps * abs(mean) <= ROUNDING_SHARES[dtype] * deviation
+    return [] if fits and is_held else [mean, deviation]
+
+
+def lost_by_folding(tensors: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """By path of each layer that standardises its features: how far rounding to float32 may move what it gives once
+    that is folded in; and the same as a share of how far that spreads.
+
+    Args:
+        tensors: of a network as it trains, by name.
+    """
+    found = {}
+    for path in (name.removesuffix(".deviation") for name in tensors if name.endswith(".deviation")):
+        names = [f"{path}.{name}" for name in ("weight", "mean", "deviation")]
+        if all(name in tensors for name in names):
+            weight, mean, deviation = (tensors[name].double() for name in names)
+            weight = weight.flatten(1)
+            terms = weight * (mean / deviation)  # what is added up, and taken away again by the bias
+            largest = torch.maximum(terms.sum(1).abs(), terms.norm(dim=1))
+            lost = torch.finfo(torch.float32).eps * largest
+            spread = weight.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+            found[path] = lost.max().item(), (lost / spread).max().item()
+    return found
 
 
 def layers_apart(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -45,14 +62,8 @@ def layers_apart(tensors: Mapping[str, Tensor]) -> list[str]:
     Args:
         tensors: of a network as it trains, by name.
     """
-    found = []
-    for path in (name.removesuffix(".deviation") for name in tensors if name.endswith(".deviation")):
-        if f"{path}.mean" not in tensors:  # some other layer's own
-            continue
-        away = tensors[f"{path}.mean"].double() / tensors[f"{path}.deviation"].double()
-        if not is_held(away.square().mean().sqrt().item(), torch.float32):
-            found.append(path)
-    return found
+    most = ROUNDING_SHARES[torch.float32]
+    return [path for path, (_, share) in lost_by_folding(tensors).items() if not share <= most]
 
 
 def take_apart(model: nn.Module, paths: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """What a network is trained to do: the loss of a sample, and what a target is."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -215,9 +216,14 @@ def scale_of(targets: Tensor, moments: str = recipes.CENTRED) -> list[float]:
         moments: see `recipes.Regression`.
     """
     numbers = targets.numpy().astype(np.float64)
-    if moments == recipes.CENTRED and all_same(targets):  # the mean of many 0.1 is not quite 0.1
+    if moments == recipes.PLAIN:
+        return [float(numbers.mean()), float(numbers.std()) or 1.0]
+    if all_same(targets):  # the mean of many 0.1 is not quite 0.1
         return [float(numbers[0]), 1.0]
-    return [float(numbers.mean()), float(numbers.std()) or 1.0]
+    # By a power of two, which costs no digit: the square of what is as large as 1e200 would be infinite.
+    _, exponent = math.frexp(float(np.abs(numbers).max()))
+    numbers = np.ldexp(numbers, -exponent)
+    return [math.ldexp(float(numbers.mean()), exponent), math.ldexp(float(numbers.std()), exponent)]
 
 
 def all_same(targets: Tensor) -> bool:
