@@ -33,6 +33,7 @@ from conftest import (
 from PIL import Image
 
 from finetune import Images, Model, Optimizer, Trainable, UsageError
+from finetune.base.files import read_json, write_json
 from finetune.data import source
 from finetune.data.batch import Request
 from finetune.data.decode import BrokenImage
@@ -622,6 +623,40 @@ def test_a_backbone_in_bf16_is_recorded_halves_the_rows_and_is_evaluated_as_it_w
     losses = {key: read(run)["metrics"]["last_validation"]["val/loss"] for key, run in runs.items()}
     assert losses["bf16", True] == pytest.approx(losses["bf16", False], rel=1e-3)
     assert losses["bf16", True] != losses["", True]
+
+
+def measured(path, way="centred", **options):
+    """What a run measured of its head's features: mean and deviation."""
+    model = Model("bundled/vgg", standardisation=way)
+    recipe = small_recipe(model=model, data=Images("digits", train_samples=60), epochs=0, max_steps=4)
+    state = read(train_run(path, recipe, **options))["model"]
+    return torch.stack([state["classifier.1.mean"], state["classifier.1.deviation"]])
+
+
+@pytest.mark.parametrize("option", ["precision", "backbone_precision"])
+def test_a_head_is_measured_in_the_arithmetic_of_the_run_whether_its_features_are_kept_or_not(tmp_path, option):
+    fp32 = measured(tmp_path / "fp32", cache=False)
+    kept = measured(tmp_path / "kept", **{option: "bf16"})
+    unkept = measured(tmp_path / "unkept", cache=False, **{option: "bf16"})
+    away = (unkept - fp32).abs().max()
+    assert away > 1e-3 and (unkept - kept).abs().max() < 1e-4 * away
+
+
+def test_a_record_that_names_no_way_is_begun_again_with_what_it_would_have_measured_then(tmp_path):
+    options = {"cache": False, "precision": "bf16"}
+    plain = measured(tmp_path / "plain", "plain", **options)
+    assert torch.equal(plain, measured(tmp_path / "fp32", "plain", cache=False))  # whatever the run computes in
+    recipe = small_recipe(data=Images("digits", train_samples=60), model=Model("bundled/vgg"), epochs=0, max_steps=4)
+    with pytest.raises(Killed):
+        train_run(tmp_path / "old", recipe, die_after_steps=1, **options)
+    run = RunFolder(tmp_path / "old")
+    record = read_json(run.recipe_file, "recipe")
+    del record["config"]["model"]["standardisation"]
+    write_json(run.recipe_file, record)
+    assert "starting over" in resume_run(run)[0]
+    state = read(run)["model"]
+    assert torch.equal(torch.stack([state["classifier.1.mean"], state["classifier.1.deviation"]]), plain)
+    assert not torch.equal(plain, measured(tmp_path / "new", **options))
 
 
 def test_a_precision_for_a_backbone_that_trains_is_refused(tmp_path):

@@ -6,14 +6,17 @@ import io
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import (
     DyingTerminal,
+    Killed,
     assert_equal_runs,
     finish,
     kill_after_progress,
+    metrics_lines,
     read,
     resume_run,
     start_in,
@@ -25,13 +28,14 @@ from encoders import ANIMALS, TOOLS, make_encoder, sentences, text_recipe, write
 
 import finetune
 from finetune import TextTable, Trainable, Training, UsageError
-from finetune.base.files import read_json
+from finetune.base.files import read_json, write_json
 from finetune.cli import main
 from finetune.data.tokens import PADDING
 from finetune.export.weights import export
 from finetune.features.cache import cache_folder
 from finetune.models.folding import scale_beside
 from finetune.recipe.execution import Machine, Numerics, Settings
+from finetune.recipe.spec import Regression
 from finetune.report.examples import examples_of
 from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
@@ -242,6 +246,25 @@ def test_numbers_that_are_all_the_same_have_no_r2_and_cannot_be_learnt(tmp_path,
     write_csv(tmp_path / "same.csv", same, ("text", "score", "split"))
     with pytest.raises(UsageError, match=r"the 30 number\(s\) to train on are all 4, so there is nothing to learn"):
         train_run(tmp_path / "other", text_recipe(numbers, encoder, **options))
+
+
+def test_a_record_that_names_no_moments_goes_on_with_the_scale_and_the_figures_of_then(tmp_path, encoder):
+    numbers = write_csv(tmp_path / "n.csv", [(text, "0.1") for text, _ in sentences(40)], ("text", "score"))
+    table = TextTable(label_column="score")
+    recipe = text_recipe(numbers, encoder, task="regression", pooling="mean", table=table, epochs=1)
+    plain = dataclasses.replace(recipe, task=Regression(moments="plain"))
+    unbroken = train_run(tmp_path / "unbroken", plain)
+    with pytest.raises(Killed):
+        train_run(tmp_path / "old", plain, die_after_steps=1)
+    run = RunFolder(tmp_path / "old")
+    record = read_json(run.recipe_file, "recipe")
+    assert record["config"]["task"].pop("moments") == "plain"
+    write_json(run.recipe_file, record)
+    resume_run(run)
+    assert metrics_lines(run) == metrics_lines(unbroken) and "val/r2" in metrics_lines(run)[-1]
+    mean, deviation = read(run)["data"]["scale"]  # of numbers that are all the same, as they used to be added up
+    values = np.full(32, 0.1)
+    assert [mean, deviation] == [float(values.mean()), float(values.std()) or 1.0]
 
 
 def test_a_folder_for_transformers_predicts_numbers_in_their_own_unit(tmp_path, encoder, capsys):
