@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import TypeVar, cast
 
 from finetune.errors import UsageError
-from finetune.recipe.spec import BEFORE, DATA, TASKS, Data, Recipe, Task
+from finetune.recipe.data_spec import DATA, Data
+from finetune.recipe.named import BEFORE
+from finetune.recipe.spec import TASKS, Recipe, Task
 
 # By the annotation of a field.
 UNIONS: dict[object, Mapping[str, type]] = {Task: TASKS, Data: DATA}

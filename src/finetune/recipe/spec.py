@@ -4,28 +4,19 @@ No import of torch here: help, summaries and search workers make recipes freely.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
 
 from finetune.errors import UsageError
+from finetune.recipe.data_spec import AUGMENTATIONS as AUGMENTATIONS
+from finetune.recipe.data_spec import DATA as DATA
+from finetune.recipe.data_spec import Data as Data
+from finetune.recipe.data_spec import Images as Images
+from finetune.recipe.data_spec import Texts as Texts
+from finetune.recipe.data_spec import data_rules
+from finetune.recipe.named import named
 
-Value = TypeVar("Value")
-# In a field's metadata: what a record without that field means.
-BEFORE = "before"
 # How mean and deviation are computed: see `Model` and `Regression`.
 CENTRED, PLAIN = "centred", "plain"
-
-
-def named(default: Value, *, before: Value) -> Value:
-    """Declare a choice that changes numbers and came after the first runs.
-
-    Args:
-        default: of new recipes.
-        before: what was done when records did not name it; an older run goes on so.
-    """
-    chosen: Value = field(default=default, metadata={BEFORE: before})
-    return chosen
 
 
 @dataclass(frozen=True)
@@ -60,116 +51,6 @@ class Model:
     def full_name(self) -> str:
         """The backbone with its revision."""
         return f"{self.backbone}@{self.revision}" if self.revision else self.backbone
-
-
-@dataclass(frozen=True)
-class Images:
-    """Image data: which, how split, how prepared.
-
-    Attributes:
-        images: "digits", "glyphs", a folder, or a csv, tsv or jsonl file.
-        image_column, label_column: of such a file; "" = found by their names.
-        split_column: of such a file: says train, val or test; "" = none.
-        separator: between the several labels of a row; "" = one label a row.
-        allow_outside: images may lie outside the folder, or that of the file: behind a link, "..", or a path from the
-            root.
-        listing: "content" = files are known by their content, folders of services are left aside, names of classes are
-            compared by what they mean; "suffix" = by names alone, each spelling a class of its own.
-        quotes: of a csv or tsv: "auto", "none" or "standard"; see `table.read_rows`.
-        missing_labels: what is done with rows whose label is spelled like a missing value: "refuse", "leave-out" or
-            "class".
-        group_column: of a table: says what samples have in common that stay on one side of a split; "" = none.
-        group_by: a regular expression that finds that in the names of files; "" = none.
-        drop_duplicates: leave out samples whose content is that of another one.
-        image_size: edge in pixels; 0 = the size that the backbone was trained at.
-        augment: "none", "light", "standard" or "glyphs".
-        mixup, cutmix: alpha of the blending of two images; 0 = off.
-        views: so many augmented views of each image are made once, epoch e sees view e mod views; 0 = a new one in
-            every epoch.
-        validation_fraction: share of each class that validates, where the data has no validation part of its own.
-        train_samples: train on so many only, each class in its share; 0 = all.
-        fonts: folder of fonts for "glyphs"; "" = those that matplotlib ships.
-        pixel_range: which values of pictures of more than 8 bits become black and white: "LOW,HIGH"; "auto" = those
-            that the data set uses; "full" = the ends of their type's range, after which 8 bits are left.
-        samples: take so many only of each part of the data (of all, where it has none), each class among them; 0 = all.
-    """
-
-    kind: str = field(default="images", init=False)
-    images: str
-    image_column: str = ""
-    label_column: str = ""
-    split_column: str = ""
-    separator: str = ""
-    allow_outside: bool = False
-    listing: str = named("content", before="suffix")
-    quotes: str = named("auto", before="standard")
-    missing_labels: str = named("refuse", before="class")
-    group_column: str = named("", before="")
-    group_by: str = named("", before="")
-    drop_duplicates: bool = named(False, before=False)
-    image_size: int = 0
-    augment: str = "none"
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    views: int = 0
-    validation_fraction: float = 0.2
-    train_samples: int = 0
-    fonts: str = ""
-    pixel_range: str = named("auto", before="full")
-    samples: int = named(0, before=0)
-
-    @property
-    def place(self) -> str:
-        """What was given, by `option`, to find the data."""
-        return self.images
-
-    option: ClassVar[str] = "--images"
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Text data: which, how split, how long.
-
-    Attributes:
-        texts: "messages", a csv, tsv, jsonl or parquet file, or a folder of class/*.txt.
-        text_column, label_column: of such a file; "" = found by their names.
-        split_column, separator, allow_outside, listing, quotes, missing_labels, group_column, group_by,
-            drop_duplicates, validation_fraction, train_samples, samples: as of images.
-        max_length: tokens of a text, what is longer is cut off; 0 = what the backbone takes, 512 at most.
-    """
-
-    kind: str = field(default="texts", init=False)
-    texts: str
-    text_column: str = ""
-    label_column: str = ""
-    split_column: str = ""
-    separator: str = ""
-    allow_outside: bool = False
-    listing: str = named("content", before="suffix")
-    quotes: str = named("auto", before="standard")
-    missing_labels: str = named("refuse", before="class")
-    group_column: str = named("", before="")
-    group_by: str = named("", before="")
-    drop_duplicates: bool = named(False, before=False)
-    max_length: int = 0
-    validation_fraction: float = 0.2
-    train_samples: int = 0
-    samples: int = named(0, before=0)
-    # Texts are never changed at random.
-    augment: ClassVar[str] = "none"
-    mixup: ClassVar[float] = 0.0
-    cutmix: ClassVar[float] = 0.0
-    views: ClassVar[int] = 0
-
-    @property
-    def place(self) -> str:
-        return self.texts
-
-    option: ClassVar[str] = "--texts"
-
-
-Data = Images | Texts
-DATA: dict[str, type[Data]] = {"images": Images, "texts": Texts}
 
 
 @dataclass(frozen=True)
@@ -352,29 +233,6 @@ class Recipe:
         return METRICS[self.task.kind][0] if self.stop.metric == "auto" else self.stop.metric
 
 
-LISTINGS = ("content", "suffix")
-QUOTES = ("auto", "none", "standard")
-MISSING_LABELS = ("refuse", "leave-out", "class")
-AUGMENTATIONS = ("none", "light", "standard", "glyphs")
-
-
-def pixel_limits(pixel_range: str) -> tuple[float, float] | tuple[()]:
-    """The two numbers of an image's `pixel_range`; () = it gives none.
-
-    Raises:
-        UsageError: it is none of those that are allowed.
-    """
-    if pixel_range in ("auto", "full"):
-        return ()
-    try:
-        low, high = map(float, pixel_range.split(","))
-        if -math.inf < low < high < math.inf:
-            return low, high
-    except ValueError:
-        pass
-    raise UsageError(f"--pixel-range {pixel_range}: not allowed; give auto, full, or LOW,HIGH as in 0,4095")
-
-
 def check_ranges(recipe: Recipe) -> None:
     """Refuse values that no training can have.
 
@@ -390,9 +248,6 @@ def check_ranges(recipe: Recipe) -> None:
         ("validate-every-steps", recipe.validate_every_steps, recipe.validate_every_steps >= 0, "0 or more"),
         ("seed", recipe.seed, recipe.seed >= 0, "0 or more"),
         ("last-batch", recipe.last_batch, recipe.last_batch in ("fold", "alone"), "fold or alone"),
-        ("train-samples", data.train_samples, data.train_samples >= 0, "0 (all) or more"),
-        ("samples", data.samples, data.samples >= 0, "0 (all) or more"),
-        ("validation-fraction", data.validation_fraction, 0 < data.validation_fraction < 1, "between 0 and 1"),
         ("dropout", recipe.model.dropout, 0 <= recipe.model.dropout < 1, "0 up to, not including, 1"),
         ("head-width", recipe.model.head_width, recipe.model.head_width >= 1, "1 or more"),
         ("lr", optimizer.lr, 0 < optimizer.lr < float("inf"), "more than 0"),
@@ -406,14 +261,9 @@ def check_ranges(recipe: Recipe) -> None:
     if isinstance(recipe.task, Classification | MultiLabel):
         share = recipe.task.label_smoothing
         rules.append(("label-smoothing", share, 0 <= share < 1, "0 up to, not including, 1"))
-    for name, choices in (("listing", LISTINGS), ("quotes", QUOTES), ("missing-labels", MISSING_LABELS)):
-        chosen = getattr(data, name.replace("-", "_"))
-        rules.append((name, chosen, chosen in choices, f"one of {', '.join(choices)}"))
-    if isinstance(data, Images):
-        pixel_limits(data.pixel_range)
     ways = {"standardisation": recipe.model.standardisation, "moments": getattr(recipe.task, "moments", CENTRED)}
     rules += [(name, way, way in (CENTRED, PLAIN), f"{CENTRED} or {PLAIN}") for name, way in ways.items()]
-    rules += _image_rules(data) if isinstance(data, Images) else _text_rules(data, recipe.task)
+    rules += data_rules(data, isinstance(recipe.task, MultiLabel))
     for name, value, allowed, range_text in rules:
         if not allowed:
             raise UsageError(f"--{name} {value}: not allowed; give {range_text}")
@@ -423,25 +273,6 @@ def check_ranges(recipe: Recipe) -> None:
         raise UsageError(
             f"--views {data.views}: not together with --mixup or --cutmix, which make other images in every epoch"
         )
-
-
-def _image_rules(data: Images) -> list[tuple[str, float | str, bool, str]]:
-    size = data.image_size
-    return [
-        ("image-size", size, size == 0 or 8 <= size <= 4096, "0 (the backbone's) or 8 to 4096"),
-        ("augment", data.augment, data.augment in AUGMENTATIONS, f"one of {', '.join(AUGMENTATIONS)}"),
-        ("mixup", data.mixup, data.mixup >= 0, "0 (off) or more"),
-        ("cutmix", data.cutmix, data.cutmix >= 0, "0 (off) or more"),
-        ("views", data.views, data.views >= 0, "0 (a new one in every epoch) or more"),
-    ]
-
-
-def _text_rules(data: Texts, task: Task) -> list[tuple[str, float | str, bool, str]]:
-    several = isinstance(task, MultiLabel)
-    return [
-        ("max-length", data.max_length, data.max_length >= 0, "0 (the backbone's) or more"),
-        ("separator", data.separator, several or not data.separator, "one only to a task of several labels"),
-    ]
 
 
 def located(recipe: Recipe, place: str) -> Recipe:

@@ -119,8 +119,13 @@ def _measure(setup: Setup, feed: Feed, batches: Iterable[Tensor]) -> None:
     if way == PLAIN:
         standardise(module, batches, feed.forward if feed.is_kept else None, way=way)
         return
-    with autocast(setup.device, numerics.precision):
-        standardise(module, batches, feed.forward, way=way, dtype=PRECISIONS[numerics.of_backbone])
+
+    def forward(inputs: Tensor) -> object:
+        # Around this alone: samples are fetched in between, and worker processes would begin in such arithmetic.
+        with autocast(setup.device, numerics.precision):
+            return feed.forward(inputs)
+
+    standardise(module, batches, forward, way=way, dtype=PRECISIONS[numerics.of_backbone])
 
 
 def measured_view(setup: Setup) -> int | None:

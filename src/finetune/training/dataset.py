@@ -21,7 +21,8 @@ from finetune.errors import UsageError
 from finetune.models import text_encoders
 from finetune.models.backbones import Backbone
 from finetune.recipe import spec as recipes
-from finetune.recipe.spec import Recipe, pixel_limits
+from finetune.recipe.data_spec import pixel_limits
+from finetune.recipe.spec import Recipe
 from finetune.store.state import DataFacts
 from finetune.tasks.losses import all_same, scale_of, standardised
 
