@@ -633,7 +633,7 @@ def measured(path, way="centred", **options):
     return torch.stack([state["classifier.1.mean"], state["classifier.1.deviation"]])
 
 
-@pytest.mark.parametrize("option", ["precision", "backbone_precision"])
+@pytest.mark.parametrize("option", ["precision", pytest.param("backbone_precision", marks=pytest.mark.slow)])
 def test_a_head_is_measured_in_the_arithmetic_of_the_run_whether_its_features_are_kept_or_not(tmp_path, option):
     fp32 = measured(tmp_path / "fp32", cache=False)
     kept = measured(tmp_path / "kept", **{option: "bf16"})

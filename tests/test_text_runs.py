@@ -208,6 +208,11 @@ def test_numbers_far_from_zero_are_exported_and_predicted_as_exactly_as_any(tmp_
     assert (
         "deviations of the targets, allowed is 0.0" in (said := capsys.readouterr().err) and "leave --half out" in said
     )
+    near_zero = [(text, 100 + number % 3) for number, (text, _) in enumerate(sentences(9))]
+    place = write_csv(tmp_path / "near zero.csv", near_zero, ("text", "score"))
+    assert main(["evaluate", str(run.path), "--texts", str(place), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)  # they are not all the same, however far from here
+    assert figures["r2"] == pytest.approx(-1.5e18, rel=1e-3) and figures["mae"] == pytest.approx(1e9 - 100.5, abs=1)
     examples = read_json(run.validation_file, "")["worst"]
     assert {1e9, 1e9 + 1} == {round(one["true"], 6) for one in examples}
     assert len({one.predicted for one in examples_of(examples, [], None)}) > 5

@@ -84,7 +84,8 @@ def evaluate(
     judged = _data_to_judge_on(run, recipe, state.data, place, table)
     source = judged.source
     if scale := state.data.scale:
-        source = dataclasses.replace(source, targets=standardised(source.targets, scale))
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        source = dataclasses.replace(source, targets=standardised(source.targets, scale, dtype))
     pipeline = make_pipeline(source, recipe.data, backbone, recipe.seed)
     workers = count_workers(judged.source) if workers is None else workers
     loader = Loader(pipeline, workers, "auto", device.type == "cuda", judged.contents)

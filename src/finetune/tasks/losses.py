@@ -231,9 +231,13 @@ def all_same(targets: Tensor) -> bool:
     return bool((targets == targets[:1]).all())
 
 
-def standardised(targets: Tensor, scale: Sequence[float]) -> Tensor:
-    """(samples,) float32 of numbers to predict; other targets as they are."""
-    return ((targets.double() - scale[0]) / scale[1]).float() if scale else targets
+def standardised(targets: Tensor, scale: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+    """(samples,) of numbers to predict; other targets as they are.
+
+    Args:
+        dtype: float32 holds what the scale is of; other numbers may lie so far from it that they need float64.
+    """
+    return ((targets.double() - scale[0]) / scale[1]).to(dtype) if scale else targets
 
 
 def to_device(task: Task, device: torch.device) -> Task:
