@@ -81,8 +81,13 @@ def _measure(setup: Setup, feed: Feed, batches: Iterable[Tensor]) -> None:
     if way == PLAIN:
         standardise(module, batches, feed.forward if feed.is_kept else None, way=way)
         return
-    with autocast(setup.device, numerics.precision):
-        standardise(module, batches, feed.forward, way=way, dtype=PRECISIONS[numerics.of_backbone])
+
+    def forward(batch: Tensor) -> object:
+        # Around the network only: worker processes that begin while samples are fetched would inherit it.
+        with autocast(setup.device, numerics.precision):
+            return feed.forward(batch)
+
+    standardise(module, batches, forward, way=way, dtype=PRECISIONS[numerics.of_backbone])
 
 
 def measured_view(setup: Setup) -> int | None:
