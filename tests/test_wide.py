@@ -36,7 +36,7 @@ def write_colours(path, pixels):
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
     return path
@@ -88,6 +88,8 @@ def test_planes_of_a_tiff_and_transparency_of_a_png_are_understood(tmp_path):
     alpha[:6] = 65_535
     mixed = read_image(write_colours(tmp_path / "z.png", np.concatenate([values, alpha], axis=2)), (LOW, HIGH))
     assert torch.equal(mixed[:, :6], whole[:, :6]) and (mixed[:, 6:] == 255).all()
+    grey = read_image(write_colours(tmp_path / "g.png", np.concatenate([values[:, :, :1], alpha], axis=2)), (LOW, HIGH))
+    assert torch.equal(grey[0, :6], whole[0, :6]) and torch.equal(grey[0], grey[2]) and (grey[:, 6:] == 255).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -24,6 +24,7 @@ FULL_SHARE = 0.5
 LOW_QUANTILE, HIGH_QUANTILE = 0.001, 0.999
 # Looked at: headers of so many files, values of so many of those that are wide, so many values of each.
 LOOKED_AT, MEASURED_FILES, MEASURED_VALUES = 512, 64, 20_000
+OPENED_AS_8_BITS = ("LA", "RGB", "RGBA")
 TIFF_BITS, EXIF_ORIENTATION = 258, 274
 Values = NDArray[np.float32]
 
@@ -34,8 +35,8 @@ def is_wide(image: Image.Image) -> bool:
 
 
 def _bits_a_colour(image: Image.Image) -> int:
-    """Of a PNG or TIFF in colours: PIL opens it as one of 8 bits, whatever it holds."""
-    if image.mode not in ("RGB", "RGBA"):
+    """Of a PNG or TIFF in colours, or with transparency: PIL opens it as one of 8 bits, whatever it holds."""
+    if image.mode not in OPENED_AS_8_BITS:
         return 8
     if image.format == "PNG":
         return 16 if isinstance(image, ImageFile) and any("16" in str(tile[3]) for tile in image.tile) else 8
@@ -49,7 +50,7 @@ def values_of(image: Image.Image, content: bytes) -> Values:
     Args:
         image: opened from `content`.
     """
-    if image.mode in ("RGB", "RGBA"):
+    if image.mode in OPENED_AS_8_BITS:
         colours = _colours_of(image, content)
         return np.ascontiguousarray(_upright(colours, image.getexif().get(EXIF_ORIENTATION, 1)), dtype=np.float32)
     image.load()
@@ -60,7 +61,12 @@ def values_of(image: Image.Image, content: bytes) -> Values:
 
 
 def _colours_of(image: Image.Image, content: bytes) -> NDArray[np.float32]:
-    """(height, width, 3 or 4), as they lie in the file."""
+    """(height, width, 3 or 4), as they lie in the file; grey with transparency as such colours."""
+    pixels = _channels_of(image, content)
+    return pixels[:, :, [0, 0, 0, 1]] if pixels.shape[2] == 2 else pixels
+
+
+def _channels_of(image: Image.Image, content: bytes) -> NDArray[np.float32]:
     # Both take a moment to import, and few pictures need them.
     if image.format == "PNG":
         import imagecodecs
