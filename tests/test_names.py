@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from finetune.data.images import open_images
-from finetune.data.names import classes_of, meaning, normal, same_classes
+from finetune.data.names import classes_of, meaning, normal, order_of
 from finetune.data.source import Reading
 from finetune.data.table import Columns
 from finetune.data.texts import open_texts
@@ -53,7 +53,8 @@ def test_names_that_differ_stay_apart(pair):
 def test_the_most_frequent_spelling_names_the_class_and_nothing_becomes_of_nothing():
     assert classes_of(["1.0", "1", "1"]) == {"1": "1"} and classes_of(["1.0"]) == {"1": "1.0"}
     assert normal("\u200b") == "\u200b"
-    assert same_classes(["1.0", NFD], ["1", "café"]) and not same_classes(["café", "1"], ["1", "café"])
+    assert order_of(["1.0", NFD], ["1", "café"]) == [0, 1] and order_of(["café", "1"], ["1", NFD]) == [1, 0]
+    assert order_of(["a", "b"], ["a", "c"]) is None and order_of(["a"], ["a", "b"]) is None and order_of([], []) == []
 
 
 def test_folders_that_print_alike_are_one_class_and_both_are_named(tmp_path):

@@ -244,10 +244,8 @@ def command_rehearse(arguments: Sequence[str]) -> int:
         raise UsageError(
             "finetune rehearse: needs a recipe, and the options of its run, as in: finetune rehearse vgg_head"
         )
-    before, sys.dont_write_bytecode = (
-        sys.dont_write_bytecode,
-        True,
-    )  # nothing is left behind, not beside the recipe either
+    before = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # nothing is left behind, not beside the recipe either
     try:
         path, recipe, options, usual, also = parse_recipe(words[0], words[1:], RehearseOptions)
     finally:

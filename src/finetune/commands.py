@@ -305,6 +305,7 @@ def predict_files(options: PredictOptions) -> int:
         device_name=options.device,
         image_column=options.image_column,
         text_column=options.text_column,
+        quotes=options.quotes,
         allow_outside=options.allow_outside,
         as_csv=options.csv,
     )

@@ -147,6 +147,8 @@ class PredictOptions:
     """Column of a csv that holds the image's path; default: image, path, file, ..."""
     text_column: str = ""
     """Column of a csv that holds the text; default: text, sentence, message, ..."""
+    quotes: Literal["", "auto", "none", "standard"] = ""
+    """What a quote means in a csv or tsv, as at the training; default: as there."""
     allow_outside: bool = False
     """Read files outside the folders too: behind links, paths with .. or from the root."""
     batch_size: int = 64

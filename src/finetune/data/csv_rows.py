@@ -14,6 +14,8 @@ LARGEST_FIELD = 1 << 26
 QUOTE = '"'
 # Values that are remembered of a column, to know a row by.
 MOST_VALUES, LONGEST_VALUE = 10_000, 100
+# Of more different numbers a column holds figures, and any other one between them is one, too.
+FEW_VALUES = 20
 # Where it is not known whether a quote is a letter.
 SAYS = "close the quote, or say what one is: --quotes none (a letter) or standard (it holds a value together)"
 
@@ -25,12 +27,22 @@ class _Lines:
         self._stream = stream
         self.number = 0
         self.newest: list[str] = []
+        self._ahead: str | None = None
 
     def __iter__(self) -> Iterator[str]:
         return self
 
+    def peek(self) -> str:
+        """The line that comes next, without taking it; "" at the end."""
+        if self._ahead is None:
+            self._ahead = next(self._stream, "")
+        return self._ahead
+
     def __next__(self) -> str:
-        line = next(self._stream)
+        line = self._ahead if self._ahead is not None else next(self._stream)
+        self._ahead = None
+        if not line:
+            raise StopIteration
         self.number += 1
         self.newest.append(line)
         return line
@@ -124,7 +136,12 @@ class _Suspicion:
     @staticmethod
     def _has_such(seen: set[str], values: tuple[str, ...]) -> bool:
         plain = [value.strip() for value in values]
-        return not seen or seen.issuperset(plain) or all(map(_is_number, [*seen, *plain]))
+        if seen and seen.issuperset(plain):
+            return True
+        if len(seen) <= FEW_VALUES or not all(map(_is_number, [*seen, *plain])):
+            return False
+        numbers = list(map(float, seen))
+        return all(min(numbers) <= float(value) <= max(numbers) for value in plain)
 
 
 def _is_number(text: str) -> bool:
@@ -143,7 +160,10 @@ def _between_tabs(lines: _Lines, columns: int) -> Iterator[list[str]]:
     """
     for line in lines:
         values = [_unquoted(value) for value in line.rstrip("\r\n").split("\t")] if line.strip("\r\n") else []
-        if values and len(values) != columns and any(value.startswith(QUOTE) for value in line.split("\t")):
+        begun = [value for value in line.split("\t") if value.startswith(QUOTE)]
+        # A quote that begins the last value, and is followed by what is no row, holds lines together.
+        is_open = bool(begun) and values[-1].startswith(QUOTE) and lines.peek().count("\t") != columns - 1
+        if values and begun and (len(values) != columns or (is_open and lines.peek())):
             values = next(csv.reader(itertools.chain([line], lines), delimiter="\t", strict=True))
         yield values
 

@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import io
-import mimetypes
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -25,21 +24,6 @@ KNOWN_BY_CONTENT = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "TI
 SUFFIXES_BEFORE = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 # What takes a package of its own: the package by suffix.
 PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif"}
-# Files of data and programs that lie beside pictures and have no registered type.
-NO_IMAGES = (
-    ".db",
-    ".ini",
-    ".lock",
-    ".npy",
-    ".npz",
-    ".parquet",
-    ".pt",
-    ".pth",
-    ".safetensors",
-    ".toml",
-    ".yaml",
-    ".yml",
-)
 LARGEST_FILE_BYTES = 1 << 30
 
 
@@ -66,12 +50,10 @@ def formats_of(suffix: str) -> list[str]:
 
 
 def is_image(folder: str, name: str) -> bool:
-    """Whether a file is an image: by its suffix, or, where that says nothing, by its content."""
+    """Whether a file is an image: by its suffix, or, where it has none, by its content."""
     suffix = os.path.splitext(name)[1].lower()
-    if suffix in formats_by_suffix():
-        return True
-    if suffix in mimetypes.types_map or suffix in NO_IMAGES:
-        return False
+    if suffix:  # a copy that a program left as photo.jpg_original is no second photo
+        return suffix in formats_by_suffix()
     path = os.path.join(folder, name)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep us waiting for ever

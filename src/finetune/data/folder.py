@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.data.decode import PACKAGES, SUFFIXES_BEFORE, is_image
-from finetune.data.groups import group_numbers, groups_by_name
+from finetune.data.groups import group_numbers, groups_by_name, with_groups
 from finetune.data.names import is_service_folder
 from finetune.data.source import PART_NAMES, FileSource, Reading, check_inside, make_file_source
 from finetune.errors import UsageError
@@ -58,11 +58,13 @@ class LeftAside:
         files: how many, by suffix in small letters.
         folders: names of the folders that are no classes.
         nested: names of folders that are in every class, if there is nothing else in any.
+        by_content: names without a suffix of files that are samples by their content.
     """
 
     files: Counter[str] = dataclasses.field(default_factory=Counter)
     folders: list[str] = dataclasses.field(default_factory=list)
     nested: list[str] = dataclasses.field(default_factory=list)
+    by_content: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -85,6 +87,11 @@ class LeftAside:
             f"{self.files[suffix]:,} {suffix} left aside: to read that format, pip install {package}"
             for suffix, package in found.items()
         ]
+        if self.by_content:
+            notes.append(
+                f"{len(self.by_content):,} file(s) without a suffix are images by their content, like "
+                f"{self.by_content[0]}; move away what is none of the data"
+            )
         if self.nested:
             more = ["..."] if len(self.nested) > SHOWN_FOLDERS else []
             names = ", ".join([*map(repr, self.nested[:SHOWN_FOLDERS]), *more])
@@ -119,6 +126,7 @@ def files_below(folder: Path, kind: Kind = IMAGES) -> tuple[list[str], LeftAside
         for name in sorted(name for name in files if not name.startswith(".")):
             if kind.is_sample(place, name):
                 found.append(prefix + name)
+                left.by_content += [name] * ("." not in name)
             else:
                 left.files[os.path.splitext(name)[1].lower()] += 1
     return found, left
@@ -197,6 +205,7 @@ def list_folder(folder: Path, kind: Kind, what: str, allow_outside: bool) -> Lis
             files, others = files_below(part_folder / class_name, kind)
             left.files += others.files
             left.folders += others.folders
+            left.by_content += others.by_content
             if not files:
                 found = "; ".join(["", *([f"it holds {others.text}"] if others.text else []), *others.notes])
                 raise UsageError(
@@ -251,4 +260,6 @@ def open_folder(
         groups, sentence = group_numbers(names, f"--group-by {reading.group_by}", "image")
         of_groups = [sentence]
     notes = (*found.left.notes, *source.notes, *of_groups)
-    return dataclasses.replace(source, left=found.left.text, notes=notes, groups=groups)
+    return dataclasses.replace(
+        source, left=found.left.text, notes=notes, groups=groups, fingerprint=with_groups(source.fingerprint, groups)
+    )

@@ -1,5 +1,6 @@
 """Samples that belong together, as all pictures of a patient do: they stay on one side of a split."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -46,6 +47,13 @@ def group_numbers(groups: Sequence[str], option: str, noun: str) -> tuple[Tensor
         f"{len(groups):,} {noun}s in {len(numbers):,} groups by {option}, like {example!r}: each stays on one side"
     )
     return torch.tensor([numbers[normal(name)] for name in groups]), sentence
+
+
+def with_groups(fingerprint: str, groups: Tensor | None) -> str:
+    """The fingerprint of samples that are grouped so."""
+    if groups is None:
+        return fingerprint
+    return f"{fingerprint}, groups {hashlib.sha256(groups.numpy().astype('<i8').tobytes()).hexdigest()}"
 
 
 def straddling(groups: Tensor, split: Split) -> int:

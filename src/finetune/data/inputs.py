@@ -13,7 +13,7 @@ from torch import Tensor
 from finetune.data.decode import read_image
 from finetune.data.folder import TEXTS, LeftAside, files_below
 from finetune.data.preprocess import Preprocessing
-from finetune.data.source import check_inside
+from finetune.data.source import Reading, check_inside
 from finetune.data.table import TABLE_SUFFIXES, Columns, image_paths, sample_rows
 from finetune.data.texts import TEXT_COLUMNS, TEXT_SUFFIXES, read_text, text_of
 from finetune.data.tokens import Tokenization
@@ -43,7 +43,11 @@ def _aside(left: LeftAside) -> list[str]:
 
 
 def image_files(
-    inputs: Iterable[str], image_column: str = "", allow_outside: bool = False, say: Callable[[str], None] = print
+    inputs: Iterable[str],
+    image_column: str = "",
+    allow_outside: bool = False,
+    say: Callable[[str], None] = print,
+    reading: Reading = Reading(),
 ) -> list[Path]:
     """The files meant: a file as it stands, a folder with every image below it in the order of their names, a csv, tsv
     or jsonl with the images that it names, relative to its own folder.
@@ -72,7 +76,7 @@ def image_files(
                 say(f"folder {path}: {line}")
             files += below(path, found, f"folder {path}")
         elif path.suffix.lower() in TABLE_SUFFIXES:
-            files += below(path.parent, image_paths(path, image_column), str(path))
+            files += below(path.parent, image_paths(path, image_column, reading), str(path))
         elif path.exists():
             files.append(path)
         else:
@@ -129,7 +133,11 @@ class TextInput(TypedDict):
 
 
 def texts_in(
-    inputs: Iterable[str], text_column: str = "", allow_outside: bool = False, say: Callable[[str], None] = print
+    inputs: Iterable[str],
+    text_column: str = "",
+    allow_outside: bool = False,
+    say: Callable[[str], None] = print,
+    reading: Reading = Reading(),
 ) -> list[TextInput]:
     """The texts meant: of a table the rows, of a folder every .txt file below it, a .txt file as a whole; anything else
     is a text itself.
@@ -157,7 +165,8 @@ def texts_in(
                 check_inside(path, files, f"folder {path}", "text")
             found += [{"file": str(path / file), "line": "", "text": read_text(path / file)} for file in files]
         elif suffix in TABLE_SUFFIXES and (is_name or _is(Path.exists, name)):
-            rows = sample_rows(path, Columns(content=text_column), TEXT_COLUMNS, "--text-column", labelled=False)
+            columns = Columns(content=text_column)
+            rows = sample_rows(path, columns, TEXT_COLUMNS, "--text-column", labelled=False, reading=reading)
             found += [{"file": name, "line": row.line, "text": text_of(row.content, row.where)} for row in rows]
         elif suffix in TEXT_SUFFIXES and (is_name or _is(Path.exists, name)):
             found.append({"file": name, "line": "", "text": read_text(path)})

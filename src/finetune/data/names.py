@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 SERVICE_FOLDERS = frozenset(
     name.lower()
     for name in (
-        "__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@tmp", "#recycle", "#snapshot", "$RECYCLE.BIN", "RECYCLER",
-        "System Volume Information", "FOUND.000", "lost+found", "Network Trash Folder", "Temporary Items", "CVS",
+        "__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@tmp", "#recycle", "#snapshot", "$RECYCLE.BIN",
+        "System Volume Information", "FOUND.000", "lost+found", "Network Trash Folder", "Temporary Items",
     )
 )  # fmt: skip
 # Zero width space, word joiner, byte order mark, soft hyphen. Joiners that change how letters are drawn are none.
@@ -65,9 +65,13 @@ def by_meaning(classes: Sequence[str]) -> dict[str, int]:
     return {meaning(name): number for number, name in enumerate(classes) if counts[meaning(name)] == 1}
 
 
-def same_classes(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """Whether both name the same classes in the same order."""
-    return list(ours) == list(theirs) or list(map(meaning, ours)) == list(map(meaning, theirs))
+def order_of(ours: Sequence[str], theirs: Sequence[str]) -> list[int] | None:
+    """The place among theirs of each of our classes; None where those are not the same."""
+    if list(ours) == list(theirs):
+        return list(range(len(ours)))
+    places = by_meaning(theirs)
+    order = [places.get(meaning(name), -1) for name in ours]
+    return order if sorted(order) == list(range(len(theirs))) else None
 
 
 def notes_on_names(counts: Mapping[str, int], noun: str) -> list[str]:

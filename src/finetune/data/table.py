@@ -13,7 +13,7 @@ from typing import TextIO
 from torch import Tensor
 
 from finetune.data.csv_rows import csv_rows
-from finetune.data.groups import group_numbers, groups_by_name
+from finetune.data.groups import group_numbers, groups_by_name, with_groups
 from finetune.data.names import MISSING, notes_on_separators
 from finetune.data.source import PART_NAMES, FileSource, Reading, check_inside, make_file_source
 from finetune.errors import UsageError, one_line
@@ -274,9 +274,10 @@ def _image_of(row: Row) -> str:
     return image.strip().replace("\\", "/")
 
 
-def image_paths(path: Path, image_column: str = "") -> list[str]:
+def image_paths(path: Path, image_column: str = "", reading: Reading = Reading()) -> list[str]:
     """The image column of a table alone."""
-    rows = sample_rows(path, Columns(content=image_column), IMAGE_COLUMNS, "--image-column", labelled=False)
+    columns = Columns(content=image_column)
+    rows = sample_rows(path, columns, IMAGE_COLUMNS, "--image-column", labelled=False, reading=reading)
     return [_image_of(row) for row in rows]
 
 
@@ -320,7 +321,7 @@ def open_table(
     source = make_file_source(path.parent, list(lines), labels, given_parts, classes, f"--images {path}", reading)
     groups, of_groups = groups_of(source.paths, rows, columns, reading, "image")
     notes = (*found.notes, *source.notes, *made_of_others(labels, classes), *of_groups)
-    return dataclasses.replace(source, notes=notes, groups=groups)
+    return dataclasses.replace(source, notes=notes, groups=groups, fingerprint=with_groups(source.fingerprint, groups))
 
 
 def made_of_others(labels: Sequence[str | tuple[str, ...] | None], classes: Sequence[str] | None) -> list[str]:
@@ -349,7 +350,8 @@ def _is_missing(value: object, separator: str, missing_labels: str) -> bool:
     spelling = "" if value is None else str(value).strip()
     if not spelling:
         return not separator
-    return spelling in MISSING and missing_labels != "class"
+    parts = [part.strip() for part in spelling.split(separator)] if separator else [spelling]
+    return missing_labels != "class" and any(part in MISSING for part in parts if part)
 
 
 def _unlabelled(value: object, where: str, column: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from finetune.data.batch import Batch, Request
 from finetune.data.folder import TEXTS as TEXT_FILES
 from finetune.data.folder import before, list_folder
+from finetune.data.groups import with_groups
 from finetune.data.source import PARTS, Reading, TextSource, encode_labels
 from finetune.data.table import TABLE_SUFFIXES, Columns, Found, groups_of, made_of_others, plain_value, sample_rows
 from finetune.data.tokens import TokenTable
@@ -101,7 +102,7 @@ def open_texts(
     files = names if path.is_dir() else []
     groups, of_groups = groups_of(files, row_groups, columns, reading, "text")
     notes += of_groups
-    fingerprint = _fingerprint(contents, labels, parts)
+    fingerprint = with_groups(_fingerprint(contents, labels, parts), groups)
     part_numbers = None if parts is None else torch.tensor(parts, dtype=torch.int64)
     return TextSource(contents, names, targets, classes, fingerprint, groups, part_numbers, left, tuple(notes))
 

@@ -131,7 +131,9 @@ class Survey:
     @property
     def is_full(self) -> bool:
         """Whether the type's whole range is used, so that 8 bits hold what there is."""
-        return bool(self.used) and self.whole_numbers and self.used[1] - self.used[0] >= FULL_SHARE * FULL_RANGE[1]
+        if not self.used or not self.whole_numbers or self.used[0] < 0 or self.used[1] > FULL_RANGE[1]:
+            return False
+        return self.used[1] - self.used[0] >= FULL_SHARE * FULL_RANGE[1]
 
 
 def survey(folder: Path, paths: Iterable[str], formats: Iterable[str]) -> Survey:
@@ -160,7 +162,10 @@ def survey(folder: Path, paths: Iterable[str], formats: Iterable[str]) -> Survey
             parts.append(values[:: max(len(values) // MEASURED_VALUES, 1)])
     used: tuple[float, ...] = ()
     if parts:
-        low, high = np.quantile(np.concatenate(parts).astype(np.float64), [LOW_QUANTILE, HIGH_QUANTILE]).tolist()
+        values = np.concatenate(parts)
+        low, high = np.quantile(values.astype(np.float64), [LOW_QUANTILE, HIGH_QUANTILE]).tolist()
+        if low == high:  # a few bright spots on black are all that there is
+            low, high = float(values.min()), float(values.max())
         used = (float(np.floor(low)), float(np.ceil(high))) if whole_numbers else (low, high)
     return Survey(len(chosen), len(wide), several, used, whole_numbers)
 

@@ -16,6 +16,7 @@ from finetune.base.device import module_to_device, pick_device, to_device
 from finetune.base.formatting import json_line, printable
 from finetune.base.halves import freeing, in_halves
 from finetune.data.inputs import ImageInputs, TextInputs, image_files, texts_in
+from finetune.data.source import Reading
 from finetune.data.tokens import Tokenization
 from finetune.errors import UsageError
 from finetune.export.load import load_described, prepared
@@ -37,6 +38,7 @@ def predict(
     device_name: str,
     image_column: str,
     text_column: str,
+    quotes: str,
     allow_outside: bool,
     as_csv: bool,
 ) -> int:
@@ -64,11 +66,13 @@ def predict(
     for option, value, of in (("--image-column", image_column, "images"), ("--text-column", text_column, "texts")):
         if value and of != reads:
             raise UsageError(f"{option} {value}: has no effect, {file} reads {reads}; leave it out")
+    # An export of before it said so reads a table as its run did.
+    reading = Reading(quotes=quotes or description.get("quotes", "standard"))
     samples: ImageInputs | TextInputs
     if isinstance(preprocessing, Tokenization):
-        samples = TextInputs(texts_in(inputs, text_column, allow_outside, say), preprocessing)
+        samples = TextInputs(texts_in(inputs, text_column, allow_outside, say, reading), preprocessing)
     else:
-        samples = ImageInputs(image_files(inputs, image_column, allow_outside, say), preprocessing)
+        samples = ImageInputs(image_files(inputs, image_column, allow_outside, say, reading), preprocessing)
     write = csv_writer(samples.fields, min(top_k, len(classes))) if as_csv else write_json_line
     failed = halvings = 0
     with progress_bar() as bar:

@@ -133,6 +133,7 @@ def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
         **({"scale": trained.scale} if trained.scale else {}),
         "preprocessing": preprocessing.to_plain(),
         "preprocessing_text": how,
+        "quotes": recipe.data.quotes,
         "metrics": finite(state.progress.last_validation),
         "checkpoint": {"which": which, "step": state.progress.step},
         "source_run": run.path.resolve().name,

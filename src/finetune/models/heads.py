@@ -320,6 +320,17 @@ def last_layer(path: str, kind: str) -> str:
     return path + {"mlp": ".3", "append": ".1"}.get(kind, "")
 
 
+def reorder(state: dict[str, Tensor], path: str, order: Sequence[int]) -> None:
+    """Make a state dict's last layer, at `path`, give its numbers in another order.
+
+    Args:
+        order: the old place of each.
+    """
+    for name in ("weight", "bias"):
+        if f"{path}.{name}" in state:
+            state[f"{path}.{name}"] = state[f"{path}.{name}"][list(order)]
+
+
 def rescale(state: dict[str, Tensor], path: str, old: Sequence[float], new: Sequence[float] = (0.0, 1.0)) -> None:
     """Make a state dict's last layer, at `path`, give the same numbers by another standard.
 

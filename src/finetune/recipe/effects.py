@@ -11,13 +11,6 @@ from finetune.recipe.spec import Distillation, Images, Recipe
 
 # Data that ships with the kit lies in one place, where nothing leads out of.
 SHIPPED_DATA = ("digits", "glyphs", "messages")
-# Which values each schedule reads besides its warm-up.
-SCHEDULE_VALUES = {
-    "cosine": {"final_fraction"},
-    "step": {"step_epochs", "factor"},
-    "plateau": {"factor", "patience"},
-    "constant": set[str](),
-}
 
 
 def chosen(recipe: Recipe, usual: Recipe | None = None) -> frozenset[str]:
@@ -64,16 +57,15 @@ def check_effects(recipe: Recipe, names: Collection[str]) -> None:
     given = flatten(to_plain(recipe))
     for name, has_none, why in _rules(recipe):
         if has_none and name in names:
-            part, _, field = name.rpartition(".")
+            field = name.rpartition(".")[2]
             value = "" if given[name] is True else f" {given[name]}"
-            # A schedule's own values are no options.
-            said = f"Schedule({field}={given[name]})" if part == "schedule" else f"--{field.replace('_', '-')}{value}"
+            said = f"--{field.replace('_', '-')}{value}"
             raise UsageError(f"{said}: has no effect {why}; leave it out")
 
 
 def _rules(recipe: Recipe) -> list[tuple[str, bool, str]]:
     """(value, whether it has no effect here, why)."""
-    model, data, schedule = recipe.model, recipe.data, recipe.schedule
+    model, data = recipe.model, recipe.data
     of_images, distils = isinstance(data, Images), isinstance(recipe.task, Distillation)
     of_texts_only = "on a backbone that reads images"
     is_shipped = data.place in SHIPPED_DATA
@@ -86,7 +78,6 @@ def _rules(recipe: Recipe) -> list[tuple[str, bool, str]]:
         ("model.weights", distils, whole),
         ("model.pooling", distils, whole),
         ("model.dropout", model.head == "none", "without a head"),
-        ("model.head_width", model.head != "mlp", f"with --head {model.head}: it is of an mlp"),
         ("data.allow_outside", is_shipped, f"on {data.place}, which ships with the kit"),
         ("data.allow_outside", is_table_of_texts, "on a table of texts, which names no files"),
         ("data.label_column", distils, "in a distillation, which reads no labels"),
@@ -97,10 +88,6 @@ def _rules(recipe: Recipe) -> list[tuple[str, bool, str]]:
         ("data.drop_duplicates", data.place in ("digits", "glyphs"), f"on {data.place}, which ships with the kit"),
         ("data.fonts", data.place != "glyphs", f"with --images {data.place}: it is of glyphs"),
         ("data.train_samples", data.place == "glyphs", "on glyphs, which are split by font"),
-    ]
-    rules += [
-        (f"schedule.{name}", name not in SCHEDULE_VALUES.get(schedule.name, {name}), f"with --schedule {schedule.name}")
-        for name in sorted(set[str]().union(*SCHEDULE_VALUES.values()))
     ]
     return rules
 

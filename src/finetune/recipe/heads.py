@@ -31,6 +31,19 @@ class Table:
         separator: between the several labels of a row: then each class is a yes or no of its own.
         allow_outside: read files outside the folder too: behind links, paths with .. or from the root. Only where you
             trust whoever made the data.
+    """
+
+    label_column: str = ""
+    split_column: str = ""
+    separator: str = ""
+    allow_outside: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingTable(Table):
+    """Those of samples to train on.
+
+    Attributes:
         quotes: of a csv or tsv: standard = a value that begins with a quote ends with the next one, lines later if it
             must; none = a quote is a letter; auto = standard, but a quote that would swallow rows is refused, and
             between tabs it is a letter unless the value begins and ends with one.
@@ -38,16 +51,12 @@ class Table:
             names the first; leave-out goes on without them; class takes the spelling for a class.
     """
 
-    label_column: str = ""
-    split_column: str = ""
-    separator: str = ""
-    allow_outside: bool = False
     quotes: Literal["auto", "none", "standard"] = "auto"
     missing_labels: Literal["refuse", "leave-out", "class"] = "refuse"
 
 
 @dataclass(frozen=True)
-class ImageTable(Table):
+class ImageTable(TrainingTable):
     """The options of images that a csv, tsv, jsonl or parquet file lists.
 
     Attributes:
@@ -58,7 +67,7 @@ class ImageTable(Table):
 
 
 @dataclass(frozen=True)
-class TextTable(Table):
+class TextTable(TrainingTable):
     """The options of texts that a csv, tsv, jsonl or parquet file lists.
 
     Attributes:
@@ -292,5 +301,17 @@ def _head_recipe(
 
 
 @dataclass(frozen=True)
-class AnyTable(ImageTable, TextTable):
-    """The options of a file that lists images, or holds texts."""
+class AnyTable(Table):
+    """The options of other data for a run: a file that lists images, or holds texts.
+
+    Attributes:
+        image_column: holds the image's path; default: image, path, file, ...
+        text_column: holds the text; default: text, sentence, message, ...
+        quotes: of a csv or tsv: what a quote means, as at the training; default: as in the run.
+        missing_labels: what to do with rows without a label, as at the training; default: as in the run.
+    """
+
+    image_column: str = ""
+    text_column: str = ""
+    quotes: Literal["", "auto", "none", "standard"] = ""
+    missing_labels: Literal["", "refuse", "leave-out", "class"] = ""

@@ -75,7 +75,7 @@ def asked(spec: object, plain: Mapping[str, object], record: Mapping[str, object
     found = dict(plain)
     for field in dataclasses.fields(spec):
         value, inside = getattr(spec, field.name), record.get(field.name)
-        if BEFORE in field.metadata and field.name not in record and value == field.default:
+        if BEFORE in field.metadata and field.name not in record and value in (field.default, field.metadata[BEFORE]):
             found.pop(field.name, None)
         elif dataclasses.is_dataclass(value) and isinstance(inside, Mapping):
             within = plain[field.name]

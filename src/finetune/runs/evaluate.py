@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +137,7 @@ def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: DataFacts, place: s
     """Of the run's own data (also where it was moved) what it did not train on: its test part, else its validation
     part. Of other data the test part, else the validation part, else all."""
     spec = _located(recipe.data, place, table) if place else recipe.data
-    source = open_source(spec, recipe.task.kind, (facts.classes or None) if place else None)
+    source = _opened(spec, recipe.task.kind, facts, place)
     if source.fingerprint == facts.fingerprint:
         split = split_data(source, recipe)
         indices, part = (split.test, "test") if len(split.test) else (split.validation, "validation")
@@ -160,11 +160,24 @@ def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: DataFacts, place: s
     return _Judged(source, torch.arange(len(source.targets)), "all", Contents(source))
 
 
+def _opened(spec: Data, kind: str, facts: DataFacts, place: str) -> Source:
+    """The data; grouped as in the run if it is the run's own, for nothing is split of other data."""
+    classes = (facts.classes or None) if place else None
+    if not place or not (spec.group_column or spec.group_by):
+        return open_source(spec, kind, classes)
+    with suppress(UsageError):
+        source = open_source(spec, kind, classes)
+        if source.fingerprint == facts.fingerprint:
+            return source
+    return open_source(dataclasses.replace(spec, group_column="", group_by=""), kind, classes)
+
+
 def _located(spec: Data, place: str, table: AnyTable) -> Data:
     """The run's data description for other data: a table has the columns that are given, or, where none is given,
     those of the run; a folder has none."""
     values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     given = {name: getattr(table, name) for name in values if hasattr(table, name)}
+    given |= {name: given[name] or getattr(spec, name) for name in ("quotes", "missing_labels")}
     columns = {name: value for name, value in given.items() if name.endswith("_column")}
     if Path(place).suffix.lower() in TABLE_SUFFIXES:
         given["separator"] = table.separator or spec.separator

@@ -11,12 +11,12 @@ from finetune.base.events import Begun
 from finetune.base.formatting import best_text
 from finetune.base.lock import alone_in_process
 from finetune.data.contents import Contents
-from finetune.data.names import same_classes
+from finetune.data.names import order_of
 from finetune.data.open import check_data_effects
 from finetune.data.order import key
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, StoppedEarly, UsageError
-from finetune.models.heads import rescale
+from finetune.models.heads import reorder, rescale
 from finetune.models.network import store_frozen
 from finetune.models.pretrained import new_network, pretrained
 from finetune.models.weights import Weights
@@ -197,11 +197,17 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         backbone, network, other = network_from_run(recipe, init_from)
         weights, weights_text, preprocessing_of = None, f"from {init_from}", init_from
         data = open_data(recipe_here, backbone)
-        if not same_classes(data.source.classes, other.classes):
-            ours, theirs = (
-                ", ".join(map(repr, names[:SHOWN_CLASSES])) for names in (data.source.classes, other.classes)
-            )
+        order = order_of(data.source.classes, other.classes)
+        if order is None:
+            both = data.source.classes, other.classes
+            ours, theirs = (", ".join(map(repr, names[:SHOWN_CLASSES])) for names in both)
             raise RunError(f"--init-from {init_from}: trained on other classes ({theirs}; here {ours})")
+        if order != sorted(order):  # one spelling sorts before another
+            tensors = network.module.state_dict()
+            reorder(tensors, network.last_layer_path, order)
+            network.module.load_state_dict(tensors)
+        if isinstance(recipe.data, Images):
+            data, backbone = survey_pixels(data, backbone, recipe.data.pixel_range, prepared_by=init_from)
         if data.scale:
             tensors = network.module.state_dict()
             rescale(tensors, network.last_layer_path, other.scale, data.scale)

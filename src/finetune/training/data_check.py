@@ -147,7 +147,9 @@ def spread_rest(data: Data, looked_at: Tensor, all_files: bool) -> Tensor:
 def _why_broken(data: Data, index: int) -> BrokenSample:
     """What is wrong with a sample that could not be read when its features were computed."""
     broken = data.pipeline.fetch(Request([index], tolerant=True)).broken
-    reason = broken[0][1] if broken else f"{data.source.noun} {data.source.name(index)} could not be read before"
+    noun, name = data.source.noun, data.source.name(index)
+    reason = f"{noun} {name} could not be read when its features were computed; to read it again: finetune cache clear"
+    reason = broken[0][1] if broken else reason
     return BrokenSample(data.source.name(index), reason)
 
 

@@ -196,11 +196,12 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
     return data
 
 
-def survey_pixels(data: Data, backbone: Backbone, pixel_range: str) -> tuple[Data, Backbone]:
+def survey_pixels(data: Data, backbone: Backbone, pixel_range: str, prepared_by: str = "") -> tuple[Data, Backbone]:
     """Look into some image files to train on: which values pictures of more than 8 bits use, and how many hold several.
 
     Args:
         pixel_range: as a recipe has it.
+        prepared_by: the run whose way of preparing images holds; "" = none's.
 
     Returns:
         The data and the backbone that prepare such pictures by what was found, or given.
@@ -210,6 +211,8 @@ def survey_pixels(data: Data, backbone: Backbone, pixel_range: str) -> tuple[Dat
     """
     source, preprocessing = data.source, backbone.preprocessing
     limits: tuple[float, ...] = pixel_limits(pixel_range)
+    if prepared_by and pixel_range != "auto":
+        raise UsageError(f"--pixel-range {pixel_range}: images are prepared as in {prepared_by}; leave it out")
     if not isinstance(source, FileSource) or not isinstance(preprocessing, Preprocessing):
         if pixel_range != "auto":
             raise UsageError(f"--pixel-range {pixel_range}: is for image files only; leave it out")
@@ -220,14 +223,17 @@ def survey_pixels(data: Data, backbone: Backbone, pixel_range: str) -> tuple[Dat
             f"--pixel-range {pixel_range}: none of the {found.looked_at:,} images looked at has more than 8 bits a "
             "value; leave it out"
         )
-    if pixel_range == "auto" and found.used and not found.is_full and found.used[0] < found.used[1]:
+    if prepared_by:
+        limits = tuple(preprocessing.pixel_range)
+    elif pixel_range == "auto" and found.used and not found.is_full and found.used[0] < found.used[1]:
         limits = found.used
     notes, said = list[str](), f"{found.wide:,} of {found.looked_at:,} images looked at have more than 8 bits a value"
     if found.used:
         said += f", of which {found.used[0]:,g} to {found.used[1]:,g} are used"
     if found.wide:
         how = f"{limits[0]:,g} becomes black and {limits[1]:,g} white" if limits else "8 bits are kept of them"
-        notes.append(f"{said}: {how} (--pixel-range LOW,HIGH or full decides otherwise)")
+        decides = f"as in {prepared_by}" if prepared_by else "--pixel-range LOW,HIGH or full decides otherwise"
+        notes.append(f"{said}: {how} ({decides})")
     if found.several:
         notes.append(
             f"{len(found.several):,} of {found.looked_at:,} images looked at hold several pictures, like "

@@ -11,6 +11,8 @@ from finetune.base.device import autocast, to_device
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
 from finetune.data.batch import Batch, Request
+from finetune.data.decode import formats_by_suffix
+from finetune.data.source import FileSource
 from finetune.data.texts import TextPipeline
 from finetune.errors import RunError, UsageError
 from finetune.features.kept import CannotKeep, Features, Pass, filled
@@ -270,6 +272,10 @@ def _pass_of(setup: Setup, found: Split, frozen_sha256: str) -> Pass:
         "data": setup.data.source.fingerprint,
         "augment": {"augment": spec.augment, "seed": setup.recipe.seed} if spec.views else "",
     }
+    if spec.listing == "content" and isinstance(setup.data.source, FileSource):
+        identity["decoded"] = sorted(
+            set(formats_by_suffix().values())
+        )  # a file that is broken to one is not to another
     about = f"{setup.recipe.model.full_name} over {spec.place}, {preprocessing.text}"
     pipeline, lengths = setup.data.pipeline, None
     if isinstance(pipeline, TextPipeline):
