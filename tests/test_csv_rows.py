@@ -58,16 +58,39 @@ def test_a_quote_that_swallows_rows_is_refused_with_its_lines(tmp_path, suffix, 
 
 
 def test_numbers_are_known_for_rows_as_labels_are(tmp_path):
-    path = write(tmp_path / "a.csv", ["text,stars", "a,1.5", "b,2.25", '"c,3', "d,4.75", 'e",5', "f,6"])
-    with pytest.raises(UsageError, match="line 4: the quote that begins there holds 3 lines together"):
+    plain = [f"text {number},{number / 7:.3f}" for number in range(40)]
+    path = write(tmp_path / "a.csv", ["text,stars", *plain, '"c,3', "d,4.75", 'e",5'])
+    with pytest.raises(UsageError, match="line 42: the quote that begins there holds 3 lines together"):
         rows(path)
 
 
 def test_letters_of_several_lines_stay_whole(tmp_path):
-    wanted = [("Hello,\nthanks", "praise"), ("Dear Bob, I\nwrite, and", "praise"), ("a", "complaint"), ("b", "praise")]
-    with (tmp_path / "a.csv").open("w", newline="") as stream:
-        csv.writer(stream, lineterminator="\n").writerows([("text", "label"), *wanted])
-    assert rows(tmp_path / "a.csv") == wanted
+    long = ["x" * 200, "y" * 200]
+    for wanted in (
+        [("Hello,\nthanks", "praise"), ("Dear Bob, I\nwrite, and", "praise"), ("a", "complaint"), ("b", "praise")],
+        [(long[0], "neg"), (long[1], "pos"), ("I bought it, it broke.\nNever again", "neg")],
+        [("March 3, 2020\nGreat product", "5"), ("good", "1"), ("bad", "2"), ("fine", "5")],
+        [("Dear Bob,\ngood 1", "pos"), ("Dear Bob,\ngood 2", "pos")],
+    ):
+        with (tmp_path / "a.csv").open("w", newline="") as stream:
+            csv.writer(stream, lineterminator="\n").writerows([("text", "label"), *wanted])
+        assert rows(tmp_path / "a.csv") == wanted
+
+
+def test_a_tsv_may_end_its_rows_with_a_text_of_several_lines(tmp_path):
+    wanted = [("pos", "line one\nline two, good"), ("neg", "bad"), ("pos", "so\n\nso"), ("neg", '"'), ("pos", '"open')]
+    lines = [
+        "label\ttext",
+        'pos\t"line one',
+        'line two, good"',
+        "neg\tbad",
+        'pos\t"so',
+        "",
+        'so"',
+        'neg\t"',
+        'pos\t"open',
+    ]
+    assert rows(write(tmp_path / "a.tsv", lines)) == wanted
 
 
 def test_a_quote_that_never_ends_says_what_a_quote_may_be(tmp_path):

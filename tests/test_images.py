@@ -209,20 +209,17 @@ def test_a_class_without_images_says_what_it_holds_instead(tmp_path):
         open_images(str(folder))
 
 
-def test_a_file_is_known_by_its_content_where_its_name_says_nothing(tmp_path):
+def test_a_file_without_a_suffix_is_known_by_its_content_and_copies_that_programs_left_are_none(tmp_path):
     folder = make_folder(tmp_path / "data", {"a": 1, "b": 1})
     picture = (folder / "a" / "00.png").read_bytes()
-    for name in ("scan", "photo.jpg_large", "IMG_1.JPG.1", "frame.0001"):
+    for name in ("scan", "photo.jpg_original", "IMG_1.JPG.1", "page.html"):
         (folder / "a" / name).write_bytes(picture)
     (folder / "a" / "LICENSE").write_text("no picture")
-    (folder / "a" / "page.html").write_bytes(picture)  # of a known type, which is no image
     os.mkfifo(folder / "a" / "pipe")
     source = open_images(str(folder))
-    assert source.paths[:-1] == [
-        f"a/{name}" for name in ("00.png", "IMG_1.JPG.1", "frame.0001", "photo.jpg_large", "scan")
-    ]
-    assert [source.read(index)[0].shape for index in range(5)] == [(3, 9, 12)] * 5
-    assert source.left == "2 without a suffix, 1 .html"
+    assert source.paths == ["a/00.png", "a/scan", "b/00.png"] and source.read(1)[0].shape == (3, 9, 12)
+    assert source.left == "2 without a suffix, 1 .1, 1 .html, 1 .jpg_original"
+    assert source.notes[0].startswith("1 file(s) without a suffix are images by their content, like scan; move away")
 
 
 @pytest.mark.parametrize("suffix", ["tif", "tiff", "jfif", "ppm", "tga", "jp2", "ico", "avif"])

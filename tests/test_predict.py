@@ -85,7 +85,7 @@ def test_missing_inputs_are_one_line_and_exit_2(model, tmp_path, capsys):
         from finetune.export.predict import predict
 
         predict(
-            model, ["x"], top_k=0, batch_size=1, device_name="cpu", image_column="", text_column="", allow_outside=False,
+            model, ["x"], top_k=0, batch_size=1, device_name="cpu", image_column="", text_column="", quotes="", allow_outside=False,
             as_csv=False,
         )  # fmt: skip
 

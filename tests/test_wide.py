@@ -147,6 +147,18 @@ def test_the_range_that_is_used_is_found_and_a_hot_pixel_does_not_decide(tmp_pat
     assert low <= found.used[0] <= low + 0.02 * (high - low) and high - 0.02 * (high - low) <= found.used[1] <= high
 
 
+def test_whole_numbers_beyond_16_bits_and_a_few_bright_spots_have_a_range_too(tmp_path):
+    (tmp_path / "a").mkdir()
+    values = np.random.default_rng(0).integers(300_000, 800_000, (24, 24)).astype(np.int32)
+    tifffile.imwrite(tmp_path / "a" / "x.tif", values)
+    found = survey(tmp_path, ["a/x.tif"], FORMATS)
+    assert not found.is_full and 300_000 <= found.used[0] < found.used[1] <= 800_000
+    spots = np.zeros((100, 100), dtype=np.uint16)
+    spots[3, 5], spots[9, 9] = 150, 190
+    Image.fromarray(spots).save(tmp_path / "a" / "y.png")
+    assert survey(tmp_path, ["a/y.png"], FORMATS).used == (0, 190)
+
+
 def setup_of(folder, pixel_range="auto"):
     recipe = small_recipe(data=Images(str(folder), pixel_range=pixel_range))
     return new_setup(Plan(recipe, Numerics(), Machine(device="cpu")))[0]
