@@ -63,7 +63,9 @@ def layers_apart(tensors: Mapping[str, Tensor]) -> list[str]:
         tensors: of a network as it trains, by name.
     """
     most = ROUNDING_SHARES[torch.float32]
-    return [path for path, (_, share) in lost_by_folding(tensors).items() if not share <= most]
+    # torchvision's auxiliary heads help to train and are computed nowhere else: what they lose nobody sees.
+    used = {path: lost for path, lost in lost_by_folding(tensors).items() if not path.lower().startswith("aux")}
+    return [path for path, (_, share) in used.items() if not share <= most]
 
 
 def take_apart(model: nn.Module, paths: Iterable[str]) -> None:
