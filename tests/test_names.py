@@ -106,7 +106,7 @@ def test_a_missing_value_is_no_class_unless_it_is_said_to_be_one(tmp_path, spell
         open_texts(place, "classification")
     source = open_texts(place, "classification", reading=Reading(missing_labels="leave-out"))
     assert source.classes == ["a", "b"] and source.names == ["line 2", "line 3", "line 5"]
-    assert source.notes == ("2 rows without a label left out, like line 4",)
+    assert source.notes == ("2 row(s) without a label left out, like line 4",)
     source = open_texts(place, "classification", reading=Reading(missing_labels="class"))
     assert sorted(source.classes) == sorted(["a", "b", spelling])
 

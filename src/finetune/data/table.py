@@ -170,7 +170,7 @@ class Found:
     @property
     def notes(self) -> list[str]:
         """Sentences."""
-        left_out = f"{len(self.left_out):,} rows without a label left out, like {(self.left_out or [''])[0]}"
+        left_out = f"{len(self.left_out):,} row(s) without a label left out, like {(self.left_out or [''])[0]}"
         return [*self.chosen, *([left_out] if self.left_out else [])]
 
 
