@@ -294,7 +294,7 @@ def predict_files(options: PredictOptions) -> int:
     from finetune.export.predict import predict
 
     if not any(Path(name).suffix.lower() in TABLE_SUFFIXES for name in options.inputs):
-        refuse(options, ["image_column", "text_column"], "where no table is given")
+        refuse(options, ["image_column", "text_column", "quotes"], "where no table is given")
     if not options.inputs:
         raise UsageError("finetune predict: nothing to predict; give images, texts, folders or a csv")
     return predict(

@@ -63,6 +63,13 @@ def reading_order(indices: Tensor, train_samples: int) -> Tensor:
     return indices[torch.from_numpy(np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable"))]
 
 
+def spread(indices: Tensor, count: int) -> Tensor:
+    """At most `count` of `indices`, evenly spread over them."""
+    if len(indices) <= count:
+        return indices
+    return indices[torch.arange(count) * len(indices) // count]
+
+
 def side_by_side(order: Tensor, lengths: Tensor, batch_size: int) -> Tensor:
     """An order in which the samples of a batch are about equally long, so that little is padded.
 

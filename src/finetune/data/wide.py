@@ -17,6 +17,8 @@ from PIL import Image, ImageOps
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
+from finetune.data.order import spread
+
 FULL_RANGE = (0.0, 65535.0)
 # Where at least this share of the values of 16 bits is used, 8 bits keep 128 levels: files stay as they were read.
 FULL_SHARE = 0.5
@@ -152,7 +154,7 @@ def survey(folder: Path, paths: Iterable[str], formats: Iterable[str]) -> Survey
             if image.format in ("TIFF", "GIF", "PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
                 several.append(path)
     parts, whole_numbers = list[Values](), True
-    for path in _spread(wide, MEASURED_FILES):
+    for path in (wide[place] for place in spread(torch.arange(len(wide)), MEASURED_FILES).tolist()):
         with suppress(Exception):
             content = (folder / path).read_bytes()
             with Image.open(io.BytesIO(content), formats=formats) as image:
@@ -168,9 +170,3 @@ def survey(folder: Path, paths: Iterable[str], formats: Iterable[str]) -> Survey
             low, high = float(values.min()), float(values.max())
         used = (float(np.floor(low)), float(np.ceil(high))) if whole_numbers else (low, high)
     return Survey(len(chosen), len(wide), several, used, whole_numbers)
-
-
-def _spread(paths: list[str], most: int) -> list[str]:
-    """At most so many of them, evenly spread."""
-    count = min(len(paths), most)
-    return [paths[place * len(paths) // count] for place in range(count)]

@@ -19,7 +19,7 @@ from finetune.data.batch import Batch, Request
 from finetune.data.copies import digests_of_texts, find_copies, limits_of
 from finetune.data.groups import straddling
 from finetune.data.images import without
-from finetune.data.order import batches_from
+from finetune.data.order import batches_from, spread
 from finetune.data.source import ArraySource, TextSource, class_counts
 from finetune.data.texts import TextPipeline
 from finetune.errors import RunError
@@ -48,13 +48,6 @@ class BrokenSample:
 
     name: str
     reason: str
-
-
-def spread(indices: Tensor, count: int) -> Tensor:
-    """At most `count` of `indices`, evenly spread over them."""
-    if len(indices) <= count:
-        return indices
-    return indices[torch.arange(count) * len(indices) // count]
 
 
 def look(
