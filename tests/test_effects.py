@@ -83,6 +83,8 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[], list[str]], str]] = {
     "a way to start no workers": (lambda: ["vgg_head", "--workers", "0", "--worker-start", "spawn"], "--worker-start spawn: has no effect with --workers 0"),
     "messages to nobody": (lambda: ["vgg_head", "--notify-every-epochs", "2"], "--notify-every-epochs 2: has no effect without --notify URL"),
     "a precision of no backbone": (lambda: ["vgg_head", "--precision", "fp16", "--device", "cpu"], "--precision fp16: not on cpu"),
+    "fewer bits than few": (lambda: ["vgg_head", "--precision", "bf16", "--tf32", "all"], "--tf32 all: has no effect with --precision bf16"),
+    "a GPU's arithmetic elsewhere": (lambda: ["vgg_head", "--device", "cpu", "--tf32", "convolutions"], "--tf32 convolutions: has no effect on cpu"),
     "what is of a run, in a summary": (lambda: ["summary", "vgg_head", "--precision", "bf16"], "--precision bf16: has no effect on a summary"),
     # ---- Of other commands
     "texts of a run on images": (lambda: ["resume", "images", "--texts", "t.csv"], "--texts t.csv: has no effect on a run on images"),

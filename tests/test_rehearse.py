@@ -253,12 +253,12 @@ def test_a_shortened_recipe_keeps_what_is_random_and_comes_to_every_thaw():
         validate_every_steps=500,
     )
     assert epochs_of(recipe) == 3 and epochs_of(conftest.small_recipe()) == 2
-    short = Part("", 64, 3, 0).shortened(recipe)
+    short = Part("", 64, 0, 3, 0).shortened(recipe)
     assert [epoch for _, _, epoch in short.trainable.rules] == [0, 1, 2, 0]
     assert (short.epochs, short.max_steps, short.validate_every_steps, short.stop.patience) == (3, 0, 2, 0)
     assert (short.data.samples, short.data.train_samples, short.schedule.step_epochs) == (64, 0, 1)
     assert (short.model, short.optimizer, short.seed) == (recipe.model, recipe.optimizer, recipe.seed)
-    assert Part.from_text(Part("a b", 1, 2, 3).to_text()) == Part("a b", 1, 2, 3)
+    assert Part.from_text(Part("a b", 1, 2, 3, 4).to_text()) == Part("a b", 1, 2, 3, 4)
 
 
 def test_the_extent_is_a_few_steps_an_epoch_of_data_however_large_and_all_of_little():
@@ -268,6 +268,11 @@ def test_the_extent_is_a_few_steps_an_epoch_of_data_however_large_and_all_of_lit
     little = extent_of(conftest.small_recipe(data=Images("digits"), batch_size=2000), frozenset())
     assert little.samples == 0 and little.short == little.whole == Counts(1438, 359, 1)
     assert (little.save_step, little.kill_step, little.steps) == (1, 2, 2)
+    # Never more to train on than the training itself has.
+    fewer = extent_of(conftest.small_recipe(data=Images("digits", train_samples=20), batch_size=16), frozenset())
+    assert fewer.whole.train == fewer.short.train == fewer.train_samples == 20
+    part = fewer.part("run")
+    assert part.shortened(conftest.small_recipe(data=Images("digits", train_samples=20))).data.train_samples == 20
 
 
 def test_a_sample_of_the_data_holds_every_class_of_every_part_and_is_always_the_same():
@@ -378,7 +383,7 @@ def test_whoever_asks_to_stop_ends_a_process_and_what_it_started(monkeypatch):
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_it_is_shown_within_the_terminal_and_what_will_not_do_is_said(width):
     counts = Counts(1_000_000, 200_000, 15_625)
-    extent = Extent(320, 2, counts, Counts(256, 64, 4), 15, False, "image")
+    extent = Extent(320, 0, 2, counts, Counts(256, 64, 4), 15, False, "image")
     measured = Measured(
         0.123, 2000.0, 300.0, 4.0, 30000.0, 3 << 30, 5 << 30, 90_000, Room(Path("runs"), 1 << 40, 1 << 30),
         Room(Path("/home/somebody/.cache/finetune/features"), 1 << 33, 1 << 34), False,

@@ -94,13 +94,16 @@ def train(
         usual: the recipe with its options left out.
         trackers, stop: see `RunContext`.
     """
+    from finetune.base.device import pick_device
     from finetune.runs.context import open_context
     from finetune.runs.resume import resume as resume_in
     from finetune.runs.start import Plan, start
 
     names = chosen(recipe, usual)
-    check_run(options, names, keeps_features=isinstance(recipe.task, Distillation))
-    numerics = Numerics(options.precision, options.deterministic, options.backbone_precision or "", options.cache)
+    check_run(options, names, pick_device(options.device).type, keeps_features=isinstance(recipe.task, Distillation))
+    numerics = Numerics(
+        options.precision, options.deterministic, options.backbone_precision or "", options.cache, options.tf32
+    )
     given, machine = options.given(), make_machine(options)
     settings = Settings(
         **{"track": "tensorboard"} | given, log_every_steps=options.log_every_steps, report=options.report
@@ -146,7 +149,7 @@ def rehearse_recipe(
     from finetune.rehearse.show import plan_text, show, to_plain, verdict
 
     names, machine = chosen(recipe, usual), make_machine(options)
-    check_run(options, names, keeps_features=isinstance(recipe.task, Distillation))
+    check_run(options, names, pick_device(options.device).type, keeps_features=isinstance(recipe.task, Distillation))
     terminal = make_terminal(options.quiet or as_json)
     given = {name: value for name, value in dataclasses.asdict(machine).items() if value not in (None, "", "auto")}
     asked = Asked(

@@ -22,7 +22,7 @@ class MachineOptions:
     """Options that can also be given at a resume: none changes the result."""
 
     device: str = "auto"
-    """auto (cuda, else mps, else cpu), or a device of torch."""
+    """auto (at a resume the kind that the run had, if it is here; else cuda, mps, cpu), or a device of torch."""
     workers: OptionalInt = None
     """Processes that read and augment images ahead; 0 = none; default: for image files one a core, 8 at most."""
     worker_start: Literal["auto", "fork", "forkserver", "spawn"] = "auto"
@@ -71,6 +71,9 @@ class RunOptions(SettingOptions, MachineOptions):
     """Of the network's arithmetic; fp16 on CUDA only."""
     backbone_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Of the frozen part alone; default: as --precision. bf16 halves the time and size of its features."""
+    tf32: Literal["none", "convolutions", "all"] = "none"
+    """What an NVIDIA GPU may compute with 10 of fp32's 23 bits, which is faster: none; convolutions (as torch does by
+    itself); all = matrix products too."""
     cache: bool = True
     """Keep what the frozen backbone computes, so that it runs only once."""
     deterministic: bool = True
@@ -266,17 +269,22 @@ def check_machine(options: RunOptions | ResumeOptions, notifies: bool) -> None:
         refuse(options, ["notify_every_epochs"], "without --notify URL (or FINETUNE_NOTIFY): nobody is told")
 
 
-def check_run(options: RunOptions, recipe_chosen: Collection[str], keeps_features: bool) -> None:
+def check_run(options: RunOptions, recipe_chosen: Collection[str], device_type: str, *, keeps_features: bool) -> None:
     """Refuse options of a run that have no effect together.
 
     Args:
         recipe_chosen: see `recipe.effects.chosen`.
+        device_type: "cpu", "cuda" or "mps".
         keeps_features: whether some are, with --no-cache too: those of a teacher.
     """
     if not options.run:
         refuse(options, ["resume"], "without --run DIR, as a run without a name gets the next free folder")
     if not options.cache and not keeps_features:
         refuse(options, ["cache_limit"], "with --no-cache, which keeps nothing")
+    if "fp32" not in (options.precision, options.backbone_precision):
+        refuse(options, ["tf32"], f"with --precision {options.precision}, which keeps fewer bits anyway")
+    if device_type != "cuda":
+        refuse(options, ["tf32"], f"on {device_type}: only NVIDIA's GPUs have it")
     if options.init_from and "model.weights" in recipe_chosen:
         raise UsageError(
             f"--weights: has no effect with --init-from {options.init_from}, which brings its own; leave one out"

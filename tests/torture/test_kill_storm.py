@@ -40,7 +40,7 @@ def test_a_hundred_kills_a_hundred_resumes_and_the_same_weights(tmp_path, capsys
     for number, recipe in enumerate(("vgg_head", "resnet_head")):
         words = {
             f"{recipe}, features kept": [recipe, *CACHED, *VIEWS, "--epochs", "900"],
-            f"{recipe}, augmented, 2 workers, accumulation 4": [recipe, *AUGMENTED, "--epochs", "60"],
+            f"{recipe}, augmented, 2 workers, accumulation 4": [recipe, *AUGMENTED, "--epochs", "80"],
         }
         for name, command in words.items():
             place = tmp_path / f"{number}-{len(results)}"

@@ -1,4 +1,5 @@
-"""A run that one version began and another ends: the same bits as the unbroken run, whichever of the two is the older.
+"""A run that one version began and another ends: the same bits as the unbroken run of the version that began it. Where the
+newer one names choices that the older does not know, the older refuses, by that reason, and leaves the run as good as before.
 
     python tests/torture/two_versions.py [OLD [NEW]]
 
@@ -30,6 +31,7 @@ RUNS = {
     "vgg_head": (["vgg_head", "--augment", "light", "--workers", "2", "--dropout", "0.2", "--epochs", "4"], 23),
     "bert_head": (["bert_head", "--epochs", "4", "--dropout", "0.2"], 20),
 }
+REFUSED = "a newer finetune wrote it: upgrade"
 # What says when and where, not what was computed.
 NOT_COMPARED = ("run_id", "history", "metrics_file")
 
@@ -101,22 +103,48 @@ def content(run: Path) -> dict[str, Any]:
     return found
 
 
+def names(config: dict[str, Any]) -> set[str]:
+    """The names of all choices of a saved recipe, those of its parts behind a dot."""
+    found = set()
+    for name, value in config.items():
+        found.add(name)
+        found |= {f"{name}.{inner}" for inner in names(value)} if isinstance(value, dict) else set()
+    return found
+
+
+def without_new_names(record: dict[str, Any], older: dict[str, Any]) -> dict[str, Any]:
+    """What an older version began, without the names that came since."""
+    kept = {name: value for name, value in record.items() if name in older}
+    parts = {name for name, value in kept.items() if isinstance(value, dict) and isinstance(older[name], dict)}
+    return kept | {name: without_new_names(kept[name], older[name]) for name in parts}
+
+
 def compare(old: Path, new: Path, work: Path) -> bool:
     """Both directions of both recipes; whether all are equal."""
     versions, good = {"old": old, "new": new}, True
     for name, (words, step) in RUNS.items():
-        unbroken = work / f"{name}-unbroken"
-        end(start(old, work, *words, *STARTS, "--run", str(unbroken)))
-        wanted = content(unbroken)
+        wanted = {}
+        for version, source in versions.items():
+            unbroken = work / f"{name}-{version}"
+            end(start(source, work, *words, *STARTS, "--run", str(unbroken)))
+            wanted[version] = content(unbroken)
+        unknown = names(wanted["new"]["latest.pt"]["config"]) - names(wanted["old"]["latest.pt"]["config"])
         for first, second in (("old", "new"), ("new", "old"), ("old", "old"), ("new", "new")):
             run = work / f"{name}-{first}-{second}"
             killed = kill_after(start(versions[first], work, *words, *STARTS, "--run", str(run)), run, step)
-            said = end(start(versions[second], work, "resume", str(run), "--device", "cpu"))
-            found = list(differences(content(run), wanted))
+            found, refused = [], bool(unknown) and (first, second) == ("new", "old")
+            if refused:
+                process = start(old, work, "resume", str(run), "--device", "cpu")
+                said = process.communicate(timeout=600)[0]
+                if process.returncode != 2 or REFUSED not in said:
+                    found.append(f"exit {process.returncode}, not refused: {said}")
+            said = end(start(versions["new" if refused else second], work, "resume", str(run), "--device", "cpu"))
+            ours, theirs = content(run), wanted[first]
+            found += differences(without_new_names(ours, theirs), theirs)
             if "not bit for bit" in said:
                 found.append("the resume says that it is not bit for bit")
-            total = wanted["latest.pt"]["step"]
-            print(f"{name}: begun by {first}, killed after step {killed} of {total}, ended by {second}: "
+            print(f"{name}: begun by {first}, killed after step {killed} of {theirs['latest.pt']['step']}, "
+                  f"{f'refused by {second}, ended by {first}' if refused else f'ended by {second}'}: "
                   f"{'differs: ' + '; '.join(found[:3]) if found else 'the same bits'}", flush=True)  # fmt: skip
             good &= not found
     return good

@@ -15,18 +15,23 @@ FILLS = "fill_uninitialized_memory"
 # What makes cuBLAS deterministic; torch looks at it before each call.
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What an NVIDIA GPU may compute in TF32, which keeps 10 of the 23 bits of fp32: nothing; convolutions, as torch does by
+# itself; matrix products too.
+NO_TF32, TF32_CONVOLUTIONS, ALL_TF32 = "none", "convolutions", "all"
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, before: str = "") -> torch.device:
     """ "auto" = CUDA, else Apple's MPS, else the CPU.
+
+    Args:
+        before: the kind of device that comes first for "auto", where this machine has one.
 
     Raises:
         UsageError: a device that torch does not know or this machine does not have.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return torch.device(before if here.get(before) else next(kind for kind, is_here in here.items() if is_here))
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -36,14 +41,40 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def set_numerics(is_deterministic: bool) -> None:
-    """Deterministic algorithms or fast ones. Must come before CUDA starts."""
+def set_numerics(is_deterministic: bool, tf32: str) -> None:
+    """Deterministic algorithms or fast ones, and what may be computed in TF32. Must come before CUDA starts.
+
+    Args:
+        tf32: one of NO_TF32, TF32_CONVOLUTIONS, ALL_TF32.
+    """
     if is_deterministic:
         os.environ.setdefault(CUBLAS_VARIABLE, ":4096:8")
         # Filling fresh memory would only help against reading what was never written, and costs time.
         setattr(deterministic, FILLS, False)
     torch.use_deterministic_algorithms(is_deterministic)
     torch.backends.cudnn.benchmark = not is_deterministic
+    set_tf32(tf32)
+
+
+def set_tf32(which: str) -> None:
+    """See `set_numerics`."""
+    torch.backends.cudnn.allow_tf32 = which != NO_TF32
+    torch.backends.cuda.matmul.allow_tf32 = which == ALL_TF32
+
+
+def _tf32_switches() -> tuple[bool, bool]:
+    """Whether convolutions and matrix products may be computed in TF32.
+
+    Raises:
+        UsageError: somebody set them by torch's newer names, after which it does not tell.
+    """
+    try:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        raise UsageError(
+            "torch.backends...fp32_precision was set in this process, which hides what is computed in TF32; leave it "
+            "as it was, and say --tf32 none, convolutions or all"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -53,9 +84,11 @@ def numerics_put_back() -> Iterator[None]:
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, fills = torch.backends.cudnn.benchmark, getattr(deterministic, FILLS)
     workspace = os.environ.get(CUBLAS_VARIABLE)
+    convolutions, products = _tf32_switches()
     try:
         yield
     finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
         torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
         torch.backends.cudnn.benchmark = benchmark
         setattr(deterministic, FILLS, fills)

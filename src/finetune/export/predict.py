@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from finetune.base.device import module_to_device, pick_device, to_device
+from finetune.base.device import NO_TF32, module_to_device, numerics_put_back, pick_device, set_tf32, to_device
 from finetune.base.formatting import json_line, printable
 from finetune.base.halves import freeing, in_halves
 from finetune.data.inputs import ImageInputs, TextInputs, image_files, texts_in
@@ -29,6 +29,7 @@ TOP_K = 3
 THRESHOLD = 0.5
 
 
+@numerics_put_back()
 def predict(
     file: Path,
     inputs: Iterable[str],
@@ -50,6 +51,7 @@ def predict(
     """
     if top_k < 1 or batch_size < 1:
         raise UsageError(f"--top-k {top_k} --batch-size {batch_size}: both must be 1 or more")
+    set_tf32(NO_TF32)
     device = pick_device(device_name)
     model, description = load_described(file)
     model = module_to_device(model, device)

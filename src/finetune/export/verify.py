@@ -8,17 +8,17 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from finetune.base.device import PRECISIONS, autocast, module_to_device, to_device
+from finetune.base.device import PRECISIONS, autocast, module_to_device, numerics_put_back, set_tf32, to_device
 from finetune.data.batch import Request
 from finetune.data.open import open_source, split_data
 from finetune.data.source import TextSource
 from finetune.data.tokens import Tokenization
-from finetune.errors import FinetuneError, RunError, UsageError
+from finetune.errors import FinetuneError, RunError
 from finetune.models.backbones import Backbone
 from finetune.models.folding import layers_apart, lost_by_folding, scale_beside
 from finetune.models.heads import NO_HEAD, folded_state, rescale, standardised_layers
 from finetune.models.network import Network
-from finetune.recipe.execution import Numerics, check_precision, split_config
+from finetune.recipe.execution import Numerics, split_config
 from finetune.recipe.spec import Recipe
 from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
@@ -61,7 +61,8 @@ class Own:
         """A line for a person."""
         decided = "" if self.alike is None else f"; {self.alike} of {self.samples} samples are decided alike"
         line = f"the run computed in {self.precision}: what it gave lies within {self.share:.2g} of the spread{decided}"
-        bits = torch.finfo(PRECISIONS[self.precision])
+        # TF32 has as many bits as fp16, in the range of fp32.
+        bits = torch.finfo(PRECISIONS["fp16" if self.precision == "tf32" else self.precision])
         if self.share <= PRECISION_ROUNDINGS * bits.eps:
             return line
         return f"{line}: more than rounding explains, so judge the file anew, or compute it in {self.precision} too"
@@ -114,12 +115,13 @@ class Trained:
         equal = "bit for bit"
         if difference:
             equal = f"within {difference:.1g}" + (" of the targets' deviation" if numbers else "")
-        in_fp32 = ", both computed in fp32" if self.numerics.precision != "fp32" or self.numerics.splits else ""
+        reduced = self.numerics.reduced(device_type_of(self.state))
+        in_fp32 = ", both computed in fp32" if reduced != "fp32" else ""
         lines = [f"checked: {where}, its {what} equal the run's {equal}{in_fp32}"]
         if self.own is not None:
             lines.append(self.own.text())
         elif in_fp32:
-            lines.append(f"the run computed in {self.numerics.of_backbone}, which this machine cannot: not compared")
+            lines.append(f"the run computed in {reduced}, which this machine cannot: not compared")
         if self.scale:
             mean, deviation = self.scale
             lines.append(
@@ -155,8 +157,9 @@ def trained_tensors(run: RunFolder, which: str, dtype: torch.dtype = torch.float
         rescale(tensors, network.last_layer_path, folded_scale)
     folded = bool(folded_scale) or any(path not in apart for path, _ in standardised_layers(network.module))
     outputs = plain_outputs(network.module.eval(), samples)
+    reduced = numerics.reduced(device_type_of(state))
     own = own_outputs(network, recipe, numerics, state, backbone, samples)
-    compared = None if own is None else _compared(numerics, make_task(recipe.task, state.data.outputs), outputs, own)
+    compared = None if own is None else _compared(reduced, make_task(recipe.task, state.data.outputs), outputs, own)
     return Trained(
         recipe, numerics, backbone, network, state, tensors, samples, outputs, folded, lost, folded_scale, beside,
         apart, compared,
@@ -173,31 +176,35 @@ def own_outputs(
     network: Network, recipe: Recipe, numerics: Numerics, state: CheckpointState, backbone: Backbone, samples: Tensor
 ) -> Tensor | None:
     """What the run's network gives in the run's arithmetic; None where that is fp32, or nothing here computes in it."""
-    if numerics.precision == numerics.of_backbone == "fp32":
+    reduced = numerics.reduced(device_type_of(state))
+    if reduced == "fp32":
         return None
-    device = torch.device("cpu")
-    try:
-        check_precision(numerics, device.type)
-    except UsageError:
-        if not torch.cuda.is_available():
-            return None
-        device = torch.device("cuda")
+    # Of these the CPU has bf16 only.
+    needs_cuda = reduced == "tf32" or "fp16" in (numerics.precision, numerics.of_backbone)
+    device = torch.device("cuda" if needs_cuda else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return None
     module_to_device(network.module, device)
     forward = trained_forward(network, recipe, numerics, state.frozen.epoch, backbone, device)
-    with torch.inference_mode(), autocast(device, numerics.precision):
+    with numerics_put_back(), torch.inference_mode(), autocast(device, numerics.precision):
+        set_tf32(numerics.tf32)
         outputs = forward(to_device(samples, device))
     network.module.cpu()
     assert isinstance(outputs, Tensor)  # auxiliary heads give theirs in training only
     return outputs.cpu().double()
 
 
-def _compared(numerics: Numerics, task: Task, outputs: Tensor, own: Tensor) -> Own:
+def device_type_of(state: CheckpointState) -> str:
+    """The kind of device that a checkpoint was computed on: "cpu", "cuda" or "mps"."""
+    return str(state.versions.get("device", "cpu"))
+
+
+def _compared(precision: str, task: Task, outputs: Tensor, own: Tensor) -> Own:
     alike = None
     if isinstance(task, MultiLabelTask):
         alike = int(((outputs > 0) == (own > 0)).all(1).sum())
     elif isinstance(task, ClassificationTask):
         alike = int((outputs.argmax(1) == own.argmax(1)).sum())
-    precision = numerics.precision if numerics.precision != "fp32" else numerics.of_backbone
     share = (outputs - own).abs().max().item() / spread_of(outputs)
     return Own(precision, share, alike, len(outputs))
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from finetune.errors import RunError, UsageError
+from finetune.recipe.named import named
 from finetune.recipe.serialize import asked, from_plain, spec_from_plain, to_plain
 from finetune.recipe.spec import Recipe
 
@@ -19,12 +20,15 @@ class Numerics:
         deterministic: deterministic algorithms only.
         backbone_precision: of the frozen part before what trains; "" = the same.
         cache: whether features may be kept.
+        tf32: what CUDA may compute with 10 of fp32's 23 bits: "none", "convolutions" (as torch does by itself), "all" =
+            matrix products too.
     """
 
     precision: str = "fp32"
     deterministic: bool = True
     backbone_precision: str = ""
     cache: bool = True
+    tf32: str = named("none", before="convolutions")
 
     @property
     def of_backbone(self) -> str:
@@ -35,6 +39,13 @@ class Numerics:
     def splits(self) -> bool:
         """Whether the frozen part computes in another precision than the rest."""
         return self.of_backbone != self.precision
+
+    def reduced(self, device_type: str) -> str:
+        """The arithmetic with the fewest bits that a part computes in: "fp32", "tf32", "bf16" or "fp16"."""
+        coarsest = self.precision if self.precision != "fp32" else self.of_backbone
+        if coarsest == "fp32" and device_type == "cuda" and self.tf32 != "none":
+            return "tf32"
+        return coarsest
 
 
 def check_precision(numerics: Numerics, device_type: str) -> None:

@@ -53,7 +53,7 @@ class Extent:
     """A rehearsal, as it will be.
 
     Attributes:
-        samples: see `Part`.
+        samples, train_samples: see `Part`.
         whole: of the training itself, `short`: of the rehearsal.
         whole_epochs: of the training itself.
         thaws: the last epoch begins with a thaw.
@@ -61,6 +61,7 @@ class Extent:
     """
 
     samples: int
+    train_samples: int
     epochs: int
     whole: Counts
     short: Counts
@@ -85,7 +86,7 @@ class Extent:
     def part(self, run: str, *, killed: bool = False, resume: bool = False) -> Part:
         """One of the runs."""
         wait_step = self.kill_step if killed else 0
-        return Part(run, self.samples, self.epochs, self.save_step, wait_step, resume)
+        return Part(run, self.samples, self.train_samples, self.epochs, self.save_step, wait_step, resume)
 
 
 def extent_of(recipe: Recipe, chosen: frozenset[str]) -> Extent:
@@ -106,11 +107,14 @@ def extent_of(recipe: Recipe, chosen: frozenset[str]) -> Extent:
     wanted = max(math.ceil(EPOCH_STEPS * recipe.batch_size / share), CLASS_SAMPLES * len(source.classes))
     samples = wanted if wanted < len(source.targets) else 0
     epochs = epochs_of(recipe)
-    short_recipe = Part("", samples, epochs, 0).shortened(recipe)
+    short_recipe = Part("", samples, 0, epochs, 0).shortened(recipe)
     few = split_data(open_source(short_recipe.data, recipe.task.kind), short_recipe) if samples else split
-    short = _counts(len(few.train), len(few.validation), recipe)
+    # The sample may hold more to train on than somebody asked for, or fewer.
+    asked = recipe.data.train_samples
+    train_samples = asked if samples and asked < len(few.train) else 0
+    short = _counts(train_samples or len(few.train), len(few.validation), recipe)
     whole_epochs = recipe.epochs or math.ceil(recipe.max_steps / max(whole.steps, 1))
-    return Extent(samples, epochs, whole, short, whole_epochs, bool(thaws_of(recipe)), source.noun)
+    return Extent(samples, train_samples, epochs, whole, short, whole_epochs, bool(thaws_of(recipe)), source.noun)
 
 
 def _counts(train: int, validation: int, recipe: Recipe) -> Counts:

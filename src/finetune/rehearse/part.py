@@ -18,6 +18,7 @@ class Part:
     Attributes:
         run: its folder.
         samples: of each part of the data; 0 = all.
+        train_samples: of those to train on, where samples are drawn; 0 = all.
         epochs: in all.
         save_step: save also at this step; 0 = at the end of each epoch only.
         wait_step: wait after this step, before anything of it is saved, to be killed; 0 = never.
@@ -26,6 +27,7 @@ class Part:
 
     run: str
     samples: int
+    train_samples: int
     epochs: int
     save_step: int
     wait_step: int = 0
@@ -45,10 +47,9 @@ class Part:
         thaws = thaws_of(recipe)
         when = {epoch: min(number, self.epochs - 1) for number, epoch in enumerate(thaws, 1)} | {0: 0}
         rules = tuple((pattern, kind, when[epoch]) for pattern, kind, epoch in recipe.trainable.rules)
-        # The sample may hold fewer to train on than somebody asked for.
-        data = dataclasses.replace(recipe.data, samples=self.samples or recipe.data.samples)
+        data = recipe.data
         if self.samples:
-            data = dataclasses.replace(data, train_samples=0)
+            data = dataclasses.replace(data, samples=self.samples, train_samples=self.train_samples)
         return dataclasses.replace(
             recipe,
             data=data,

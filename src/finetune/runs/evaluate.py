@@ -76,7 +76,7 @@ def evaluate(
     """
     network, state = trained_network(run, which)
     recipe, numerics = split_config(state.config)
-    set_numerics(numerics.deterministic)
+    set_numerics(numerics.deterministic, numerics.tf32)
     device = pick_device(device_name)
     if isinstance(recipe.task, Distillation):
         raise UsageError(f"{run} is a distillation; how near it came to its teacher is in {run.metrics_file}")

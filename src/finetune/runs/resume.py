@@ -205,9 +205,14 @@ def resumed_setup(
     Raises:
         RunError: other data, or a network that does not fit.
     """
-    run, device = context.run, pick_device(machine.device)
+    run, before = context.run, str(state.versions.get("device", ""))
+    device, fastest = pick_device(machine.device, before), pick_device("auto")
+    if machine.device == "auto" and device.type != fastest.type:
+        context.say(
+            f"on {device.type}, as before, for the same bits; --device {fastest.type} is faster and ends otherwise"
+        )
     check_precision(numerics, device.type)
-    set_numerics(numerics.deterministic)
+    set_numerics(numerics.deterministic, numerics.tf32)
     backbone = backbone_of_run(run, state)
     data = open_data(located(recipe, place), backbone, state.data.skipped)
     # The teacher of a distillation, if there is one, is looked at when it runs.

@@ -191,7 +191,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     check_precision(numerics, device.type)
     find_optimizer(recipe.optimizer.name)
     check_effects(recipe, plan.chosen)
-    set_numerics(numerics.deterministic)
+    set_numerics(numerics.deterministic, numerics.tf32)
     recipe_here = located(recipe, plan.place)
     if init_from:
         backbone, network, other = network_from_run(recipe, init_from)

@@ -25,10 +25,17 @@ def facts_of(run: str, setup: Setup, phase: Phase) -> dict[str, str]:
         "training": (
             f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
         ),
-        "device": f"{setup.device}, {setup.numerics.precision}, {torch.get_num_threads()} threads",
+        "device": f"{setup.device}, {_arithmetic(setup)}, {torch.get_num_threads()} threads",
         **({"run folder": run} if run else {}),
         **({"note": "\n".join(notes)} if (notes := notes_on(setup)) else {}),
     }
+
+
+def _arithmetic(setup: Setup) -> str:
+    numerics = setup.numerics
+    if numerics.reduced(setup.device.type) != "tf32":
+        return numerics.precision
+    return f"{numerics.precision} ({numerics.tf32 if numerics.tf32 == 'convolutions' else 'all of it'} in tf32)"
 
 
 def notes_on(setup: Setup) -> list[str]:

@@ -267,7 +267,7 @@ def _pass_of(setup: Setup, found: Split, frozen_sha256: str) -> Pass:
         "frozen": frozen_sha256,
         "places": list(found.places),
         "shapes": [list(shape) for shape in found.shapes],
-        "numerics": {"precision": precision, "deterministic": setup.numerics.deterministic},
+        "numerics": {"precision": precision, "deterministic": setup.numerics.deterministic} | setup.tf32_named(),
         "environment": numeric_environment(device),
         "data": setup.data.source.fingerprint,
         "augment": {"augment": spec.augment, "seed": setup.recipe.seed} if spec.views else "",

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from finetune.base.device import TF32_CONVOLUTIONS
 from finetune.base.plain import Plain
 from finetune.data.contents import Contents
 from finetune.data.loader import Loader
@@ -76,6 +77,13 @@ class Setup:
     def config(self) -> Plain:
         """Everything that determines the result, as a checkpoint holds it."""
         return determining_config(self.recipe, self.numerics)
+
+    def tf32_named(self) -> dict[str, str]:
+        """What kept features are known by besides, where TF32 changes them. Torch's own way has no name here, for those
+        that were kept before there was a choice."""
+        numerics = self.numerics
+        is_named = self.device.type == "cuda" and numerics.of_backbone == "fp32" and numerics.tf32 != TF32_CONVOLUTIONS
+        return {"tf32": numerics.tf32} if is_named else {}
 
     def network_facts(self) -> NetworkFacts:
         """How to build the network again, as a checkpoint holds it."""

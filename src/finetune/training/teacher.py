@@ -95,6 +95,7 @@ def _teacher_pass(setup: Setup, name: str, source: TextSource) -> Pass:
         "weights": weights.sha256,
         "precision": setup.numerics.of_backbone,
         "environment": numeric_environment(setup.device),
+        **setup.tf32_named(),
         "data": source.fingerprint,
         "tokens": pipeline.table.sha256(),
     }

@@ -40,6 +40,8 @@ def device_figures(device: torch.device) -> dict[str, float]:
             torch.cuda.reset_peak_memory_stats(index)
             figures["memory/cuda_mb"] = _megabytes(allocated["current"])
             figures["memory/cuda_peak_mb"] = _megabytes(allocated["peak"])
+            free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+            figures["device/cuda_used_mb"] = _megabytes(total_bytes - free_bytes)
             figures |= _nvml_figures(index)
     elif device.type == "mps":
         with suppress(RuntimeError):
@@ -55,19 +57,16 @@ def _megabytes(size_bytes: float) -> float:
 
 
 def _nvml_figures(index: int) -> dict[str, float]:
-    """Use and memory of torch's CUDA device `index`, as the driver counts them."""
+    """How busy torch's CUDA device `index` is, as the driver counts it."""
     handle = nvml_handle(index)
     if handle is None:
         return {}
     import pynvml
 
-    figures = {}
     # One that is divided among several (MIG) does not tell its use.
     with suppress(pynvml.NVMLError):
-        figures["device/cuda_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-    with suppress(pynvml.NVMLError):
-        figures["device/cuda_used_mb"] = _megabytes(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-    return figures
+        return {"device/cuda_percent": float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)}
+    return {}
 
 
 @functools.cache
