@@ -188,7 +188,7 @@ def test_numbers_far_from_zero_are_exported_and_predicted_as_exactly_as_any(tmp_
     assert (mean, deviation) == (pytest.approx(1e9 + 0.5, abs=0.1), pytest.approx(0.5, abs=0.01))
     assert f"value = output * {deviation!r} + {mean!r}, in float64" in report.text()
     assert report.largest_difference < 1e-4  # of a deviation
-    assert main(["predict", str(tmp_path / "model.pt"), *texts]) == 0
+    assert main(["predict", str(tmp_path / "model.pt"), *texts, "--device", "cpu"]) == 0
     animal, tool = (json.loads(line)["value"] for line in capsys.readouterr().out.splitlines())
     assert animal == pytest.approx(1e9 + 1, abs=0.4) and tool == pytest.approx(1e9, abs=0.4)
     scope: dict = {}
