@@ -150,10 +150,15 @@ def test_a_server_killed_and_restarted_in_the_middle_delays_only_the_upload(tmp_
     before = max(step for step, _ in checkpoint.step_files(run.checkpoints))
     wait_for(lambda: max(step for step, _ in checkpoint.step_files(run.checkpoints)) > before, process)  # it goes on
     wait_for(lambda: "finished" in str(checkpoint.read_checkpoint(run.checkpoints / "latest.pt", run.read_recipe().id).progress.status), process)  # fmt: skip
-    time.sleep(3)
+    said = ""
+    # The library of S3 tries again by itself for some seconds before it says so.
+    while "cannot be written just now" not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
     assert process.poll() is None  # it waits with what is not uploaded
     server.start()
-    said = finish(process)
+    said += finish(process)
     assert said.count("cannot be written just now") == 1 and "the run goes on, uploads wait" in said
     assert "MB wait to be uploaded to s3://bucket/run" in said and "can be written again" in said
     files = server.files()
