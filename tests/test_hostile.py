@@ -303,10 +303,12 @@ def test_names_with_newlines_and_escape_codes_are_shown_not_obeyed(tmp_path, cap
     assert main(["export", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr()
     assert "cat\\x1b[31m\\x9b\\u202e" in shown.out
+    (folder / ".cache\x1b[31m").mkdir()  # left aside, and said so
     assert main(["predict", str(tmp_path / "run" / "model.pt"), str(folder)]) == 0
     predicted = capsys.readouterr()
     lines = [json.loads(line) for line in predicted.out.splitlines()]
     assert len(lines) == 16 + len(ODD) and any(name in line["file"] for line in lines for name in ODD[:1])
+    assert "left aside: 1 folder(s) (.cache\\x1b[31m)" in predicted.err
     for text in (shown.out, shown.err, predicted.out, predicted.err):
         assert obeyed(text) == [], text[max(0, text.find("\x1b") - 150) :][:300]
     (folder / "dog" / "\x1b[31m\n.png").write_bytes(b"no picture")

@@ -61,7 +61,6 @@ def predict(
     # The scale of numbers is folded into the weights, or stands beside them.
     task = make_task(TASKS[description["task"]](), len(classes), description.get("scale", ()))
     preprocessing = prepared(file, description)
-    say = partial(print, file=sys.stderr)
     if isinstance(task, RegressionTask) and top_k != TOP_K:
         raise UsageError(f"--top-k {top_k}: has no effect, {file} predicts a number and no classes; leave it out")
     reads = "texts" if isinstance(preprocessing, Tokenization) else "images"
@@ -72,18 +71,18 @@ def predict(
     reading = Reading(quotes=quotes or description.get("quotes", "standard"))
     samples: ImageInputs | TextInputs
     if isinstance(preprocessing, Tokenization):
-        samples = TextInputs(texts_in(inputs, text_column, allow_outside, say, reading), preprocessing)
+        samples = TextInputs(texts_in(inputs, text_column, allow_outside, _say_aside, reading), preprocessing)
     else:
-        samples = ImageInputs(image_files(inputs, image_column, allow_outside, say, reading), preprocessing)
+        samples = ImageInputs(image_files(inputs, image_column, allow_outside, _say_aside, reading), preprocessing)
     write = csv_writer(samples.fields, min(top_k, len(classes))) if as_csv else write_json_line
-    failed = halvings = 0
+    free, failed, halvings = freeing(device, lambda text: _say_aside(f"finetune: {text}")), 0, 0
     with progress_bar() as bar:
         shown = bar.add_task("", total=samples.count)
         for batch in samples.batches(batch_size):
             outputs = iter(())
             if batch.inputs is not None:
                 attempt = partial(compute, model, batch.inputs, task, device)
-                found, halvings = in_halves(attempt, len(batch.inputs), halvings, freeing(device, _say_aside))
+                found, halvings = in_halves(attempt, len(batch.inputs), halvings, free)
                 outputs = iter(found)
             for where, error in zip(batch.where, batch.errors, strict=True):
                 if error:
@@ -94,7 +93,7 @@ def predict(
             sys.stdout.flush()
             bar.advance(shown, len(batch.where))
     if failed:
-        print(f"finetune: {failed} of {samples.count} {samples.noun}(s) could not be read", file=sys.stderr)
+        _say_aside(f"finetune: {failed} of {samples.count} {samples.noun}(s) could not be read")
     return 1 if failed else 0
 
 
@@ -114,7 +113,7 @@ def progress_bar() -> Progress:
 
 def _say_aside(text: str) -> None:
     """Where standard output is for the lines."""
-    print(f"finetune: {text}", file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 @torch.inference_mode()
