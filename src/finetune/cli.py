@@ -49,14 +49,14 @@ from finetune.options import (
 from finetune.recipe.heads import image_head, text_head
 from finetune.recipe.scripts import call_recipe, find_recipe_file, load_recipe_function, shipped_recipes
 from finetune.recipe.spec import Recipe
+from finetune.rehearse.part import OPTION as PART_OPTION
+from finetune.rehearse.part import Part
 
 # What tyro says of an option that may be left out.
 INSTANTIATED = re.compile(
     r"Error parsing (--[\w-]+): no type matching \{None\}\|(.+?) could be instantiated from \[(.*?)\]\.?.*"
 )
 ADDRESS = re.compile(r"([A-Za-z][\w+.-]*://)[^\s;,]+")
-# Before a run that a rehearsal starts.
-PART = "--part"
 
 HELP = """\
 finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit for bit.
@@ -236,9 +236,7 @@ def command_summary(arguments: Sequence[str]) -> int:
 
 def command_rehearse(arguments: Sequence[str]) -> int:
     part, words = None, list(arguments)
-    if words[:1] == [PART] and len(words) > 1:
-        from finetune.rehearse.part import Part
-
+    if words[:1] == [PART_OPTION] and len(words) > 1:
         part, words = Part.from_text(words[1]), words[2:]
     if not words or words[0].startswith("-"):
         raise UsageError(

@@ -148,8 +148,8 @@ def rehearse_recipe(
     from finetune.rehearse.rehearsal import rehearse
     from finetune.rehearse.show import plan_text, show, to_plain, verdict
 
-    names, machine = chosen(recipe, usual), make_machine(options)
-    check_run(options, names, pick_device(options.device).type, keeps_features=isinstance(recipe.task, Distillation))
+    names, machine, device_type = chosen(recipe, usual), make_machine(options), pick_device(options.device).type
+    check_run(options, names, device_type, keeps_features=isinstance(recipe.task, Distillation))
     terminal = make_terminal(options.quiet or as_json)
     given = {name: value for name, value in dataclasses.asdict(machine).items() if value not in (None, "", "auto")}
     asked = Asked(
@@ -160,7 +160,7 @@ def rehearse_recipe(
         place=options.run,
         keep=options.keep or Settings.keep,
         cache_limit=options.cache_limit,
-        is_free=not options.deterministic and pick_device(options.device).type == "cuda",
+        is_free=not options.deterministic and device_type == "cuda",
     )
     with listen_for_signals("") as stop:
         extent = extent_of(recipe, names)

@@ -124,24 +124,31 @@ class _Suspicion:
 
     def check(self, path: Path) -> None:
         """Raises: UsageError: a row has swallowed others; names its lines."""
+        ranges = list(map(_range_of, self._seen)) if self._rows else []
         for begins, lines in self._rows:
             columns = zip(*(line.strip("\r\n").split(self._delimiter) for line in lines), strict=True)
-            if not any(map(self._has_such, self._seen, columns)):
+            if not any(map(_has_such, self._seen, ranges, columns)):
                 continue
             raise UsageError(
                 f"{path} line {begins}: the quote that begins there holds {len(lines)} lines together, up to line "
                 f"{begins + len(lines) - 1}, and each of them looks like a row; {SAYS}"
             )
 
-    @staticmethod
-    def _has_such(seen: set[str], values: tuple[str, ...]) -> bool:
-        plain = [value.strip() for value in values]
-        if seen and seen.issuperset(plain):
-            return True
-        if len(seen) <= FEW_VALUES or not all(map(_is_number, [*seen, *plain])):
-            return False
-        numbers = list(map(float, seen))
-        return all(min(numbers) <= float(value) <= max(numbers) for value in plain)
+
+def _range_of(seen: set[str]) -> tuple[float, float] | None:
+    """The ends of a column of figures; None = it holds others."""
+    if len(seen) <= FEW_VALUES or not all(map(_is_number, seen)):
+        return None
+    numbers = list(map(float, seen))
+    return min(numbers), max(numbers)
+
+
+def _has_such(seen: set[str], ends: tuple[float, float] | None, values: tuple[str, ...]) -> bool:
+    """Whether a column holds such values in other rows."""
+    plain = [value.strip() for value in values]
+    if seen and seen.issuperset(plain):
+        return True
+    return ends is not None and all(map(_is_number, plain)) and all(ends[0] <= float(one) <= ends[1] for one in plain)
 
 
 def _is_number(text: str) -> bool:

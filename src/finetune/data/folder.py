@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.data.decode import PACKAGES, SUFFIXES_BEFORE, is_image
-from finetune.data.groups import group_numbers, groups_by_name, with_groups
+from finetune.data.groups import groups_of, with_groups
 from finetune.data.names import is_service_folder
 from finetune.data.source import PART_NAMES, FileSource, Reading, check_inside, make_file_source
 from finetune.errors import UsageError
@@ -254,11 +254,7 @@ def open_folder(
     kind = IMAGES if reading.by_content else before(IMAGES)
     found = list_folder(folder, kind, what, allow_outside)
     source = make_file_source(folder, found.paths, found.labels, found.parts, classes, what, reading)
-    groups, of_groups = None, list[str]()
-    if reading.group_by:
-        names = groups_by_name(found.paths, reading.group_by)
-        groups, sentence = group_numbers(names, f"--group-by {reading.group_by}", "image")
-        of_groups = [sentence]
+    groups, of_groups = groups_of(found.paths, [], "", reading.group_by, "image")
     notes = (*found.left.notes, *source.notes, *of_groups)
     return dataclasses.replace(
         source, left=found.left.text, notes=notes, groups=groups, fingerprint=with_groups(source.fingerprint, groups)

@@ -49,6 +49,32 @@ def group_numbers(groups: Sequence[str], option: str, noun: str) -> tuple[Tensor
     return torch.tensor([numbers[normal(name)] for name in groups]), sentence
 
 
+def groups_of(
+    names: Sequence[str], rows: Sequence[str], column: str, pattern: str, noun: str
+) -> tuple[Tensor | None, list[str]]:
+    """Groups of samples, (samples,) int64, and what to say of them; None where samples stand alone.
+
+    Args:
+        names: of the samples' files; [] = they have none.
+        rows: what the group column holds of each.
+        column, pattern: as --group-column and --group-by have them; "" = not given.
+
+    Raises:
+        UsageError: see `groups_by_name` and `group_numbers`; or both are given.
+    """
+    if column and pattern:
+        raise UsageError("--group-column and --group-by: only one of both; leave the other one out")
+    if column:
+        numbers, sentence = group_numbers(rows, f"--group-column {column}", noun)
+    elif pattern:
+        if not names:
+            raise UsageError(f"--group-by {pattern}: is for names of files; give --group-column")
+        numbers, sentence = group_numbers(groups_by_name(names, pattern), f"--group-by {pattern}", noun)
+    else:
+        return None, []
+    return numbers, [sentence]
+
+
 def with_groups(fingerprint: str, groups: Tensor | None) -> str:
     """The fingerprint of samples that are grouped so."""
     if groups is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.decode import read_image
-from finetune.data.folder import TEXTS, LeftAside, files_below
+from finetune.data.folder import IMAGES, TEXTS, Kind, files_below
 from finetune.data.preprocess import Preprocessing
 from finetune.data.source import Reading, check_inside
 from finetune.data.table import TABLE_SUFFIXES, Columns, image_paths, sample_rows
@@ -34,9 +34,19 @@ class Inputs(NamedTuple):
     inputs: Tensor | None
 
 
-def _aside(left: LeftAside) -> list[str]:
-    """What to say of it."""
-    return [f"left aside: {left.text}", *left.notes] if left.text else []
+def _files_of(folder: Path, kind: Kind, wanted: str, say: Callable[[str], None]) -> list[str]:
+    """`files_below`; says what is left aside.
+
+    Raises:
+        UsageError: there are none of what is `wanted`.
+    """
+    found, left = files_below(folder, kind)
+    aside = [f"left aside: {left.text}", *left.notes] if left.text else []
+    if not found:
+        raise UsageError("; ".join([f"folder {folder}: holds no {wanted}", *aside]))
+    for line in aside:
+        say(f"folder {folder}: {line}")
+    return found
 
 
 # ---- Images -------------------------------------------------------------------------------------------------------
@@ -69,12 +79,7 @@ def image_files(
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found, left = files_below(path)
-            if not found:
-                raise UsageError("; ".join([f"folder {path}: holds no images", *_aside(left)]))
-            for line in _aside(left):
-                say(f"folder {path}: {line}")
-            files += below(path, found, f"folder {path}")
+            files += below(path, _files_of(path, IMAGES, "images", say), f"folder {path}")
         elif path.suffix.lower() in TABLE_SUFFIXES:
             files += below(path.parent, image_paths(path, image_column, reading), str(path))
         elif path.exists():
@@ -156,11 +161,7 @@ def texts_in(
         path, is_name = Path(name), len(name.split()) == 1
         suffix = path.suffix.lower()
         if _is(Path.is_dir, name):
-            files, left = files_below(path, TEXTS)
-            if not files:
-                raise UsageError("; ".join([f"folder {path}: holds no .txt files", *_aside(left)]))
-            for line in _aside(left):
-                say(f"folder {path}: {line}")
+            files = _files_of(path, TEXTS, ".txt files", say)
             if not allow_outside:
                 check_inside(path, files, f"folder {path}", "text")
             found += [{"file": str(path / file), "line": "", "text": read_text(path / file)} for file in files]

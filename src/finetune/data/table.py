@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from torch import Tensor
-
 from finetune.data.csv_rows import csv_rows
-from finetune.data.groups import group_numbers, groups_by_name, with_groups
+from finetune.data.groups import groups_of, with_groups
 from finetune.data.names import MISSING, notes_on_separators
 from finetune.data.source import PART_NAMES, FileSource, Reading, check_inside, make_file_source
 from finetune.errors import UsageError, one_line
@@ -240,32 +238,6 @@ def _group_of(row: Mapping[str, object], column: str, where: str) -> str:
     return group
 
 
-def groups_of(
-    names: Sequence[str], rows: Sequence[str], columns: Columns, reading: Reading, noun: str
-) -> tuple[Tensor | None, list[str]]:
-    """Groups of samples, (samples,) int64, and what to say of them; None where samples stand alone.
-
-    Args:
-        names: of the samples' files; [] = they have none.
-        rows: what the group column holds of each.
-
-    Raises:
-        UsageError: see `groups_by_name` and `group_numbers`.
-    """
-    if columns.group and reading.group_by:
-        raise UsageError("--group-column and --group-by: only one of both; leave the other one out")
-    if columns.group:
-        numbers, sentence = group_numbers(rows, f"--group-column {columns.group}", noun)
-    elif reading.group_by:
-        if not names:
-            raise UsageError(f"--group-by {reading.group_by}: is for names of files; give --group-column")
-        found = groups_by_name(names, reading.group_by)
-        numbers, sentence = group_numbers(found, f"--group-by {reading.group_by}", noun)
-    else:
-        return None, []
-    return numbers, [sentence]
-
-
 def _image_of(row: Row) -> str:
     """The path in a row, with "/"."""
     image = row.content
@@ -319,7 +291,7 @@ def open_table(
         check_inside(path.parent, list(lines), f"--images {path}")
     given_parts = parts if columns.split else None
     source = make_file_source(path.parent, list(lines), labels, given_parts, classes, f"--images {path}", reading)
-    groups, of_groups = groups_of(source.paths, rows, columns, reading, "image")
+    groups, of_groups = groups_of(source.paths, rows, columns.group, reading.group_by, "image")
     notes = (*found.notes, *source.notes, *made_of_others(labels, classes), *of_groups)
     return dataclasses.replace(source, notes=notes, groups=groups, fingerprint=with_groups(source.fingerprint, groups))
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from finetune.data.batch import Batch, Request
 from finetune.data.folder import TEXTS as TEXT_FILES
 from finetune.data.folder import before, list_folder
-from finetune.data.groups import with_groups
+from finetune.data.groups import groups_of, with_groups
 from finetune.data.source import PARTS, Reading, TextSource, encode_labels
-from finetune.data.table import TABLE_SUFFIXES, Columns, Found, groups_of, made_of_others, plain_value, sample_rows
+from finetune.data.table import TABLE_SUFFIXES, Columns, Found, made_of_others, plain_value, sample_rows
 from finetune.data.tokens import TokenTable
 from finetune.errors import RunError, UsageError
 
@@ -100,7 +100,7 @@ def open_texts(
     targets, classes, of_names = _targets(kind, labels, parts, classes, names, what, reading)
     notes += [*of_rows.notes, *of_names]
     files = names if path.is_dir() else []
-    groups, of_groups = groups_of(files, row_groups, columns, reading, "text")
+    groups, of_groups = groups_of(files, row_groups, columns.group, reading.group_by, "text")
     notes += of_groups
     fingerprint = with_groups(_fingerprint(contents, labels, parts), groups)
     part_numbers = None if parts is None else torch.tensor(parts, dtype=torch.int64)

@@ -5,7 +5,7 @@ levels of grey; so the range that a data set uses is found, or given, and become
 """
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,13 +138,14 @@ class Survey:
         return self.used[1] - self.used[0] >= FULL_SHARE * FULL_RANGE[1]
 
 
+def _some(paths: Sequence[str], count: int) -> list[str]:
+    """At most `count` of them, evenly spread."""
+    return [paths[place] for place in spread(torch.arange(len(paths)), count).tolist()]
+
+
 def survey(folder: Path, paths: Iterable[str], formats: Iterable[str]) -> Survey:
     """Look into files, evenly spread over the data set; those that are broken are found elsewhere."""
-    chosen = list(paths)
-    chosen = [
-        chosen[place * len(chosen) // min(len(chosen), LOOKED_AT)] for place in range(min(len(chosen), LOOKED_AT))
-    ]
-    formats = list(formats)
+    chosen, formats = _some(list(paths), LOOKED_AT), list(formats)
     wide, several = list[str](), list[str]()
     for path in chosen:
         with suppress(Exception), Image.open(folder / path, formats=formats) as image:
@@ -154,7 +155,7 @@ def survey(folder: Path, paths: Iterable[str], formats: Iterable[str]) -> Survey
             if image.format in ("TIFF", "GIF", "PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
                 several.append(path)
     parts, whole_numbers = list[Values](), True
-    for path in (wide[place] for place in spread(torch.arange(len(wide)), MEASURED_FILES).tolist()):
+    for path in _some(wide, MEASURED_FILES):
         with suppress(Exception):
             content = (folder / path).read_bytes()
             with Image.open(io.BytesIO(content), formats=formats) as image:

@@ -104,6 +104,11 @@ class Trained:
     def spread(self) -> float:
         return spread_of(self.outputs)
 
+    @property
+    def reduced(self) -> str:
+        """The arithmetic that the run itself computed in; see `Numerics.reduced`."""
+        return reduced_in(self.numerics, self.state)
+
     def checked(self, where: str, difference: float, by_kit: str = "") -> str:
         """What was compared, in lines for a person.
 
@@ -115,13 +120,12 @@ class Trained:
         equal = "bit for bit"
         if difference:
             equal = f"within {difference:.1g}" + (" of the targets' deviation" if numbers else "")
-        reduced = self.numerics.reduced(device_type_of(self.state))
-        in_fp32 = ", both computed in fp32" if reduced != "fp32" else ""
+        in_fp32 = ", both computed in fp32" if self.reduced != "fp32" else ""
         lines = [f"checked: {where}, its {what} equal the run's {equal}{in_fp32}"]
         if self.own is not None:
             lines.append(self.own.text())
         elif in_fp32:
-            lines.append(f"the run computed in {reduced}, which this machine cannot: not compared")
+            lines.append(f"the run computed in {self.reduced}, which this machine cannot: not compared")
         if self.scale:
             mean, deviation = self.scale
             lines.append(
@@ -157,8 +161,8 @@ def trained_tensors(run: RunFolder, which: str, dtype: torch.dtype = torch.float
         rescale(tensors, network.last_layer_path, folded_scale)
     folded = bool(folded_scale) or any(path not in apart for path, _ in standardised_layers(network.module))
     outputs = plain_outputs(network.module.eval(), samples)
-    reduced = numerics.reduced(device_type_of(state))
-    own = own_outputs(network, recipe, numerics, state, backbone, samples)
+    reduced = reduced_in(numerics, state)
+    own = own_outputs(reduced, network, recipe, numerics, state, backbone, samples)
     compared = None if own is None else _compared(reduced, make_task(recipe.task, state.data.outputs), outputs, own)
     return Trained(
         recipe, numerics, backbone, network, state, tensors, samples, outputs, folded, lost, folded_scale, beside,
@@ -173,10 +177,19 @@ def plain_outputs(module: nn.Module, samples: Tensor) -> Tensor:
 
 
 def own_outputs(
-    network: Network, recipe: Recipe, numerics: Numerics, state: CheckpointState, backbone: Backbone, samples: Tensor
+    reduced: str,
+    network: Network,
+    recipe: Recipe,
+    numerics: Numerics,
+    state: CheckpointState,
+    backbone: Backbone,
+    samples: Tensor,
 ) -> Tensor | None:
-    """What the run's network gives in the run's arithmetic; None where that is fp32, or nothing here computes in it."""
-    reduced = numerics.reduced(device_type_of(state))
+    """What the run's network gives in the run's arithmetic; None where that is fp32, or nothing here computes in it.
+
+    Args:
+        reduced: see `Trained`.
+    """
     if reduced == "fp32":
         return None
     # Of these the CPU has bf16 only.
@@ -194,9 +207,9 @@ def own_outputs(
     return outputs.cpu().double()
 
 
-def device_type_of(state: CheckpointState) -> str:
-    """The kind of device that a checkpoint was computed on: "cpu", "cuda" or "mps"."""
-    return str(state.versions.get("device", "cpu"))
+def reduced_in(numerics: Numerics, state: CheckpointState) -> str:
+    """`Numerics.reduced` on the kind of device that a checkpoint was computed on."""
+    return numerics.reduced(str(state.versions.get("device", "cpu")))
 
 
 def _compared(precision: str, task: Task, outputs: Tensor, own: Tensor) -> Own:

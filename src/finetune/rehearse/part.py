@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from finetune.recipe.spec import Recipe
 
+# Before one of them on the command line.
+OPTION = "--part"
 # Few enough for a minute, enough for a kill in the middle with steps before and after it.
 EPOCH_STEPS = 4
 MOST_EPOCHS = 3

@@ -16,6 +16,7 @@ from finetune.rehearse.cause import Cause, cause_of
 from finetune.rehearse.compare import Comparison, compare
 from finetune.rehearse.extent import Asked, Extent
 from finetune.rehearse.measure import Measured, measure
+from finetune.rehearse.part import OPTION, Part
 from finetune.rehearse.process import Ended, carry_out, environment
 from finetune.store.run_folder import RunFolder
 
@@ -107,7 +108,7 @@ class _Stage:
             FinetuneError: what it said, if it failed.
         """
         run = self._new(name)
-        ended = self._carry_out(name, ["rehearse", "--part", self.extent.part(str(run)).to_text(), *self.asked.words])
+        ended = self._carry_out(name, self._words(self.extent.part(str(run))))
         if ended.failed:
             raise ERRORS.get(ended.code, RunError)(ended.complaint)
         return run, ended
@@ -119,8 +120,7 @@ class _Stage:
             FinetuneError: it ended by itself.
         """
         run = self._new(name)
-        part = self.extent.part(str(run), killed=True)
-        ended = self._carry_out(name, ["rehearse", "--part", part.to_text(), *self.asked.words], killed_in=run.path)
+        ended = self._carry_out(name, self._words(self.extent.part(str(run), killed=True)), killed_in=run.path)
         if not ended.was_killed:
             raise ERRORS.get(ended.code, RunError)(f"the run that was to be killed ended by itself: {ended.complaint}")
         return run
@@ -131,12 +131,16 @@ class _Stage:
         Returns:
             What it said, if it failed; else "".
         """
-        words = ["resume", str(run), *self.asked.machine_words]
         if by_recipe:
-            part = self.extent.part(str(run), resume=True)
-            words = ["rehearse", "--part", part.to_text(), *self.asked.words]
-        ended = self._carry_out("resumed by the recipe's own command" if by_recipe else "resumed", words)
+            words = self._words(self.extent.part(str(run), resume=True))
+            ended = self._carry_out("resumed by the recipe's own command", words)
+        else:
+            ended = self._carry_out("resumed", ["resume", str(run), *self.asked.machine_words])
         return ended.complaint if ended.failed else ""
+
+    def _words(self, part: Part) -> list[str]:
+        """The command that carries out one of the runs by the recipe."""
+        return ["rehearse", OPTION, part.to_text(), *self.asked.words]
 
     def _new(self, name: str) -> RunFolder:
         return RunFolder(self.folder / name.replace(", ", "-").replace(" ", "-"))

@@ -206,8 +206,8 @@ def resumed_setup(
         RunError: other data, or a network that does not fit.
     """
     run, before = context.run, str(state.versions.get("device", ""))
-    device, fastest = pick_device(machine.device, before), pick_device("auto")
-    if machine.device == "auto" and device.type != fastest.type:
+    device = pick_device(machine.device, before)
+    if machine.device == "auto" and device.type != (fastest := pick_device("auto")).type:
         context.say(
             f"on {device.type}, as before, for the same bits; --device {fastest.type} is faster and ends otherwise"
         )

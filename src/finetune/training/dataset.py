@@ -185,9 +185,8 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
         raise UsageError(f"{spec.option} {spec.place}: has {several} a sample, which is no {kind} task")
     if spec.augment == "glyphs" and spec.place != "glyphs":
         raise UsageError("--augment glyphs: is for --images glyphs only; give none, light or standard")
-    source = with_pixel_range(source, backbone.preprocessing)
-    whole = split_data(source, recipe)
-    data = Data(source, whole, whole, make_pipeline(source, spec, backbone, recipe.seed))
+    pipeline, whole = make_pipeline(source, spec, backbone, recipe.seed), split_data(source, recipe)
+    data = Data(pipeline.source, whole, whole, pipeline)
     data = data.leave_out(skipped)
     data.check()
     if isinstance(recipe.task, recipes.Regression):

@@ -273,9 +273,8 @@ def _pass_of(setup: Setup, found: Split, frozen_sha256: str) -> Pass:
         "augment": {"augment": spec.augment, "seed": setup.recipe.seed} if spec.views else "",
     }
     if spec.listing == "content" and isinstance(setup.data.source, FileSource):
-        identity["decoded"] = sorted(
-            set(formats_by_suffix().values())
-        )  # a file that is broken to one is not to another
+        # A file that is broken where its format is not known is not where it is.
+        identity["decoded"] = sorted(set(formats_by_suffix().values()))
     about = f"{setup.recipe.model.full_name} over {spec.place}, {preprocessing.text}"
     pipeline, lengths = setup.data.pipeline, None
     if isinstance(pipeline, TextPipeline):
