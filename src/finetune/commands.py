@@ -243,7 +243,7 @@ def finish(context: "RunContext", progress: "Progress") -> None:
         " ".join(["finetune resume", str(run), *words]): f"{meaning}; after a crash, without {words[0]}",
     }
     if recipe.data.place == "digits":
-        hints["finetune vgg_head --images FOLDER"] = "your own images, one sub-folder a class"
+        hints["finetune photo_head --images FOLDER"] = "your own photos, one sub-folder a class"
     if recipe.data.place == "messages":
         hints["finetune bert_head --texts FILE"] = "your own texts: a csv with a text and a label in each row"
     width = max(map(len, hints))

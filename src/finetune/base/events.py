@@ -14,12 +14,14 @@ class Best(TypedDict, total=False):
     Attributes:
         value: of the metric that decides.
         step, epoch: where it was; the first epoch is 1.
+        loss: of the same validation, where that decides between equals.
     """
 
     metric: str
     value: float
     step: int
     epoch: int
+    loss: float
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ FULL_SHARE = 0.5
 LOW_QUANTILE, HIGH_QUANTILE = 0.001, 0.999
 # Looked at: headers of so many files, values of so many of those that are wide, so many values of each.
 LOOKED_AT, MEASURED_FILES, MEASURED_VALUES = 512, 64, 20_000
+# Pictures of characters and signs are about as small, and grey. Looked into for colours: so many; compression colours grey
+# a little, so more than so much of 255 is a colour, in more than that share of the pixels.
+SMALL_EDGE, GREY_MODES = 64, ("1", "L", "LA", "I", "F", "I;16", "I;16B")
+COLOUR_FILES, GREY_TOLERANCE, COLOUR_SHARE = 8, 24, 0.01
 OPENED_AS_8_BITS = ("LA", "RGB", "RGBA")
 TIFF_BITS, EXIF_ORIENTATION = 258, 274
 Values = NDArray[np.float32]
@@ -120,6 +124,8 @@ class Survey:
         looked_at: how many were opened.
         wide: how many of them are wide.
         several: those that hold several pictures, pages or frames, of which the first is taken.
+        large: how many are larger than `SMALL_EDGE` in both directions.
+        coloured: whether one of those looked into holds colours.
         used: the range that values of wide pictures lie in, () = none was measured.
         whole_numbers: whether the values are such.
     """
@@ -127,6 +133,8 @@ class Survey:
     looked_at: int
     wide: int
     several: list[str]
+    large: int
+    coloured: bool
     used: tuple[float, ...]
     whole_numbers: bool = True
 
@@ -146,9 +154,12 @@ def _some(paths: Sequence[str], count: int) -> list[str]:
 def survey(folder: Path, paths: Iterable[str], formats: Iterable[str]) -> Survey:
     """Look into files, evenly spread over the data set; those that are broken are found elsewhere."""
     chosen, formats = _some(list(paths), LOOKED_AT), list(formats)
-    wide, several = list[str](), list[str]()
+    wide, several, large, in_colour_mode = list[str](), list[str](), 0, list[str]()
     for path in chosen:
         with suppress(Exception), Image.open(folder / path, formats=formats) as image:
+            large += min(image.size) > SMALL_EDGE
+            if image.mode not in GREY_MODES:
+                in_colour_mode.append(path)
             if is_wide(image):
                 wide.append(path)
             # A photo that holds a second one (of its depth, of another eye) is one photo to everybody.
@@ -170,4 +181,14 @@ def survey(folder: Path, paths: Iterable[str], formats: Iterable[str]) -> Survey
         if low == high:  # a few bright spots on black are all that there is
             low, high = float(values.min()), float(values.max())
         used = (float(np.floor(low)), float(np.ceil(high))) if whole_numbers else (low, high)
-    return Survey(len(chosen), len(wide), several, used, whole_numbers)
+    coloured = any(_holds_colours(folder / path, formats) for path in in_colour_mode[:COLOUR_FILES])
+    return Survey(len(chosen), len(wide), several, large, coloured, used, whole_numbers)
+
+
+def _holds_colours(path: Path, formats: list[str]) -> bool:
+    """Whether a picture is more than shades of grey, which are often stored as colours."""
+    with suppress(Exception), Image.open(path, formats=formats) as image:
+        image.draft("RGB", (SMALL_EDGE, SMALL_EDGE))
+        pixels = np.asarray(image.convert("RGB").resize((SMALL_EDGE, SMALL_EDGE)), dtype=np.int16)
+        return bool((pixels.max(2) - pixels.min(2) > GREY_TOLERANCE).mean() > COLOUR_SHARE)
+    return False

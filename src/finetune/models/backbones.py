@@ -16,7 +16,7 @@ from finetune.data.preprocess import Preprocessing
 from finetune.data.tokens import Tokenization
 from finetune.errors import UsageError
 from finetune.models import hub, huggingface, text_encoders
-from finetune.models.bundled import BUNDLED, BUNDLED_TEXT, GLYPHS, bundled_folder
+from finetune.models.bundled import BUNDLED, BUNDLED_TEXT, bundled_folder
 from finetune.models.shapes import build_shapes
 
 # Their own initialisation takes long and warns; pretrained or not, torch's own will do.
@@ -68,8 +68,8 @@ def backbone_from_plain(plain: Mapping[str, Any]) -> Backbone:
         return Backbone(name, build, Tokenization(**plain["preprocessing"]), text_encoders.STOCK_LINES, options)
     preprocessing = Preprocessing(**plain["preprocessing"])
     if name in BUNDLED:
-        build, _, stock_lines = BUNDLED[name]
-        return Backbone(name, build, preprocessing, stock_lines)
+        bundled = BUNDLED[name]
+        return Backbone(name, bundled.build, preprocessing, bundled.stock_lines)
     if "config" in options:
         build = functools.partial(huggingface.build, options["config"])
         return Backbone(name, build, preprocessing, huggingface.STOCK_LINES, options)
@@ -97,7 +97,8 @@ def find_backbone(name: str) -> Backbone:
         UsageError: there is none; names the nearest.
     """
     if name in BUNDLED:
-        return backbone_from_plain({"name": name, "options": {}, "preprocessing": GLYPHS.to_plain()})
+        preprocessing = BUNDLED[name].preprocessing
+        return backbone_from_plain({"name": name, "options": {}, "preprocessing": preprocessing.to_plain()})
     if name in torchvision_names():
         return torchvision_backbone(name, default_member(name))
     if name.startswith(hub.PREFIX) or hub.is_folder(name):

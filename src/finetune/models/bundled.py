@@ -1,14 +1,17 @@
-"""The small backbones that ship with the kit: two made of torchvision's own classes, and a BERT in a folder."""
+"""The small backbones that ship with the kit: three made of torchvision's own classes, and a BERT in a folder."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vgg import VGG, make_layers
 
-from finetune.data.preprocess import squash
+from finetune.data.preprocess import Preprocessing, squash
 
 # Layers of bundled/vgg: channels of each 3x3 convolution, "M" = halve the resolution.
 VGG_LAYERS: list[str | int] = [32, 32, "M", 64, 64, "M", 128, 128, "M"]
@@ -51,6 +54,11 @@ def build_resnet(class_count: int) -> ResNet:
     return model
 
 
+def build_mobilenet(class_count: int) -> MobileNetV2:
+    """torchvision's MobileNetV2 as it is: 2,200,000 parameters before its last layer."""
+    return MobileNetV2(num_classes=class_count)
+
+
 def _initialise_convolutions(model: nn.Module) -> None:
     """He initialisation for convolutions, as torchvision does for both families."""
     for module in model.modules():
@@ -79,18 +87,48 @@ model.layer1, model.layer2 = stage(48, 48, 1), stage(48, 96, 2)
 model.layer3, model.layer4 = stage(96, 192, 2), nn.Identity()
 model.avgpool, model.fc = nn.AdaptiveAvgPool2d({POOLED_PIXELS}), nn.Linear(768, {{classes}})"""
 
-# Mean and standard deviation of the distorted glyphs that both were trained on, at 32 pixels.
+MOBILENET_STOCK_LINES = """\
+import torchvision
+model = torchvision.models.mobilenet_v2(num_classes={classes})"""
+
+# Mean and standard deviation of the distorted glyphs that two of them were trained on, at 32 pixels.
 GLYPHS = squash(32, mean=[0.38, 0.38, 0.38], std=[0.32, 0.32, 0.32])
-# By name: how to build it, its weights, the lines that build it from torchvision alone.
+# Of ImageNet's photographs, as torchvision prepares them for these weights.
+PHOTOS = Preprocessing(224, 256, True, "bilinear", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A backbone for images that ships with the kit.
+
+    Attributes:
+        build: see `Backbone`.
+        file: its weights.
+        stock_lines: what builds it from torchvision alone.
+        preprocessing: what they were trained with.
+    """
+
+    build: Callable[[int], nn.Module]
+    file: str
+    stock_lines: str
+    preprocessing: Preprocessing
+
+
 BUNDLED = {
-    "bundled/vgg": (build_vgg, "vgg.safetensors", VGG_STOCK_LINES),
-    "bundled/resnet": (build_resnet, "resnet.safetensors", RESNET_STOCK_LINES),
+    "bundled/mobilenet": Bundled(build_mobilenet, "mobilenet.safetensors", MOBILENET_STOCK_LINES, PHOTOS),
+    "bundled/vgg": Bundled(build_vgg, "vgg.safetensors", VGG_STOCK_LINES, GLYPHS),
+    "bundled/resnet": Bundled(build_resnet, "resnet.safetensors", RESNET_STOCK_LINES, GLYPHS),
 }
+
+
+def knows_glyphs_only(name: str) -> bool:
+    """Whether the weights of a backbone learnt nothing but printed characters."""
+    return name in BUNDLED and BUNDLED[name].preprocessing is GLYPHS
 
 
 def bundled_weights(name: str) -> Path:
     """The weights file of a bundled backbone."""
-    return Path(str(resources.files("finetune"))) / "bundled" / BUNDLED[name][1]
+    return Path(str(resources.files("finetune"))) / "bundled" / BUNDLED[name].file
 
 
 # Folders in transformers' format.

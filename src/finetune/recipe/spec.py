@@ -187,10 +187,13 @@ class Stop:
     Attributes:
         metric: one of the task's `METRICS`, of the validation set; "auto" = the first.
         patience: stop after so many validations without a new best; 0 = never.
+        ties: which of the validations that are equally good is best: "loss" = that with the lowest loss; "first" = the
+            first.
     """
 
     metric: str = "auto"
     patience: int = 0
+    ties: str = named("loss", before="first")
 
 
 @dataclass(frozen=True)
@@ -256,6 +259,7 @@ def check_ranges(recipe: Recipe) -> None:
         ("accumulate", optimizer.accumulate, 1 <= optimizer.accumulate <= recipe.batch_size, "1 up to the batch size"),
         ("warmup-fraction", schedule.warmup_fraction, 0 <= schedule.warmup_fraction < 1, "0 up to, not including, 1"),
         ("patience", recipe.stop.patience, recipe.stop.patience >= 0, "0 (never) or more"),
+        ("ties", recipe.stop.ties, recipe.stop.ties in ("loss", "first"), "loss or first"),
         ("stop-metric", recipe.stop.metric, recipe.stop.metric in ("auto", *metrics), f"auto, {', '.join(metrics)}"),
     ]
     if isinstance(recipe.task, Classification | MultiLabel):

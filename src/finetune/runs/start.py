@@ -16,6 +16,7 @@ from finetune.data.open import check_data_effects
 from finetune.data.order import key
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, StoppedEarly, UsageError
+from finetune.models.bundled import knows_glyphs_only
 from finetune.models.heads import reorder, rescale
 from finetune.models.network import store_frozen
 from finetune.models.pretrained import new_network, pretrained
@@ -207,7 +208,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
             reorder(tensors, network.last_layer_path, order)
             network.module.load_state_dict(tensors)
         if isinstance(recipe.data, Images):
-            data, backbone = survey_pixels(data, backbone, recipe.data.pixel_range, prepared_by=init_from)
+            data, backbone = survey_pixels(data, backbone, recipe.data, prepared_by=init_from)
         if data.scale:
             tensors = network.module.state_dict()
             rescale(tensors, network.last_layer_path, other.scale, data.scale)
@@ -218,7 +219,9 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         preprocessing_of = weights.preprocessing_of if weights else "its default weights"
         data = open_data(recipe_here, backbone)
         if isinstance(recipe.data, Images):
-            data, backbone = survey_pixels(data, backbone, recipe.data.pixel_range)
+            of_glyphs = weights is not None and weights.reference == f"bundled:{backbone.name}"
+            of_glyphs = of_glyphs and knows_glyphs_only(backbone.name)
+            data, backbone = survey_pixels(data, backbone, recipe.data, knows_glyphs_only=of_glyphs)
         network = new_network(recipe, backbone, weights, data.output_count, begins_with)
         if begins_with is not None:  # a part of the file is not the file
             weights, weights_text = None, f"begins as a part of {weights_text}"

@@ -1,6 +1,7 @@
 """The data set that a recipe names: opened, split, on its way to batches."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from finetune.data.preprocess import Preprocessing
 from finetune.data.source import FileSource, Source, TextSource, class_counts
 from finetune.data.texts import TextPipeline
 from finetune.data.tokens import Tokenization
-from finetune.data.wide import survey
+from finetune.data.wide import SMALL_EDGE, survey
 from finetune.errors import UsageError
 from finetune.models import text_encoders
 from finetune.models.backbones import Backbone
@@ -195,11 +196,14 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
     return data
 
 
-def survey_pixels(data: Data, backbone: Backbone, pixel_range: str, prepared_by: str = "") -> tuple[Data, Backbone]:
-    """Look into some image files to train on: which values pictures of more than 8 bits use, and how many hold several.
+def survey_pixels(
+    data: Data, backbone: Backbone, spec: recipes.Images, *, knows_glyphs_only: bool = False, prepared_by: str = ""
+) -> tuple[Data, Backbone]:
+    """Look into some image files to train on: which values pictures of more than 8 bits use, how many hold several, and
+    whether the backbone was made for such.
 
     Args:
-        pixel_range: as a recipe has it.
+        knows_glyphs_only: it learnt nothing but printed characters.
         prepared_by: the run whose way of preparing images holds; "" = none's.
 
     Returns:
@@ -208,7 +212,7 @@ def survey_pixels(data: Data, backbone: Backbone, pixel_range: str, prepared_by:
     Raises:
         UsageError: a range is given, and there is no picture that it applies to.
     """
-    source, preprocessing = data.source, backbone.preprocessing
+    source, preprocessing, pixel_range = data.source, backbone.preprocessing, spec.pixel_range
     limits: tuple[float, ...] = pixel_limits(pixel_range)
     if prepared_by and pixel_range != "auto":
         raise UsageError(f"--pixel-range {pixel_range}: images are prepared as in {prepared_by}; leave it out")
@@ -237,6 +241,13 @@ def survey_pixels(data: Data, backbone: Backbone, pixel_range: str, prepared_by:
         notes.append(
             f"{len(found.several):,} of {found.looked_at:,} images looked at hold several pictures, like "
             f"{found.several[0]}: the first of each is taken"
+        )
+    are_large = found.large > found.looked_at / 2
+    if knows_glyphs_only and (found.coloured or are_large):
+        what = " and ".join(["in colour"] * found.coloured + [f"larger than {SMALL_EDGE} px"] * are_large)
+        notes.append(
+            f"{backbone.name} learnt printed characters of {preprocessing.image_size} px, and these pictures are {what}; for "
+            f"photographs type: finetune photo_head --images {shlex.quote(spec.images)}"
         )
     prepared = dataclasses.replace(preprocessing, pixel_range=list(limits))
     source = dataclasses.replace(source, pixel_range=limits, notes=(*source.notes, *notes))

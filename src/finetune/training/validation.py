@@ -55,14 +55,25 @@ def is_better(metric: str, value: float, best: Best) -> bool:
     return value < best["value"] if metric in LOWER_IS_BETTER else value > best["value"]
 
 
+def breaks_tie(value: float, loss: float, best: Best) -> bool:
+    """Whether a validation is as good as the best one so far, at a lower loss: few samples tie often."""
+    return bool(best) and value == best["value"] and loss < best.get("loss", -math.inf)
+
+
 def record_validation(recipe: Recipe, progress: Progress, values: dict[str, float], epoch: int) -> bool:
-    """Take down a validation's figures; whether they are the best so far."""
-    metric = recipe.best_metric
+    """Take down a validation's figures; whether they are the best so far. Patience and the plateau schedule count the
+    metric alone: a tie at a lower loss is no new best to them."""
+    metric, loss = recipe.best_metric, values["val/loss"]
     value = values[f"val/{metric}"]
-    best = is_better(metric, value, progress.best)
+    improved = is_better(metric, value, progress.best)
+    by_loss = recipe.stop.ties == "loss"
+    best = improved or (by_loss and breaks_tie(value, loss, progress.best))
     progress.last_validation, progress.validated_step = values, progress.step
     if best:
         progress.best = {"metric": metric, "value": value, "step": progress.step, "epoch": epoch}
+        if by_loss:
+            progress.best["loss"] = loss
+    if improved:
         progress.validations_without_best = 0
     else:
         progress.validations_without_best += 1

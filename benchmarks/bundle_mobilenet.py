@@ -1,0 +1,40 @@
+"""Make `bundled/mobilenet` of torchvision's own weights: the same file, bit for bit, on every machine.
+
+    python benchmarks/bundle_mobilenet.py mobilenet_v2-b0353104.pth src/finetune/bundled/mobilenet.safetensors
+
+Leaves the classifier out and keeps the weights of convolutions in float16, which halves the file; batch normalisation
+stays in float32, for its variances span more than float16 does. Prints the sha256.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from finetune.base.files import sha256_of_file
+
+# Of the file that torchvision calls MobileNet_V2_Weights.IMAGENET1K_V1.
+ORIGINAL_SHA256 = "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"
+LAST_LAYER = "classifier."
+
+
+def bundle(original: Path, output: Path) -> str:
+    """Write `output`; returns its sha256."""
+    found = sha256_of_file(original)
+    if found != ORIGINAL_SHA256:
+        raise SystemExit(f"{original}: sha256 {found}, expected {ORIGINAL_SHA256}; fetch torchvision's own file")
+    state = torch.load(original, weights_only=True)
+    kept = {name: value for name, value in state.items() if not name.startswith(LAST_LAYER)}
+    # Convolutions are the only tensors of four dimensions.
+    tensors = {name: value.half() if value.dim() == 4 else value for name, value in kept.items()}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, output)
+    return sha256_of_file(output)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("original", type=Path)
+    parser.add_argument("output", type=Path)
+    options = parser.parse_args()
+    print(bundle(options.original, options.output))
