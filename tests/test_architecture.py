@@ -22,7 +22,7 @@ ORDER = [
     ["training"],
     ["export", "runs", "rehearse"],
     ["options"],
-    ["commands"],
+    ["commands", "parsing"],
     ["cli"],
     ["api"],
 ]

@@ -164,7 +164,7 @@ def become(output: int, words: list[str], environment: dict[str, str], folder: s
 
 
 if __name__ == "__main__":
-    import finetune.commands
+    import finetune.commands.training
     import finetune.runs.resume
     import finetune.watch.tensorboard  # noqa: F401
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from finetune import commands
 from finetune.base.events import Best
 from finetune.base.formatting import best_text
 from finetune.base.signals import StopRequest
+from finetune.commands import training
 from finetune.errors import RunError, UsageError
 from finetune.options import ResumeOptions, RunOptions
 from finetune.recipe.spec import Recipe
@@ -132,7 +132,7 @@ def fit(
         )
     given = _given(RunOptions, "RECIPE", run, {"resume": bool(run)} | options)
     _check_handed_in(trackers, stop)
-    return commands.train(name, (), recipe, given, [], _conclude, trackers=trackers, stop=stop)
+    return training.train(name, (), recipe, given, [], _conclude, trackers=trackers, stop=stop)
 
 
 def resume(
@@ -154,7 +154,7 @@ def resume(
     """
     given = _given(ResumeOptions, "resume", run, options)
     _check_handed_in(trackers, stop)
-    return commands.resume(given, _conclude, trackers=trackers, stop=stop)
+    return training.resume(given, _conclude, trackers=trackers, stop=stop)
 
 
 def _check_handed_in(trackers: object, stop: object) -> None:

@@ -1,25 +1,18 @@
 """The command line. Parsing imports no torch; `finetune --help` answers in a quarter of a second."""
 
 import atexit
-import dataclasses
 import gc
 import importlib
-import inspect
 import io
 import os
-import re
 import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, suppress
-from itertools import groupby
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, NamedTuple, NoReturn
-
-import docstring_parser
-import tyro
+from typing import NoReturn
 
 from finetune.base.formatting import printable
 from finetune.base.signals import exit_on_signals
@@ -34,6 +27,7 @@ from finetune.errors import (
     say_nothing_of_large_images,
 )
 from finetune.options import (
+    BackbonesOptions,
     CacheOptions,
     DoctorOptions,
     EvaluateOptions,
@@ -42,26 +36,19 @@ from finetune.options import (
     RehearseOptions,
     ReportOptions,
     ResumeOptions,
-    RunOptions,
     RunsOptions,
     repeatable,
 )
-from finetune.recipe.heads import image_head, text_head
-from finetune.recipe.scripts import call_recipe, find_recipe_file, load_recipe_function, shipped_recipes
-from finetune.recipe.spec import Recipe
+from finetune.parsing import parse, parse_recipe
+from finetune.recipe.scripts import find_recipe_file, shipped_recipes
 from finetune.rehearse.part import OPTION as PART_OPTION
 from finetune.rehearse.part import Part
-
-# What tyro says of an option that may be left out.
-INSTANTIATED = re.compile(
-    r"Error parsing (--[\w-]+): no type matching \{None\}\|(.+?) could be instantiated from \[(.*?)\]\.?.*"
-)
-ADDRESS = re.compile(r"([A-Za-z][\w+.-]*://)[^\s;,]+")
 
 HELP = """\
 finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit for bit.
 
   finetune RECIPE [options]              train; RECIPE is a file or a shipped recipe: {recipes}
+  finetune photo_head --images FOLDER    the one for photos; --backbone A,B compares several on your own data
   finetune RECIPE --help                 the recipe's own options, with their documentation
   finetune rehearse RECIPE [options]     try kill and resume on a sample of the data; time, memory, disk of it all
   finetune resume [RUN] [--epochs N]     go on; without RUN: the newest unfinished below runs/
@@ -71,6 +58,8 @@ finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit fo
   finetune report RUN                    all that is known of a run as one HTML page: curves, figures, worst samples
   finetune summary RECIPE [options]      layers, what trains, the size of a checkpoint
   finetune runs [FOLDER]                 the runs in a folder (runs/); of two runs: side by side
+  finetune recipes                       the shipped recipes, a sentence each
+  finetune backbones [WORD]              pretrained networks: size, what is to fetch, accuracy on ImageNet
   finetune cache [clear]                 features that frozen backbones computed: list, or delete
   finetune doctor                        versions, devices, memory, disk: what is missing or wrong on this machine
   finetune new NAME FILE                 copy a shipped recipe to a file of your own
@@ -83,107 +72,7 @@ Exit codes: 0 done, 2 wrong usage or recipe, 1 failed, 75 stopped early on purpo
 """
 
 
-# ---- A recipe's signature as options ------------------------------------------------------------------------------
-
-
-def _documentation(function: Callable) -> dict[str, str]:
-    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
-    return {param.arg_name: (param.description or "").replace("\n", " ") for param in parsed.params}
-
-
-def options_class(function: Callable[..., Recipe]) -> type:
-    """A dataclass with one field a parameter of the recipe, documented by its docstring, else by that of
-    the function that makes such recipes.
-
-    Raises:
-        UsageError: a parameter without a type or a default, or of the name of an option that every run has.
-    """
-    shared = text_head if "texts" in inspect.signature(function).parameters else image_head
-    documentation = _documentation(shared) | _documentation(function)
-    fields = []
-    taken = {field.name for field in dataclasses.fields(RunOptions)}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name in taken:
-            raise UsageError(f"recipe parameter {name!r}: every run has an option of that name; give it another")
-        if parameter.annotation is inspect.Parameter.empty or parameter.default is inspect.Parameter.empty:
-            raise UsageError(f"recipe parameter {name!r}: needs a type and a default, as in {name}: int = 3")
-        markers: list[Any] = [tyro.conf.arg(help=documentation[name])] if name in documentation else []
-        if dataclasses.is_dataclass(parameter.annotation):
-            markers = [tyro.conf.OmitArgPrefixes]
-        kind = parameter.annotation
-        for marker in markers:
-            kind = Annotated[kind, marker]
-        fields.append((name, kind, dataclasses.field(default=parameter.default)))
-    return dataclasses.make_dataclass("RecipeOptions", fields, frozen=True)
-
-
-class Parsed(NamedTuple):
-    """A recipe with its options and those of the run.
-
-    Attributes:
-        path: of its file.
-        usual: the recipe with its options left out; None where it needs some.
-        also: options of the command itself.
-    """
-
-    path: Path
-    recipe: Recipe
-    options: RunOptions
-    usual: Recipe | None
-    also: Any = None
-
-
-def parse_recipe(name: str, arguments: Sequence[str], also: type | None = None) -> Parsed:
-    """Load a recipe and parse its and the run's options, and `also` those of a command."""
-    path = find_recipe_file(name, COMMANDS)
-    function = load_recipe_function(path)
-    groups = {"recipe": options_class(function), "run": RunOptions} | ({"also": also} if also else {})
-    recipe_class = groups["recipe"]
-    fields = [
-        (name, Annotated[group, tyro.conf.OmitArgPrefixes], dataclasses.field(default=group()))
-        for name, group in groups.items()
-    ]
-    all_options = dataclasses.make_dataclass("Options", fields, frozen=True)
-    summary = docstring_parser.parse(inspect.getdoc(function) or "").short_description or ""
-    parsed = parse(all_options, name if also is None else f"rehearse {name}", summary, arguments)
-    options = {field.name: getattr(parsed.recipe, field.name) for field in dataclasses.fields(recipe_class)}
-    recipe, usual = call_recipe(function, options, path), None
-    with suppress(UsageError):
-        usual = call_recipe(function, {name: getattr(recipe_class(), name) for name in options}, path)
-    return Parsed(path, recipe, parsed.run, usual, getattr(parsed, "also", None))
-
-
-def parse(options: type, command: str, description: str, arguments: Sequence[str]) -> Any:
-    """Options of a dataclass from the command line.
-
-    Raises:
-        UsageError: they cannot be parsed; in one line what tyro says in a box.
-        SystemExit: help was asked for, and printed.
-    """
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            return tyro.cli(options, prog=f"finetune {command}", description=description, args=list(arguments))
-    except SystemExit as end:
-        if not end.code:
-            raise
-    from rich.text import Text
-
-    # The first paragraph between the box's rules is what is wrong, the second what was perhaps meant. In a terminal
-    # tyro colours it, wherever it goes.
-    plain = Text.from_ansi(said.getvalue()).plain
-    lines = [line.strip("│ ") for line in plain.splitlines() if line.strip() and not line.startswith(("╭", "╰"))]
-    groups = groupby(lines, lambda line: not line.strip("─-"))
-    paragraphs = [" ".join(group).rstrip(".") for is_rule, group in groups if not is_rule]
-    if "╭" not in plain:  # where standard output is ASCII the box has a title above its first rule
-        del paragraphs[0]
-    meant = [words for words in paragraphs[1:] if words.startswith("Perhaps you meant")]
-    paragraphs[:1] = [INSTANTIATED.sub(r"Error parsing \1: \3 is no \2", text) for text in paragraphs[:1]]
-    text = "; ".join([*paragraphs[:1], *meant, f"all options: finetune {command} --help"])
-    raise UsageError(ADDRESS.sub(r"\1...", text))  # an address may hold a password
-
-
-def import_commands(with_torch: bool = True) -> ModuleType:
+def import_commands(name: str, with_torch: bool = True) -> ModuleType:
     """The module that does the work; and first torch, where it takes that: some million objects, none of them
     garbage."""
     if with_torch:
@@ -191,47 +80,47 @@ def import_commands(with_torch: bool = True) -> ModuleType:
         if not gc.isenabled():  # see `run`
             gc.freeze()
             gc.enable()
-    return importlib.import_module("finetune.commands")
+    return importlib.import_module(f"finetune.commands.{name}")
 
 
 # ---- Commands ------------------------------------------------------------------------------------------------------
 
 
 def command_train(name: str, arguments: Sequence[str]) -> int:
-    path, recipe, options, usual, _ = parse_recipe(name, arguments)
-    return import_commands().train_recipe(path, recipe, options, repeatable([name, *arguments]), usual)
+    path, recipe, options, usual, _ = parse_recipe(name, arguments, COMMANDS)
+    return import_commands("training").train_recipe(path, recipe, options, repeatable([name, *arguments]), usual)
 
 
 def command_resume(arguments: Sequence[str]) -> int:
     options = parse(ResumeOptions, "resume", "Go on with a run.", arguments)
-    return import_commands().resume_run(options)
+    return import_commands("training").resume_run(options)
 
 
 def command_export(arguments: Sequence[str]) -> int:
     options = parse(ExportOptions, "export", "Weights that stock libraries load.", arguments)
-    return import_commands().export_run(options)
+    return import_commands("reading").export_run(options)
 
 
 def command_predict(arguments: Sequence[str]) -> int:
     options = parse(PredictOptions, "predict", "Classify images or texts with an export.", arguments)
-    return import_commands().predict_files(options)
+    return import_commands("reading").predict_files(options)
 
 
 def command_evaluate(arguments: Sequence[str]) -> int:
     options = parse(EvaluateOptions, "evaluate", "How good a run is.", arguments)
-    return import_commands().evaluate_run(options)
+    return import_commands("reading").evaluate_run(options)
 
 
 def command_report(arguments: Sequence[str]) -> int:
     options = parse(ReportOptions, "report", "All that is known of a run as one HTML page.", arguments)
-    return import_commands().write_report_of_run(options)
+    return import_commands("reading").write_report_of_run(options)
 
 
 def command_summary(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("finetune summary: needs a recipe, as in: finetune summary vgg_head")
-    _, recipe, options, usual, _ = parse_recipe(arguments[0], arguments[1:])
-    return import_commands().summarise(recipe, options, usual)
+    _, recipe, options, usual, _ = parse_recipe(arguments[0], arguments[1:], COMMANDS)
+    return import_commands("reading").summarise(recipe, options, usual)
 
 
 def command_rehearse(arguments: Sequence[str]) -> int:
@@ -245,12 +134,12 @@ def command_rehearse(arguments: Sequence[str]) -> int:
     before = sys.dont_write_bytecode
     sys.dont_write_bytecode = True  # nothing is left behind, not beside the recipe either
     try:
-        path, recipe, options, usual, also = parse_recipe(words[0], words[1:], RehearseOptions)
+        path, recipe, options, usual, also = parse_recipe(words[0], words[1:], COMMANDS, RehearseOptions)
     finally:
         sys.dont_write_bytecode = before
     if part is not None:
-        return import_commands().rehearse_part(path, recipe, options, part, usual)
-    return import_commands().rehearse_recipe(path, recipe, options, words, usual, also.json)
+        return import_commands("training").rehearse_part(path, recipe, options, part, usual)
+    return import_commands("training").rehearse_recipe(path, recipe, options, words, usual, also.json)
 
 
 def command_cache(arguments: Sequence[str]) -> int:
@@ -262,7 +151,18 @@ def command_cache(arguments: Sequence[str]) -> int:
 
 def command_runs(arguments: Sequence[str]) -> int:
     options = parse(RunsOptions, "runs", "The runs in a folder, or two runs side by side.", arguments)
-    return import_commands(with_torch=False).list_or_compare(options.folders, options.sort, options.json)
+    return import_commands("reading", with_torch=False).list_or_compare(options.folders, options.sort, options.json)
+
+
+def command_recipes(arguments: Sequence[str]) -> int:
+    if arguments:
+        raise UsageError(f"finetune recipes: takes no words, but was given {' '.join(arguments)}; leave them out")
+    return import_commands("reading", with_torch=False).list_recipes()
+
+
+def command_backbones(arguments: Sequence[str]) -> int:
+    options = parse(BackbonesOptions, "backbones", "What there is to begin from.", arguments)
+    return import_commands("reading").list_backbones(options.word, options.json)
 
 
 def command_doctor(arguments: Sequence[str]) -> int:
@@ -297,6 +197,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": command_report,
     "summary": command_summary,
     "runs": command_runs,
+    "recipes": command_recipes,
+    "backbones": command_backbones,
     "cache": command_cache,
     "doctor": command_doctor,
     "new": command_new,

@@ -218,6 +218,16 @@ class RunsOptions:
 
 
 @dataclass(frozen=True)
+class BackbonesOptions:
+    """Options of `finetune backbones`."""
+
+    word: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[WORD]")] = ""
+    """Only those whose name or sentence holds it, or that read it: images, texts."""
+    json: bool = False
+    """Print JSON: an array of backbones."""
+
+
+@dataclass(frozen=True)
 class DoctorOptions:
     """Options of `finetune doctor`."""
 
@@ -255,6 +265,13 @@ def refuse(options: object, names: Collection[str], why: str) -> None:
     for name, value in given_options(options).items():
         if name in names:
             raise UsageError(f"{option_text(name, value)}: has no effect {why}; leave it out")
+
+
+def check_workers(workers: int | None) -> int | None:
+    """Refuse a number of workers that cannot be."""
+    if workers is not None and workers < 0:
+        raise UsageError(f"--workers {workers}: not allowed; give 0 (none) or more")
+    return workers
 
 
 def check_machine(options: RunOptions | ResumeOptions, notifies: bool) -> None:

@@ -106,18 +106,26 @@ class Bundled:
         file: its weights.
         stock_lines: what builds it from torchvision alone.
         preprocessing: what they were trained with.
+        sentence: what it is good for.
     """
 
     build: Callable[[int], nn.Module]
     file: str
     stock_lines: str
     preprocessing: Preprocessing
+    sentence: str
 
 
 BUNDLED = {
-    "bundled/mobilenet": Bundled(build_mobilenet, "mobilenet.safetensors", MOBILENET_STOCK_LINES, PHOTOS),
-    "bundled/vgg": Bundled(build_vgg, "vgg.safetensors", VGG_STOCK_LINES, GLYPHS),
-    "bundled/resnet": Bundled(build_resnet, "resnet.safetensors", RESNET_STOCK_LINES, GLYPHS),
+    "bundled/mobilenet": Bundled(
+        build_mobilenet, "mobilenet.safetensors", MOBILENET_STOCK_LINES, PHOTOS, "MobileNetV2, for photographs"
+    ),
+    "bundled/vgg": Bundled(
+        build_vgg, "vgg.safetensors", VGG_STOCK_LINES, GLYPHS, "a small VGG, for printed characters and small shapes"
+    ),
+    "bundled/resnet": Bundled(
+        build_resnet, "resnet.safetensors", RESNET_STOCK_LINES, GLYPHS, "a small ResNet, for the same"
+    ),
 }
 
 

@@ -203,23 +203,27 @@ def locate(reference: str) -> tuple[Path, str]:
         folder = hub.folder_of(reference, [])
         return folder, hub.hash_of_folder(folder)
     member = next(member for member in members(name) if member.name == rest[0])
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / member.url.rsplit("/", 1)[-1]
+    path = cached_file(member)
     digits = HASH_IN_NAME.search(path.name)
     expected = digits[1] if digits else ""
     if not path.is_file():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(member.url, str(path), expected or None, progress=True)
         except (URLError, OSError, RuntimeError) as error:
             raise RunError(
                 f"--weights {member.name}: not cached and cannot be fetched ({one_line(error, 150)}); put {member.url} "
-                f"into {folder}, or take --backbone bundled/vgg, whose weights ship with the kit"
+                f"into {path.parent}, or take --backbone bundled/mobilenet, whose weights ship with the kit"
             ) from None
     found = sha256_of_file(path)
     if not found.startswith(expected):
         raise RunError(f"{path} is damaged: sha256 {found}, expected {expected}...; delete it, it is then fetched anew")
     return path, found
+
+
+def cached_file(member: WeightsEnum) -> Path:
+    """Where torchvision keeps a file that it fetched."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / member.url.rsplit("/", 1)[-1]
 
 
 # ---- Reading ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Recipe files: found by path or name, run, called; and what of them is kept with a run. Imports no torch."""
 
+import ast
 import difflib
 import functools
 import importlib.util
@@ -31,6 +32,12 @@ def shipped_recipes() -> dict[str, Path]:
     inside = PACKAGE / "recipes"
     folder = inside if inside.is_dir() else PACKAGE.parents[1] / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def summary_of(path: Path) -> str:
+    """The first sentence of a recipe file; nothing of it is run."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n\n")[0].replace("\n", " ")
 
 
 def find_recipe_file(name: str, other_names: Iterable[str] = ()) -> Path:

@@ -246,8 +246,8 @@ def survey_pixels(
     if knows_glyphs_only and (found.coloured or are_large):
         what = " and ".join(["in colour"] * found.coloured + [f"larger than {SMALL_EDGE} px"] * are_large)
         notes.append(
-            f"{backbone.name} learnt printed characters of {preprocessing.image_size} px, and these pictures are {what}; for "
-            f"photographs type: finetune photo_head --images {shlex.quote(spec.images)}"
+            f"{backbone.name} learnt from printed characters of 32 px, and these pictures are {what}; for photographs "
+            f"type: finetune photo_head --images {shlex.quote(spec.images)}"
         )
     prepared = dataclasses.replace(preprocessing, pixel_range=list(limits))
     source = dataclasses.replace(source, pixel_range=limits, notes=(*source.notes, *notes))

@@ -246,8 +246,9 @@ class Session:
         epoch = math.ceil(progress.step / self.steps.per_epoch)
         figures = evaluation.figures()
         best = record_validation(self.recipe, progress, figures, epoch)
-        values = {"train/epoch_loss": epoch_loss} | figures
-        self._log.write({"step": progress.step, "epoch": epoch} | values)
+        values, feed = {"train/epoch_loss": epoch_loss} | figures, self.phase.feed
+        times = {"time/pass_seconds": round(feed.pass_seconds, 3)} if feed.is_kept and epoch == 1 else {}
+        self._log.write({"step": progress.step, "epoch": epoch} | values | times)
         watch.validated(Validated(progress.step, epoch, self.epochs, values, progress.best, best), evaluation)
         return best
 

@@ -1,7 +1,7 @@
-"""What each command does, once its options are parsed. Each imports what it needs: torch is not for all of them."""
+"""What the commands that train do, once their options are parsed: a recipe, resume, rehearse."""
 
 import dataclasses
-import sys
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -9,20 +9,15 @@ from typing import TYPE_CHECKING, TypeVar
 from finetune.base.formatting import best_text, json_line, parse_size, printable
 from finetune.base.signals import StopRequest, listen_for_signals
 from finetune.base.terminal import Terminal, make_console
-from finetune.errors import UsageError, reader_is_gone
+from finetune.errors import StoppedEarly, UsageError, reader_is_gone
 from finetune.options import (
-    EvaluateOptions,
-    ExportOptions,
     MachineOptions,
-    PredictOptions,
-    ReportOptions,
     ResumeOptions,
     RunOptions,
-    RunsOptions,
     check_machine,
     check_place,
     check_run,
-    given_options,
+    check_workers,
     refuse,
 )
 from finetune.recipe.effects import chosen
@@ -30,7 +25,7 @@ from finetune.recipe.execution import Machine, Numerics, Settings, asked_config,
 from finetune.recipe.scripts import local_modules
 from finetune.recipe.serialize import differences
 from finetune.recipe.spec import Distillation, Recipe
-from finetune.store.run_folder import newest_unfinished, peek
+from finetune.store.run_folder import RunFolder, newest_unfinished, next_folder, peek
 from finetune.watch.remote_trackers import check_notify_urls, check_services, notify_urls
 
 if TYPE_CHECKING:
@@ -38,18 +33,14 @@ if TYPE_CHECKING:
     from finetune.store.state import Progress
     from finetune.training.context import RunContext
 
+# Between the names of several backbones.
+SEPARATOR = ","
 Result = TypeVar("Result")
 Conclude = Callable[["RunContext", "Progress"], Result]
 
 
 def make_terminal(quiet: bool) -> Terminal:
     return Terminal(make_console(quiet))
-
-
-def check_workers(workers: int | None) -> int | None:
-    if workers is not None and workers < 0:
-        raise UsageError(f"--workers {workers}: not allowed; give 0 (none) or more")
-    return workers
 
 
 def make_machine(options: MachineOptions) -> Machine:
@@ -68,8 +59,42 @@ def checked_notify_urls(options: MachineOptions) -> tuple[str, ...]:
 
 def train_recipe(path: Path, recipe: Recipe, options: RunOptions, words: list[str], usual: Recipe | None) -> int:
     """`finetune RECIPE`; `words`: to repeat it; `usual`: the recipe without options."""
-    train(path.stem, tuple(local_modules(path)), recipe, options, words, finish, usual=usual)
+    code = tuple(local_modules(path))
+    if SEPARATOR in recipe.model.backbone:
+        return compare_backbones(path.stem, code, recipe, options, words, usual)
+    train(path.stem, code, recipe, options, words, finish, usual=usual)
     return 0
+
+
+def compare_backbones(
+    name: str, code: tuple[Path, ...], recipe: Recipe, options: RunOptions, words: list[str], usual: Recipe | None
+) -> int:
+    """`finetune RECIPE --backbone A,B`. Returns 1 if one of them failed, else 0."""
+    from finetune.runs.compare import Candidate, compare, find_candidates, show, with_backbone
+
+    if "://" in options.run:
+        raise UsageError(f"--run {options.run}: several backbones are compared in a folder on this machine; give one")
+    refuse(options, ["init_from"], "with several backbones, which begin from their own weights")
+    folder, terminal = Path(options.run), make_terminal(options.quiet)
+    if options.run and folder.exists() and any(folder.iterdir()) and not options.resume:
+        raise UsageError(f"--run {folder}: is not empty; add --resume to go on with it, or give another folder")
+    candidates = find_candidates(recipe)
+    folder = folder if options.run else next_folder(name)
+
+    def train_one(one: Candidate) -> Path:
+        run = RunFolder(folder / one.folder)
+        given = dataclasses.replace(options, run=str(run), resume=options.resume and run.exists())
+        try:
+            train(name, code, one.recipe, given, with_backbone(words, one.name), lambda *_: None, usual=usual)
+        except StoppedEarly as stopped:
+            again = shlex.join(["finetune", *words, "--run", str(folder), "--resume"])
+            raise StoppedEarly(f"{stopped.args[0]}; the comparison goes on with: {again}") from None
+        return run.path
+
+    rows = compare(candidates, train_one, terminal.say)
+    show(rows, words, terminal.console)
+    print(folder)
+    return int(any(row.failure for row in rows))
 
 
 def train(
@@ -256,137 +281,3 @@ def finish(context: "RunContext", progress: "Progress") -> None:
     except OSError as error:
         if not reader_is_gone(error):
             raise
-
-
-def _say_aside(text: str) -> None:
-    """Where standard output is for the result."""
-    print(printable(text), file=sys.stderr)
-
-
-def export_run(options: ExportOptions) -> int:
-    """`finetune export`."""
-    from finetune.export.hf_folder import export_folder
-    from finetune.export.weights import FORMATS, copy_checkpoint, export
-    from finetune.store.remote import open_run
-
-    if not options.weights_only:
-        refuse(options, ["format", "half"], "with --no-weights-only, which copies the checkpoint as it is")
-    with open_run(options.run, _say_aside) as run:
-        if not options.weights_only:
-            print(copy_checkpoint(run, options.from_, Path(options.output) if options.output else None))
-            return 0
-        if options.format == "hf":
-            output = Path(options.output) if options.output else run.path / "hf"
-            print(export_folder(run, options.from_, output, options.half).text(), file=sys.stderr)
-            print(output)
-            return 0
-        if options.half:
-            raise UsageError("--half: goes with --format hf only; other files hold the numbers as they were trained")
-        output = Path(options.output) if options.output else run.path / f"model.{options.format or 'pt'}"
-        allowed = [f".{options.format}"] if options.format else FORMATS
-        if output.suffix not in allowed:
-            raise UsageError(f"--output {output}: must end in {' or '.join(allowed)}")
-        print(export(run, options.from_, output).text(), file=sys.stderr)
-        print(output)
-        return 0
-
-
-def predict_files(options: PredictOptions) -> int:
-    """`finetune predict`."""
-    from finetune.data.table import TABLE_SUFFIXES
-    from finetune.export.predict import predict
-
-    if not any(Path(name).suffix.lower() in TABLE_SUFFIXES for name in options.inputs):
-        refuse(options, ["image_column", "text_column", "quotes"], "where no table is given")
-    if not options.inputs:
-        raise UsageError("finetune predict: nothing to predict; give images, texts, folders or a csv")
-    return predict(
-        Path(options.file),
-        options.inputs,
-        top_k=options.top_k,
-        batch_size=options.batch_size,
-        device_name=options.device,
-        image_column=options.image_column,
-        text_column=options.text_column,
-        quotes=options.quotes,
-        allow_outside=options.allow_outside,
-        as_csv=options.csv,
-    )
-
-
-def evaluate_run(options: EvaluateOptions) -> int:
-    """`finetune evaluate`."""
-    from finetune.runs.evaluate import evaluate, show
-    from finetune.store.remote import open_run
-
-    workers = check_workers(options.workers)
-    with open_run(options.run, _say_aside, writes=False) as run:
-        recipe, _ = split_config(run.read_recipe().config)
-        place = check_place(options, recipe.data)
-        other = "image_column" if recipe.data.kind == "texts" else "text_column"
-        refuse(options.table, [other], f"on a run on {recipe.data.kind}")
-        if not place:
-            names = [field.name for field in dataclasses.fields(options.table)]
-            refuse(options.table, names, f"on the run's own data; for other data give {recipe.data.option} as well")
-        figures = evaluate(run, options.from_, place, options.table, options.device, workers, _say_aside)
-    if options.json:
-        print(json_line(figures))
-    else:
-        show(figures, make_console())
-    return 0
-
-
-def write_report_of_run(options: ReportOptions) -> int:
-    """`finetune report`."""
-    from finetune.report.page import report_run
-    from finetune.store.remote import open_run
-
-    if options.output and Path(options.output).suffix.lower() != ".html":
-        raise UsageError(f"--output {options.output}: must end in .html")
-    with open_run(options.run, _say_aside, writes=not options.output) as run:
-        output = Path(options.output) if options.output else run.report_file
-        recipe, _ = split_config(run.read_recipe().config)
-        report_run(run, output, check_place(options, recipe.data), _say_aside)
-    print(output)
-    return 0
-
-
-def summarise(recipe: Recipe, options: RunOptions, usual: Recipe | None) -> int:
-    """`finetune summary`."""
-    refuse(options, list(given_options(options)), "on a summary, which runs nothing")
-    from finetune.runs.summary import summary_text
-
-    print(summary_text(recipe, chosen(recipe, usual)))
-    return 0
-
-
-def list_or_compare(folders: Sequence[str], sort: str, as_json: bool) -> int:
-    """`finetune runs`.
-
-    Raises:
-        UsageError: an unknown key to sort by, or a folder without a run.
-    """
-    from finetune.listing.cells import to_plain
-    from finetune.listing.found import find_runs, is_run
-    from finetune.listing.table import SORT_KEYS, show
-
-    if sort not in SORT_KEYS:
-        raise UsageError(f"--sort {sort}: no such key; give {', '.join(SORT_KEYS)}")
-    runs = list(find_runs(folders))
-    if len(folders) == 2 and all(is_run(Path(folder)) for folder in folders):
-        if sort != RunsOptions.sort:
-            raise UsageError(f"--sort {sort}: has no effect on two runs side by side; leave it out")
-        from finetune.listing.compared import Comparison
-
-        comparison = Comparison.of(*runs)
-        if as_json:
-            print(json_line(comparison.to_plain()))
-        else:
-            comparison.show(make_console())
-        return 0
-    runs.sort(key=SORT_KEYS[sort])
-    if as_json:
-        print(json_line([to_plain(run) for run in runs]))
-    else:
-        show(runs, folders, make_console())
-    return 0

@@ -1,0 +1,30 @@
+"""How far a figure can be trusted that few samples gave."""
+
+import math
+
+# Of the normal distribution, for 95 of 100.
+Z_95 = 1.959963984540054
+
+
+def wilson(hits: int, samples: int) -> tuple[float, float]:
+    """The interval that holds the true share with 95 % confidence, after `hits` of `samples`.
+
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22, 1927.
+
+    Raises:
+        ValueError: there are no samples, or more hits than samples.
+    """
+    if not 0 <= hits <= samples or not samples:
+        raise ValueError(f"{hits} of {samples} is no share")
+    share, weight = hits / samples, Z_95**2 / samples
+    centre = (share + weight / 2) / (1 + weight)
+    half = Z_95 * math.sqrt(share * (1 - share) / samples + weight / (4 * samples)) / (1 + weight)
+    # Rounding must not leave a share of all or none outside.
+    return (0.0 if not hits else max(centre - half, 0.0), 1.0 if hits == samples else min(centre + half, 1.0))
+
+
+def share_text(share: float, samples: int) -> str:
+    """A share of samples with what it is worth, as in "61 of 63, 0.89 to 0.99"."""
+    hits = round(share * samples)
+    low, high = wilson(hits, samples)
+    return f"{hits:,} of {samples:,}, {low:.2f} to {high:.2f}"

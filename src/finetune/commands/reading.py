@@ -1,0 +1,188 @@
+"""What the commands that only read do, once their options are parsed: export, predict, evaluate, report, ..."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.base.formatting import json_line, printable
+from finetune.base.terminal import make_console
+from finetune.errors import UsageError
+from finetune.options import (
+    EvaluateOptions,
+    ExportOptions,
+    PredictOptions,
+    ReportOptions,
+    RunOptions,
+    RunsOptions,
+    check_place,
+    check_workers,
+    given_options,
+    refuse,
+)
+from finetune.recipe.effects import chosen
+from finetune.recipe.execution import split_config
+from finetune.recipe.scripts import shipped_recipes, summary_of
+from finetune.recipe.spec import Recipe
+
+
+def _say_aside(text: str) -> None:
+    """Where standard output is for the result."""
+    print(printable(text), file=sys.stderr)
+
+
+def export_run(options: ExportOptions) -> int:
+    """`finetune export`."""
+    from finetune.export.hf_folder import export_folder
+    from finetune.export.weights import FORMATS, copy_checkpoint, export
+    from finetune.store.remote import open_run
+
+    if not options.weights_only:
+        refuse(options, ["format", "half"], "with --no-weights-only, which copies the checkpoint as it is")
+    with open_run(options.run, _say_aside) as run:
+        if not options.weights_only:
+            print(copy_checkpoint(run, options.from_, Path(options.output) if options.output else None))
+            return 0
+        if options.format == "hf":
+            output = Path(options.output) if options.output else run.path / "hf"
+            print(export_folder(run, options.from_, output, options.half).text(), file=sys.stderr)
+            print(output)
+            return 0
+        if options.half:
+            raise UsageError("--half: goes with --format hf only; other files hold the numbers as they were trained")
+        output = Path(options.output) if options.output else run.path / f"model.{options.format or 'pt'}"
+        allowed = [f".{options.format}"] if options.format else FORMATS
+        if output.suffix not in allowed:
+            raise UsageError(f"--output {output}: must end in {' or '.join(allowed)}")
+        print(export(run, options.from_, output).text(), file=sys.stderr)
+        print(output)
+        return 0
+
+
+def predict_files(options: PredictOptions) -> int:
+    """`finetune predict`."""
+    from finetune.data.table import TABLE_SUFFIXES
+    from finetune.export.predict import predict
+
+    if not any(Path(name).suffix.lower() in TABLE_SUFFIXES for name in options.inputs):
+        refuse(options, ["image_column", "text_column", "quotes"], "where no table is given")
+    if not options.inputs:
+        raise UsageError("finetune predict: nothing to predict; give images, texts, folders or a csv")
+    return predict(
+        Path(options.file),
+        options.inputs,
+        top_k=options.top_k,
+        batch_size=options.batch_size,
+        device_name=options.device,
+        image_column=options.image_column,
+        text_column=options.text_column,
+        quotes=options.quotes,
+        allow_outside=options.allow_outside,
+        as_csv=options.csv,
+    )
+
+
+def evaluate_run(options: EvaluateOptions) -> int:
+    """`finetune evaluate`."""
+    from finetune.runs.evaluate import evaluate, show
+    from finetune.store.remote import open_run
+
+    workers = check_workers(options.workers)
+    with open_run(options.run, _say_aside, writes=False) as run:
+        recipe, _ = split_config(run.read_recipe().config)
+        place = check_place(options, recipe.data)
+        other = "image_column" if recipe.data.kind == "texts" else "text_column"
+        refuse(options.table, [other], f"on a run on {recipe.data.kind}")
+        if not place:
+            names = [field.name for field in dataclasses.fields(options.table)]
+            refuse(options.table, names, f"on the run's own data; for other data give {recipe.data.option} as well")
+        figures = evaluate(run, options.from_, place, options.table, options.device, workers, _say_aside)
+    if options.json:
+        print(json_line(figures))
+    else:
+        show(figures, make_console())
+    return 0
+
+
+def write_report_of_run(options: ReportOptions) -> int:
+    """`finetune report`."""
+    from finetune.report.page import report_run
+    from finetune.store.remote import open_run
+
+    if options.output and Path(options.output).suffix.lower() != ".html":
+        raise UsageError(f"--output {options.output}: must end in .html")
+    with open_run(options.run, _say_aside, writes=not options.output) as run:
+        output = Path(options.output) if options.output else run.report_file
+        recipe, _ = split_config(run.read_recipe().config)
+        report_run(run, output, check_place(options, recipe.data), _say_aside)
+    print(output)
+    return 0
+
+
+def summarise(recipe: Recipe, options: RunOptions, usual: Recipe | None) -> int:
+    """`finetune summary`."""
+    refuse(options, list(given_options(options)), "on a summary, which runs nothing")
+    from finetune.runs.summary import summary_text
+
+    print(summary_text(recipe, chosen(recipe, usual)))
+    return 0
+
+
+def list_recipes() -> int:
+    """`finetune recipes`."""
+    sentences = {name: summary_of(path) for name, path in shipped_recipes().items()}
+    width = max(map(len, sentences))
+    for name, sentence in sentences.items():
+        print(f"{name:<{width}}  {sentence}")
+    return 0
+
+
+def list_backbones(word: str, as_json: bool) -> int:
+    """`finetune backbones`.
+
+    Raises:
+        UsageError: none has that word.
+    """
+    from finetune.listing.backbones import show, to_plain
+    from finetune.models.catalogue import known_backbones
+
+    known = known_backbones(word)
+    if not known:
+        raise UsageError(f"finetune backbones {word}: none; without a word all are listed; hf:OWNER/NAME takes others")
+    if as_json:
+        print(json_line([to_plain(one) for one in known]))
+    else:
+        show(known, make_console())
+    return 0
+
+
+def list_or_compare(folders: Sequence[str], sort: str, as_json: bool) -> int:
+    """`finetune runs`.
+
+    Raises:
+        UsageError: an unknown key to sort by, or a folder without a run.
+    """
+    from finetune.listing.cells import to_plain
+    from finetune.listing.found import find_runs, is_run
+    from finetune.listing.table import SORT_KEYS, show
+
+    if sort not in SORT_KEYS:
+        raise UsageError(f"--sort {sort}: no such key; give {', '.join(SORT_KEYS)}")
+    runs = list(find_runs(folders))
+    if len(folders) == 2 and all(is_run(Path(folder)) for folder in folders):
+        if sort != RunsOptions.sort:
+            raise UsageError(f"--sort {sort}: has no effect on two runs side by side; leave it out")
+        from finetune.listing.compared import Comparison
+
+        comparison = Comparison.of(*runs)
+        if as_json:
+            print(json_line(comparison.to_plain()))
+        else:
+            comparison.show(make_console())
+        return 0
+    runs.sort(key=SORT_KEYS[sort])
+    if as_json:
+        print(json_line([to_plain(run) for run in runs]))
+    else:
+        show(runs, folders, make_console())
+    return 0

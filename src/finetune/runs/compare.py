@@ -1,0 +1,185 @@
+"""Several backbones on the same data with the same head and seed: an ordinary run each, and a table."""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from finetune.base.formatting import number_text, printable, size_text
+from finetune.base.intervals import share_text
+from finetune.errors import FinetuneError, StoppedEarly, UsageError
+from finetune.models.catalogue import count_parameters
+from finetune.models.pretrained import find_pretrained
+from finetune.models.weights import Weights
+from finetune.recipe.spec import LOWER_IS_BETTER, METRICS, Recipe
+from finetune.report.curves import read_curves
+from finetune.store.run_folder import RunFolder, peek
+
+OPTION = "--backbone"
+# Of a backbone's name, what a folder's name cannot or should not hold.
+NO_FOLDER_NAME = re.compile(r"[^\w.-]+")
+PASS_SECONDS = "time/pass_seconds"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the backbones.
+
+    Attributes:
+        folder: the name of its run's.
+        parameters: without a head.
+        bytes: of its weights' file; 0 = random ones.
+    """
+
+    name: str
+    recipe: Recipe
+    folder: str
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one.
+
+    Attributes:
+        figures: of its best validation, without "val/"; {} where it failed.
+        run: its folder.
+        samples: that validated.
+        pass_seconds: of the backbone, once over all samples; None = it ran in every epoch, or was kept from before.
+        failure: why there is nothing.
+    """
+
+    candidate: Candidate
+    figures: dict[str, float]
+    run: Path | None = None
+    samples: int = 0
+    pass_seconds: float | None = None
+    failure: str = ""
+
+
+def find_candidates(recipe: Recipe) -> list[Candidate]:
+    """The backbones that a recipe names, with commas between; all of them are at hand afterwards.
+
+    Raises:
+        FinetuneError: one is unknown, named twice, or cannot be had.
+    """
+    names = [name.strip() for name in recipe.model.backbone.split(",")]
+    if "" in names or len(set(names)) < len(names):
+        raise UsageError(
+            f"{OPTION} {recipe.model.backbone}: give each backbone once, with one comma between two, as in "
+            "bundled/mobilenet,bundled/vgg"
+        )
+    found = []
+    for name in names:
+        one = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, backbone=name))
+        backbone, weights = find_pretrained(one)
+        folder = NO_FOLDER_NAME.sub("-", name).strip("-.")
+        found.append(Candidate(name, one, folder, count_parameters(backbone), _bytes(weights)))
+    return found
+
+
+def _bytes(weights: Weights | None) -> int:
+    if weights is None:
+        return 0
+    files = weights.path.glob("*.safetensors") if weights.path.is_dir() else [weights.path]
+    return sum(path.stat().st_size for path in files)
+
+
+def compare(
+    candidates: Sequence[Candidate], train: Callable[[Candidate], Path], say: Callable[[str], None]
+) -> list[Row]:
+    """Train each in turn. One that fails does not keep the others from it.
+
+    Raises:
+        StoppedEarly: asked for; what was done is kept.
+    """
+    rows = []
+    for number, candidate in enumerate(candidates, 1):
+        say(f"\n{number} of {len(candidates)}: {candidate.name}")
+        try:
+            rows.append(_row(candidate, RunFolder(train(candidate))))
+        except StoppedEarly:
+            raise
+        except FinetuneError as error:
+            say(f"{candidate.name}: {error.args[0]}")
+            rows.append(Row(candidate, {}, failure=str(error.args[0])))
+    metric = candidates[0].recipe.best_metric
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+
+    def rank(row: Row) -> tuple[bool, float, float]:
+        return not row.figures, sign * row.figures.get(metric, 0.0), row.figures.get("loss", 0.0)
+
+    return sorted(rows, key=rank)
+
+
+def _row(candidate: Candidate, run: RunFolder) -> Row:
+    state = peek(run.latest)
+    step, curves = state.progress.best["step"], read_curves(run.metrics_file)
+    figures = {
+        name: value
+        for name in METRICS[candidate.recipe.task.kind]
+        if (curve := curves.get(f"val/{name}")) is not None and (value := curve.at(step)) is not None
+    }
+    seconds = curves.get(PASS_SECONDS)
+    pass_seconds = None if seconds is None else float(seconds.values[0])
+    return Row(candidate, figures, run.path, state.data.validation_samples, pass_seconds)
+
+
+# ---- For people -----------------------------------------------------------------------------------------------------
+
+
+def show(rows: Sequence[Row], words: Sequence[str], console: Console) -> None:
+    """Print the table, and what to type for the best.
+
+    Args:
+        words: what was typed after `finetune`.
+    """
+    recipe = rows[0].candidate.recipe
+    metrics = [name for name in METRICS[recipe.task.kind] if any(name in row.figures for row in rows)]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("backbone", overflow="fold")
+    for name in metrics:
+        table.add_column(f"{name}, of all" if name == "accuracy" else name, justify="right")
+    for name in ("pass", "weights", "parameters"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        candidate = row.candidate
+        cells = [_figure_text(name, row) for name in metrics] if row.figures else ["failed"] + [""] * (len(metrics) - 1)
+        seconds = "" if row.pass_seconds is None else f"{row.pass_seconds:.1f} s"
+        size = size_text(candidate.bytes) if candidate.bytes else "random"
+        cells = [candidate.name, *cells, seconds, size, f"{candidate.parameters / 1e6:.1f} M"]
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    console.print()
+    console.print(table)
+    best = rows[0]
+    if best.figures:
+        line = shlex.join(["finetune", *with_backbone(words, best.candidate.name)])
+        console.print(Text(f"\nto train on the best: {printable(line)}\nit has done so in {best.run}"))
+
+
+def _figure_text(name: str, row: Row) -> str:
+    if name not in row.figures:
+        return ""
+    value = row.figures[name]
+    return f"{value:.3f} ({share_text(value, row.samples)})" if name == "accuracy" else number_text(value, 3)
+
+
+def with_backbone(words: Sequence[str], name: str) -> list[str]:
+    """What was typed, with one backbone in the place of several."""
+    found, is_value = [], False
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if is_value:
+            word = name
+        elif option == OPTION and equals:
+            word = f"{OPTION}={name}"
+        is_value = word == OPTION
+        found.append(word)
+    return found
