@@ -26,7 +26,7 @@ FULL_SHARE = 0.5
 LOW_QUANTILE, HIGH_QUANTILE = 0.001, 0.999
 # Looked at: headers of so many files, values of so many of those that are wide, so many values of each.
 LOOKED_AT, MEASURED_FILES, MEASURED_VALUES = 512, 64, 20_000
-# Pictures of characters and signs are about as small, and grey. Looked into for colours: so many of those stored in them;
+# Pictures of characters and signs are about as small, and grey. Looked into: so many that are stored in colours;
 # compression colours grey a little, so a colour is more than so much of 255, in more than that share of the pixels.
 SMALL_EDGE, GREY_MODES = 64, ("1", "L", "LA", "I", "F", "I;16", "I;16B")
 COLOUR_FILES, GREY_TOLERANCE, COLOUR_SHARE = 8, 24, 0.01

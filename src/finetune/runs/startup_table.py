@@ -4,6 +4,10 @@ import torch
 
 from finetune.data.source import ArraySource, FileSource
 from finetune.data.texts import TextPipeline
+from finetune.recipe.effects import chosen
+from finetune.recipe.serialize import flatten, to_plain
+from finetune.recipe.spec import Recipe
+from finetune.training.advice import counts_text
 from finetune.training.dataset import without_r2
 from finetune.training.phase import Phase
 from finetune.training.setup import CHECKED_FILES, Setup
@@ -25,10 +29,32 @@ def facts_of(run: str, setup: Setup, phase: Phase) -> dict[str, str]:
         "training": (
             f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
         ),
+        **({"options": _options(recipe)} if _options(recipe) else {}),
         "device": f"{setup.device}, {_arithmetic(setup)}, {torch.get_num_threads()} threads",
         **({"run folder": run} if run else {}),
         **({"note": "\n".join(notes)} if (notes := notes_on(setup)) else {}),
     }
+
+
+# Named in another row of the table, or where the data is from.
+NAMED_ELSEWHERE = {
+    "model.backbone", "model.weights", "model.revision", "data.images", "data.texts", "data.image_size",
+    "data.max_length", "data.augment", "data.mixup", "data.cutmix", "data.separator", "optimizer.name", "optimizer.lr",
+    "batch_size", "seed", "epochs", "task.kind",
+}  # fmt: skip
+
+
+def _options(recipe: Recipe) -> str:
+    """What else of a recipe differs from the default of its field."""
+    values = flatten(to_plain(recipe))
+    names = sorted(name for name in chosen(recipe) if name not in NAMED_ELSEWHERE)
+    return ", ".join(f"{name.rpartition('.')[2].replace('_', ' ')} {_value_text(values[name])}" for name in names)
+
+
+def _value_text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _arithmetic(setup: Setup) -> str:
@@ -53,7 +79,7 @@ def _data(setup: Setup) -> str:
         parts.append(f"{len(data.skipped):,} left out")
     if data.class_count:
         several = f", several a {data.source.noun}" if recipe.data.separator else ""
-        parts.append(f"{data.class_count} classes{several}")
+        parts.append(f"{data.class_count} classes{several}, {counts_text(data)}")
     later = f"; {CHECKED_FILES:,} files were looked at, the others are in the first epoch" if unread else ""
     left = "" if isinstance(data.source, ArraySource) or not data.source.left else f"; left aside: {data.source.left}"
     why = without_r2(data, recipe)

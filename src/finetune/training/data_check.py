@@ -20,12 +20,13 @@ from finetune.data.copies import digests_of_texts, find_copies, limits_of
 from finetune.data.groups import straddling
 from finetune.data.images import without
 from finetune.data.order import batches_from, spread
-from finetune.data.source import ArraySource, TextSource, class_counts
+from finetune.data.source import ArraySource, TextSource
 from finetune.data.texts import TextPipeline
 from finetune.errors import RunError
 from finetune.features.kept import Features
 from finetune.models.heads import standardise, standardised_layers
 from finetune.recipe.spec import PLAIN
+from finetune.training.advice import of_labels
 from finetune.training.dataset import Data
 from finetune.training.phase import Feed
 from finetune.training.setup import CHECKED_FILES, Setup
@@ -247,24 +248,10 @@ def check_copies(setup: Setup, feed: Feed) -> Data:
             f"{count:,} group(s) have {source.noun}s in more than one part that the data brings along: figures will be "
             "better than the model is; divide the data anew, or leave the parts to be drawn"
         )
-    notes += _unjudged(data)
+    notes += of_labels(data, setup.recipe)
     if feed.features is not None:
         notes += near_copies(feed.features, data, measured_view(setup))
     return data.with_source(dataclasses.replace(source, notes=(*source.notes, *notes))) if notes else data
-
-
-def _unjudged(data: Data) -> list[str]:
-    """What to say of classes that no validation tells anything of."""
-    source = data.source
-    train, validation = (class_counts(source.targets[part], data.class_count) for part in data.split[:2])
-    names = [source.classes[number] for number in (validation == 0).nonzero().flatten().tolist()]
-    if not names:
-        return []
-    first = int(train[source.classes.index(names[0])])
-    return [
-        f"{len(names):,} class(es) have no {source.noun} that validates, like {names[0]!r} ({first:,} to train on): no "
-        f"figure says how well they are known; add {source.noun}s"
-    ]
 
 
 def near_copies(features: Features, data: Data, view: int | None) -> list[str]:

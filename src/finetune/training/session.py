@@ -26,6 +26,7 @@ from finetune.store.state import (
 )
 from finetune.store.steps import count_steps
 from finetune.tasks.losses import Task
+from finetune.training.advice import CurveAdvice
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_unbroken
 from finetune.training.nan_guard import Losses
@@ -110,6 +111,7 @@ class Session:
         self._train, self._validation = (reading_order(part, self.samples) for part in setup.data.split[:2])
         self._contents = setup.loaders.train.contents
         self.losses = Losses(context.bad_batch_file, self._contents.source.name)
+        self._advice = CurveAdvice(setup.recipe)
         self._last_saved = time.monotonic()
         self._log = context.open_log(resumed.metrics_file if resumed else None, progress.step)
 
@@ -249,6 +251,8 @@ class Session:
         values, feed = {"train/epoch_loss": epoch_loss} | figures, self.phase.feed
         times = {"time/pass_seconds": round(feed.pass_seconds, 3)} if feed.is_kept and epoch == 1 else {}
         self._log.write({"step": progress.step, "epoch": epoch} | values | times)
+        for line in self._advice.after(epoch, epoch_loss, figures["val/loss"]):
+            watch.say(line)
         watch.validated(Validated(progress.step, epoch, self.epochs, values, progress.best, best), evaluation)
         return best
 
