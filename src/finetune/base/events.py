@@ -15,6 +15,7 @@ class Best(TypedDict, total=False):
         value: of the metric that decides.
         step, epoch: where it was; the first epoch is 1.
         loss: of the same validation, where that decides between equals.
+        samples: that validated.
     """
 
     metric: str
@@ -22,6 +23,7 @@ class Best(TypedDict, total=False):
     step: int
     epoch: int
     loss: float
+    samples: int
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable
 
 from finetune.base.events import Best
+from finetune.base.intervals import share_text
 from finetune.errors import UsageError
 
 
@@ -42,11 +43,14 @@ def best_text(best: Best) -> str:
     """The best validation of a run.
 
     Args:
-        best: {"metric", "value", "step", "epoch"}, or {}.
+        best: with metric, value, step and epoch at least, or {}.
     """
     if not best:
         return "nothing was validated yet"
-    return f"best validation {best['metric']} {number_text(best['value'])} in epoch {best['epoch']}"
+    worth = ""
+    if best["metric"] == "accuracy" and "samples" in best and math.isfinite(best["value"]):
+        worth = f" ({share_text(best['value'], best['samples'])})"
+    return f"best validation {best['metric']} {number_text(best['value'])} in epoch {best['epoch']}{worth}"
 
 
 def finite(value: object) -> object:

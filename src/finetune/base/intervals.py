@@ -26,5 +26,12 @@ def wilson(hits: int, samples: int) -> tuple[float, float]:
 def share_text(share: float, samples: int) -> str:
     """A share of samples with what it is worth, as in "61 of 63, 0.89 to 0.99"."""
     hits = round(share * samples)
-    low, high = wilson(hits, samples)
-    return f"{hits:,} of {samples:,}, {low:.2f} to {high:.2f}"
+    return f"{hits:,} of {samples:,}, {interval_text(*wilson(hits, samples))}"
+
+
+def interval_text(low: float, high: float) -> str:
+    """As in "0.89 to 0.99"; with as many decimals as tell the ends apart."""
+    width, decimals = high - low, 2
+    while width and width < 10**-decimals and decimals < 6:
+        decimals += 1
+    return f"{low:.{decimals}f} to {high:.{decimals}f}"

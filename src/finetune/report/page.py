@@ -19,6 +19,7 @@ from finetune import __version__
 from finetune.base.events import Example
 from finetune.base.files import BadFile, make_folders, write_atomically
 from finetune.base.formatting import number_text, printable
+from finetune.base.intervals import interval_text
 from finetune.base.lock import is_held
 from finetune.data.images import with_pixel_range
 from finetune.data.open import open_source
@@ -205,9 +206,14 @@ def _status(data: RunData, status: str) -> _Status:
 
 def _figures(data: RunData) -> list[tuple[str, str]]:
     """What to know at once: of the best validation."""
-    found = [(capitalised(metric_text(name)), number_text(value)) for name, value in data.best_figures().items()]
     validation = data.validation
-    if validation is not None and validation.step == data.best.get("step"):
+    is_of_best = validation is not None and validation.step == data.best.get("step")
+    intervals = validation.record.intervals if validation is not None and is_of_best else {}
+    found = []
+    for name, value in data.best_figures().items():
+        worth = f" ({interval_text(*intervals[name])})" if name in intervals else ""
+        found.append((capitalised(metric_text(name)), f"{number_text(value)}{worth}"))
+    if validation is not None and is_of_best:
         if validation.record.calibration_error is not None:
             found.append(("Calibration error", number_text(validation.record.calibration_error)))
         found.append(("Samples that validate", f"{validation.record.samples:,}"))

@@ -6,14 +6,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from finetune.base.device import autocast, to_device
 from finetune.base.events import Features
+from finetune.base.intervals import wilson
 from finetune.base.plain import Fields, Plain
 from finetune.data.batch import Batch
 from finetune.data.source import Source
+from finetune.tasks import bootstrap
 from finetune.tasks.losses import Classifying, DistillationTask, Outputs, RegressionTask, Task
 from finetune.tasks.metrics import Calibration, ClassCounts
 from finetune.tasks.tallies import ConfusionTally, MultiLabelTally
@@ -25,6 +28,9 @@ KEPT_FEATURES = 500
 # A larger confusion matrix is written as its most frequent mistakes.
 MATRIX_CLASSES = 100
 KEPT_MISTAKES = 100
+# Larger ones are sure enough: the interval of an F1 is worked out for so many samples times classes, of several classes a
+# sample; of one a sample for so many different pairs of a true class and a predicted one.
+INTERVAL_CELLS, INTERVAL_KINDS = 2_000_000, 20_000
 # Of each class: how often it was met in both, in a prediction, in truth.
 COUNTS = ("hits", "predicted", "actual")
 
@@ -62,6 +68,7 @@ class EvaluationRecord:
     Attributes:
         samples: how many.
         figures: loss, accuracy, ...
+        intervals: figure -> [low, high], which hold the true value with 95 % confidence; those that have one.
         classes: {"hits", "predicted", "actual"}: lists by class; None where there are no classes.
         confusion: rows of true classes, columns of predicted ones; None where it is none, or was too large to keep.
         mistakes: [true class, predicted class, count], the most frequent first.
@@ -78,6 +85,7 @@ class EvaluationRecord:
     calibration_error: float | None
     worst: list[Sample]
     best: list[Sample]
+    intervals: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def to_plain(self) -> Plain:
         """As validation.json holds it: a matrix of very many classes is left out, its mistakes must do."""
@@ -89,6 +97,8 @@ class EvaluationRecord:
     def from_plain(cls, plain: Plain) -> "EvaluationRecord":
         """Raises: BadFile, TypeError, ValueError, KeyError: it is not what `to_plain` gave."""
         fields = Fields(plain, "validation")
+        # A file of before has none.
+        intervals = fields.fields("intervals") if "intervals" in plain else Fields({}, "intervals")
         counts = None if plain["classes"] is None else fields.mapping("classes")
         matrix = None if plain["confusion"] is None else fields.items("confusion", list)
         return cls(
@@ -106,6 +116,7 @@ class EvaluationRecord:
             calibration_error=None if plain["calibration_error"] is None else fields.number("calibration_error"),
             worst=cast(list[Sample], fields.items("worst", dict)),
             best=cast(list[Sample], fields.items("best", dict)),
+            intervals={name: intervals.items(name, float) for name in intervals.plain},
         )  # fmt: skip
 
     def class_rows(self, names: Sequence[str] | None) -> list[ClassRow]:
@@ -140,6 +151,9 @@ class Evaluation:
         # Of the samples with the largest loss so far, and of those with the smallest.
         self._worst: tuple[Tensor, ...] = ()
         self._best: tuple[Tensor, ...] = ()
+        self._losses: list[Tensor] = []
+        # Of several classes a sample: those decided, and those that are true.
+        self._several: list[tuple[Tensor, Tensor]] = []
         self.broken: list[str] = []
 
     @property
@@ -176,6 +190,9 @@ class Evaluation:
         if isinstance(self.task, Classifying):
             self.calibration.add(*self.task.decisions(outputs, targets))
         losses = self.task.sample_losses(outputs, targets)
+        self._losses.append(losses)
+        if targets.dim() == 2 and isinstance(self.task, Classifying):
+            self._several.append((outputs > 0, targets != 0))
         rows = losses, indices.to(losses.device, non_blocking=True), outputs.float(), targets
         self._worst = _extreme(self._worst, rows, KEPT_WORST, largest=True)
         self._best = _extreme(self._best, rows, KEPT_BEST, largest=False)
@@ -215,7 +232,27 @@ class Evaluation:
             calibration_error=None if counts is None else self.calibration.error(),
             worst=self._samples(self._worst, source),
             best=self._samples(self._best, source),
+            intervals={name: list(ends) for name, ends in self.intervals().items()},
         )
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """What the figures are worth: of a share of samples by Wilson, of others by drawing the samples anew. Waits for
+        the device."""
+        found, figures = dict[str, tuple[float, float]](), self.tally.figures()
+        losses = torch.cat(self._losses).float().cpu().numpy()
+        if np.isfinite(losses).all():
+            found["loss"] = bootstrap.of_mean(losses)
+        if "accuracy" in figures:
+            found["accuracy"] = wilson(round(figures["accuracy"] * len(losses)), len(losses))
+        if self._several:
+            decided, true = (torch.cat(parts).cpu().numpy() for parts in zip(*self._several, strict=True))
+            if decided.size <= INTERVAL_CELLS:
+                found["f1"] = bootstrap.of_macro_f1_of_several(decided, true)
+        elif isinstance(self.tally, ConfusionTally) and self.tally.confusion.matrix is not None:
+            matrix = self.tally.confusion.matrix.cpu().numpy()
+            if np.count_nonzero(matrix) <= INTERVAL_KINDS:
+                found["f1"] = bootstrap.of_macro_f1(matrix)
+        return found
 
     def _samples(self, rows: tuple[Tensor, ...], source: Source) -> list[Sample]:
         if not rows:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 CALIBRATION_BINS = 15
@@ -40,6 +42,19 @@ class ClassCounts:
         """Mean of the F1 over the classes that occur among targets or predictions."""
         met = (self.predicted + self.actual) > 0
         return self.f1()[met].mean().item() if met.any() else 0.0
+
+
+def macro_f1_of(
+    hits: NDArray[np.floating], predicted: NDArray[np.floating], actual: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """(draws,): the macro F1 of each row, as `ClassCounts.macro_f1` has it.
+
+    Args:
+        hits, predicted, actual: (draws, classes): see `ClassCounts`.
+    """
+    both = (predicted + actual).astype(np.float64)
+    f1 = np.divide(2 * hits, both, out=np.zeros_like(both), where=both > 0)
+    return np.asarray(f1.sum(1) / np.maximum((both > 0).sum(1), 1))
 
 
 class Confusion:

@@ -247,7 +247,7 @@ class Session:
             return False
         epoch = math.ceil(progress.step / self.steps.per_epoch)
         figures = evaluation.figures()
-        best = record_validation(self.recipe, progress, figures, epoch)
+        best = record_validation(self.recipe, progress, figures, epoch, evaluation.samples)
         values, feed = {"train/epoch_loss": epoch_loss} | figures, self.phase.feed
         times = {"time/pass_seconds": round(feed.pass_seconds, 3)} if feed.is_kept and epoch == 1 else {}
         self._log.write({"step": progress.step, "epoch": epoch} | values | times)

@@ -60,7 +60,7 @@ def breaks_tie(value: float, loss: float, best: Best) -> bool:
     return bool(best) and value == best["value"] and loss < best.get("loss", -math.inf)
 
 
-def record_validation(recipe: Recipe, progress: Progress, values: dict[str, float], epoch: int) -> bool:
+def record_validation(recipe: Recipe, progress: Progress, values: dict[str, float], epoch: int, samples: int) -> bool:
     """Take down a validation's figures; whether they are the best so far. Patience and the plateau schedule count the
     metric alone: a tie at a lower loss is no new best to them."""
     metric, loss = recipe.best_metric, values["val/loss"]
@@ -72,7 +72,7 @@ def record_validation(recipe: Recipe, progress: Progress, values: dict[str, floa
     if best:
         progress.best = {"metric": metric, "value": value, "step": progress.step, "epoch": epoch}
         if by_loss:
-            progress.best["loss"] = loss
+            progress.best |= {"loss": loss, "samples": samples}
     if improved:
         progress.validations_without_best = 0
     else:
