@@ -245,5 +245,5 @@ def test_a_rate_of_an_extensions_own_is_no_step_of_the_plateau():
     for epochs, lr, reductions in ((3, 0.0, 1), (4, 0.5, 1), (5, 0.0, 2)):
         extend(progress, epochs, lr, recipe, SAMPLES)
         progress.step, progress.status = 7 * epochs, "finished"
-        record_validation(recipe, progress, {"val/loss": 1.0}, epochs)
+        record_validation(recipe, progress, {"val/loss": 1.0}, epochs, 8)
         assert progress.reductions == reductions

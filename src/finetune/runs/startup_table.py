@@ -48,7 +48,13 @@ def _options(recipe: Recipe) -> str:
     """What else of a recipe differs from the default of its field."""
     values = flatten(to_plain(recipe))
     names = sorted(name for name in chosen(recipe) if name not in NAMED_ELSEWHERE)
-    return ", ".join(f"{name.rpartition('.')[2].replace('_', ' ')} {_value_text(values[name])}" for name in names)
+    return ", ".join(f"{_label(name)} {_value_text(values[name])}" for name in names)
+
+
+def _label(name: str) -> str:
+    """As its option is called: of "schedule.name" the schedule, of "stop.metric" both words."""
+    words = name.removesuffix(".name").replace("stop.metric", "stop_metric")
+    return words.rpartition(".")[2].replace("_", " ")
 
 
 def _value_text(value: object) -> str:

@@ -28,8 +28,8 @@ KEPT_FEATURES = 500
 # A larger confusion matrix is written as its most frequent mistakes.
 MATRIX_CLASSES = 100
 KEPT_MISTAKES = 100
-# Larger ones are sure enough: the interval of an F1 is worked out for so many samples times classes, of several classes a
-# sample; of one a sample for so many different pairs of a true class and a predicted one.
+# Larger ones are sure enough: the interval of an F1 is worked out for so many samples times classes, where a sample has
+# several; where it has one, for so many different pairs of a true class and a predicted one.
 INTERVAL_CELLS, INTERVAL_KINDS = 2_000_000, 20_000
 # Of each class: how often it was met in both, in a prediction, in truth.
 COUNTS = ("hits", "predicted", "actual")
