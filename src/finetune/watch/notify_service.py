@@ -112,7 +112,9 @@ class NotifyService:
     def _take(self, validated: Validated) -> None:
         self._epoch, self._epochs = validated.epoch, validated.epochs
         self._validated_step, self._values = validated.step, validated.values
-        self._best, self._has_new_best = validated.best, self._has_new_best or validated.is_best
+        # One that is as good at a lower loss is no news.
+        self._has_new_best |= validated.is_best and validated.best.get("value") != self._best.get("value")
+        self._best = validated.best
 
     def _say_what_is_due(self) -> None:
         every, titles = self._every_epochs, []
