@@ -149,8 +149,8 @@ def test_uneven_classes_and_few_that_validate_are_said_with_the_option_that_help
 def test_weighed_classes_and_even_ones_are_left_in_peace(tmp_path):
     data, recipe = labelled(tmp_path, {"a": 200, "b": 50}, class_weights="balanced")
     assert of_labels(data, recipe) == []
-    data, recipe = labelled(tmp_path, {"a": 60, "b": 60})
-    assert of_labels(data, recipe) == [] and counts_text(data) == "48 a class"
+    data, recipe = labelled(tmp_path, {"a": 80, "b": 80})
+    assert of_labels(data, recipe) == [] and counts_text(data) == "64 a class"
 
 
 def test_very_few_that_validate_are_said_once_with_what_the_figure_is_worth(tmp_path):
@@ -201,7 +201,7 @@ def test_the_table_at_the_start_names_every_option_that_differs_and_the_end_says
         "--no-report", "--device", "cpu", "--run", str(tmp_path / "run"),
     ]  # fmt: skip
     assert main(words) == 0
-    said = " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().out.split())
     for part in (
         "dropout 0.2",
         "class weights balanced",
