@@ -60,7 +60,7 @@ def features_of(source: ArraySource, backbone_name: str, weights: str) -> torch.
 
 def head_accuracy(features: torch.Tensor, source: ArraySource, labels: int, seed: int) -> float:
     """Validation accuracy of the kit's linear head, its optimizer and schedule, trained on the features."""
-    train, validation = split_source(source, 0.2, seed, labels)
+    train, validation, _ = split_source(source, 0.2, seed, labels)
     with keyed_generator("model", seed):
         head = StandardisedLinear(features.shape[1], 10, dropout=0.0)
     standardise(head, [features[train]])

@@ -45,7 +45,9 @@ def accuracy_of_counting(data, **options) -> float:
 
 
 def test_every_file_has_a_card_with_its_sha256_source_and_licence():
-    assert [path.name for path in FILES] == ["digits.npz", "messages.csv", "resnet.safetensors", "vgg.safetensors"]
+    assert [path.name for path in FILES] == [
+        "digits.npz", "messages.csv", "mobilenet.safetensors", "resnet.safetensors", "vgg.safetensors"
+    ]  # fmt: skip
     cards = {path: path.with_suffix(".md") for path in FILES} | {BERT / "model.safetensors": BUNDLED / "bert.md"}
     for path, card_file in cards.items():
         card = card_file.read_text(encoding="utf-8")
@@ -127,8 +129,8 @@ def test_no_two_of_the_messages_are_alike():
     assert (likeness - torch.eye(len(words))).max() <= 0.6
 
 
-def test_both_backbones_together_are_under_six_megabytes():
-    assert sum(path.stat().st_size for path in FILES if path.suffix == ".safetensors") < 6_000_000
+def test_the_backbones_for_images_together_are_under_nine_megabytes():
+    assert sum(path.stat().st_size for path in FILES if path.suffix == ".safetensors") < 9_000_000
 
 
 @pytest.mark.parametrize("name", ["vgg_head", "resnet_head"])

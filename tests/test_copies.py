@@ -85,14 +85,15 @@ def test_a_run_says_which_images_are_copies_and_leaves_them_out_if_asked(data, t
     copy(data, by_class["a"][3], by_class["b"][1])  # under two labels
     recipe = small_recipe(data=Images(str(data)), epochs=1, augment="none" if cache else "light")
     _, notes = begin(tmp_path / "run", recipe)
-    across, labels, within = notes[:3]
+    assert "bundled/vgg learnt from printed characters" in notes[0]
+    across, labels, within = notes[1:4]
     assert (
         across.startswith("1 image(s) of the validation part are copies of some in the train part, like ")
         and judged in across
     )
     assert labels.startswith("2 image(s) are copies of some with another label, like ") and "mend the labels" in labels
     assert within.startswith("1 image(s) are copies of some with the same label in the same part, like ")
-    assert all("--drop-duplicates" in note for note in notes[:3])
+    assert all("--drop-duplicates" in note for note in notes[1:4])
     dropped = dataclasses.replace(recipe, data=Images(str(data), drop_duplicates=True))
     run, notes = begin(tmp_path / "dropped", dropped)
     gone = {by_class[judged[0]][0], by_class["a"][2], by_class["a"][3], by_class["b"][1]}
@@ -128,7 +129,7 @@ def test_different_digits_are_not_near(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(digits.images[number, 0].numpy()).save(folder / f"{number}.png")
     _, notes = begin(tmp_path / "run", small_recipe(data=Images(str(tmp_path / "data")), epochs=1, augment="none"))
-    assert notes == []
+    assert all("validate with fewer than 10" in note for note in notes)
 
 
 def test_texts_are_compared_by_content_and_labels(tmp_path):

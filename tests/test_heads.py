@@ -19,10 +19,13 @@ from finetune.models.heads import (
 from finetune.training.dataset import open_data
 
 
-@pytest.mark.parametrize(("backbone", "path"), [("bundled/vgg", "classifier.1"), ("bundled/resnet", "fc")])
+@pytest.mark.parametrize(
+    ("backbone", "path"),
+    [("bundled/mobilenet", "classifier.1"), ("bundled/vgg", "classifier.1"), ("bundled/resnet", "fc")],
+)
 def test_the_head_is_found_where_shapes_change_with_the_classes(backbone, path):
     assert find_head(find_backbone(backbone).build) == [path]
-    assert len(BUNDLED) == 2
+    assert len(BUNDLED) == 3
 
 
 def test_a_stock_network_of_torchvision_has_its_head_found_too():

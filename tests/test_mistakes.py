@@ -315,7 +315,7 @@ def test_debug_shows_where_an_error_came_from(capsys):
 
 
 def test_a_fault_of_our_own_is_one_line_too(monkeypatch, capsys):
-    monkeypatch.setattr("finetune.cli.find_recipe_file", lambda *_: 1 / 0)
+    monkeypatch.setattr("finetune.parsing.find_recipe_file", lambda *_: 1 / 0)
     assert main(["vgg_head"]) == 1
     assert capsys.readouterr().err == (
         "finetune: ZeroDivisionError: division by zero; this is a fault of finetune: please report it with what --debug "

@@ -19,7 +19,7 @@ RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.py"))
 
 
 def test_the_kit_ships_every_recipe():
-    names = ["bert_head", "distill_bert", "pretrain_glyphs", "resnet_head", "vgg_head"]
+    names = ["bert_head", "distill_bert", "photo_head", "pretrain_glyphs", "resnet_head", "vgg_head"]
     assert [path.stem for path in RECIPES] == names
     assert list(shipped_recipes()) == [path.stem for path in RECIPES]
 

@@ -234,7 +234,7 @@ def test_without_network_and_cache_one_line_says_which_file_belongs_where(tmp_pa
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "not cached and cannot be fetched" in error
     assert "put https://download.pytorch.org/models/vgg16-397923af.pth into" in error
-    assert str(tmp_path / "torch" / "hub" / "checkpoints") in error and "--backbone bundled/vgg" in error
+    assert str(tmp_path / "torch" / "hub" / "checkpoints") in error and "--backbone bundled/mobilenet" in error
     assert not list((tmp_path / "torch").rglob("*.pth*")) and not (tmp_path / "run").exists()
 
 

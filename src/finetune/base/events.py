@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict
 
 if TYPE_CHECKING:  # some who watch are in a process of their own, without torch
     from torch import Tensor, nn
@@ -15,15 +15,15 @@ class Best(TypedDict, total=False):
         value: of the metric that decides.
         step, epoch: where it was; the first epoch is 1.
         loss: of the same validation, where that decides between equals.
-        samples: that validated.
+        samples: that validated; runs of before have neither.
     """
 
     metric: str
     value: float
     step: int
     epoch: int
-    loss: float
-    samples: int
+    loss: NotRequired[float]
+    samples: NotRequired[int]
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,9 @@ class Evaluation:
         self._worst: tuple[Tensor, ...] = ()
         self._best: tuple[Tensor, ...] = ()
         self._losses: list[Tensor] = []
-        # Of several classes a sample: those decided, and those that are true.
+        # Of several classes a sample: those decided, and those that are true; how many decisions these are.
         self._several: list[tuple[Tensor, Tensor]] = []
+        self._cells = 0
         self.broken: list[str] = []
 
     @property
@@ -191,7 +192,8 @@ class Evaluation:
             self.calibration.add(*self.task.decisions(outputs, targets))
         losses = self.task.sample_losses(outputs, targets)
         self._losses.append(losses)
-        if targets.dim() == 2 and isinstance(self.task, Classifying):
+        if targets.dim() == 2 and isinstance(self.task, Classifying) and self._cells <= INTERVAL_CELLS:
+            self._cells += targets.numel()
             self._several.append((outputs > 0, targets != 0))
         rows = losses, indices.to(losses.device, non_blocking=True), outputs.float(), targets
         self._worst = _extreme(self._worst, rows, KEPT_WORST, largest=True)
@@ -244,10 +246,9 @@ class Evaluation:
             found["loss"] = bootstrap.of_mean(losses)
         if "accuracy" in figures:
             found["accuracy"] = wilson(round(figures["accuracy"] * len(losses)), len(losses))
-        if self._several:
+        if 0 < self._cells <= INTERVAL_CELLS:
             decided, true = (torch.cat(parts).cpu().numpy() for parts in zip(*self._several, strict=True))
-            if decided.size <= INTERVAL_CELLS:
-                found["f1"] = bootstrap.of_macro_f1_of_several(decided, true)
+            found["f1"] = bootstrap.of_macro_f1_of_several(decided, true)
         elif isinstance(self.tally, ConfusionTally) and self.tally.confusion.matrix is not None:
             matrix = self.tally.confusion.matrix.cpu().numpy()
             if np.count_nonzero(matrix) <= INTERVAL_KINDS:
