@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shlex
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from rich.console import Console
 
 from finetune.cli import main
 from finetune.models.bundled import BUNDLED, bundled_weights, knows_glyphs_only
 from finetune.models.pretrained import new_network
 from finetune.models.weights import choose_weights
 from finetune.recipe.scripts import load_recipe_function, shipped_recipes
+from finetune.runs.compare import Candidate, Row, show
 
 QUIET = ["--track", "none", "--no-report", "--device", "cpu"]
 
@@ -179,17 +182,38 @@ def test_one_that_fails_does_not_keep_the_others_from_being_compared(tmp_path, m
     assert any(line.startswith("bundled/mobilenet") and "failed" in line for line in said.splitlines())
 
 
+def test_where_a_table_has_no_room_each_backbone_has_lines_of_its_own():
+    recipe = load_recipe_function(shipped_recipes()["vgg_head"])()
+    candidate = Candidate("bundled/vgg", recipe, "x", parameters=300_000, bytes=1_300_000)
+    good = Row(candidate, {"accuracy": 0.75, "f1": 0.7, "loss": 0.5}, Path("x"), samples=60, pass_seconds=0.0)
+    lost = Row(candidate, {}, failure="lost")
+    stream = StringIO()
+    show([good, lost], ["vgg_head"], Console(file=stream, width=60))
+    assert [line.rstrip() for line in stream.getvalue().splitlines()][1:7] == [
+        "bundled/vgg",
+        "  accuracy 0.750 (45 of 60, 0.63 to 0.84), macro F1 0.700,",
+        "  loss 0.500",
+        "  pass kept, weights 1.3 MB, parameters 0.3 M",
+        "bundled/vgg",
+        "  failed",
+    ]
+    nothing = StringIO()
+    show([lost], ["vgg_head"], Console(file=nothing, width=60))
+    assert not nothing.getvalue()
+
+
 def test_recipes_and_backbones_are_listed_with_a_sentence_each(capsys):
     assert main(["recipes"]) == 0
-    listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in listed] == sorted(shipped_recipes()) and all(
-        len(line.split()) > 5 for line in listed
-    )
+    # A sentence goes on below itself.
+    listed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert [line.split()[0] for line in listed] == sorted(shipped_recipes())
+    assert all(len(line.split()) > 5 for line in listed)
     assert main(["backbones", "mobilenet", "--json"]) == 0
     found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
     assert list(found) == ["bundled/mobilenet", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small"]
     assert found["bundled/mobilenet"]["parameters"] == 2_223_872 and found["bundled/mobilenet"]["is_at_hand"]
     assert found["mobilenet_v2"]["accuracy"] == pytest.approx(72.154) and found["mobilenet_v2"]["size"] == 224
+    assert found["bundled/mobilenet"]["accuracy"] == pytest.approx(71.878)
     assert main(["backbones", "texts"]) == 0
     assert "sentence-transformers/all-MiniLM-L6-v2" in capsys.readouterr().out
     assert main(["backbones"]) == 0

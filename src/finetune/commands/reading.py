@@ -130,10 +130,14 @@ def summarise(recipe: Recipe, options: RunOptions, usual: Recipe | None) -> int:
 
 def list_recipes() -> int:
     """`finetune recipes`."""
-    sentences = {name: summary_of(path) for name, path in shipped_recipes().items()}
-    width = max(map(len, sentences))
-    for name, sentence in sentences.items():
-        print(f"{name:<{width}}  {sentence}")
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    for name, path in shipped_recipes().items():
+        table.add_row(name, Text(summary_of(path)))
+    make_console().print(table)
     return 0
 
 

@@ -18,6 +18,8 @@ from filelock import FileLock, Timeout
 
 from finetune.base.files import BadFile, read_safetensors_header
 from finetune.base.plain import Fields
+from finetune.base.signals import StopRequest
+from finetune.base.terminal import Terminal
 
 FOLDER_VARIABLE = "FINETUNE_CACHE"
 SUFFIX = ".safetensors"
@@ -149,3 +151,17 @@ def entries() -> list[Entry]:
     """Those that are there; what was used last comes first."""
     paths = list(cache_folder().glob(f"*{SUFFIX}"))
     return [Entry(path) for path in sorted(paths, key=lambda path: -path.stat().st_mtime)]
+
+
+def waiting(terminal: Terminal, stop: StopRequest) -> Callable[[], None]:
+    """What to do while another process fills an entry."""
+    said: list[bool] = []
+
+    def wait() -> None:
+        if not said:
+            terminal.say("another process computes the same features: waiting for it")
+            said.append(True)
+        if stop.requested:
+            raise stop.stopped("while waiting for another process's features")
+
+    return wait

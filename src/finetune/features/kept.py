@@ -7,6 +7,7 @@ the batches are smaller, and the rows are others. Within a block, texts of about
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from finetune.data.loader import Loader
 from finetune.data.order import WINDOW_SAMPLES, reading_order, shuffles_in_blocks
 from finetune.data.source import FileSource, Source
 from finetune.errors import RunError, is_out_of_memory
-from finetune.features.cache import Entry, disk_limit, entry
+from finetune.features.cache import Entry, disk_limit, entry, waiting
 from finetune.features.feature_file import BATCH_ROWS, Layout, RowFile, RowReader, written_blocks
 
 # For rows in memory, all entries of a run together; smaller data lies there as a whole.
@@ -241,7 +242,12 @@ class Features:
         parts: sorted samples by view.
         train_samples: how many an epoch goes through.
         halvings: of the batch that is computed at once.
+
+    Attributes:
+        pass_seconds: what the frozen part took for what was not kept from before; 0 = all was.
     """
+
+    pass_seconds = 0.0
 
     def __init__(self, run: Pass, parts: dict[int | None, Tensor], train_samples: int, halvings: int = 0):
         self._run, self.halvings, batch_rows = run, halvings, max(1, BATCH_ROWS >> halvings)
@@ -290,7 +296,7 @@ class Features:
         # In the order of their names, so that two runs never wait for each other.
         parts = sorted(self._parts.values(), key=lambda part: part.entry.key)
         new = [part for part in parts if not part.entry.path.exists()]
-        waits = _waiting(terminal, stop)
+        waits = waiting(terminal, stop)
         try:
             with ExitStack() as locks:
                 with keeping(self._folder):
@@ -317,10 +323,12 @@ class Features:
                 missing, count = missing + part.open(terminal, stop), count + part.layout.count
         terminal.say(f"features: {self._how(missing, count)}")
         if missing:
+            started = time.monotonic()
             with terminal.track(f"the frozen backbone runs over the {self._run.source.noun}s", count) as advance:
                 advance(count - missing)
                 for part in self._parts.values():
                     part.fill(part.file.missing(), advance, stop)
+            self.pass_seconds = time.monotonic() - started
 
     def _how(self, missing: int, count: int) -> str:
         """For people: what is kept, how large, and what the backbone still has to do."""
@@ -382,17 +390,3 @@ def filled(
     note = "; the pass begins anew, as that shows in a row's last bits"
     features, _ = in_halves(attempt, BATCH_ROWS, halvings, freeing(device, terminal.say), note=note)
     return features
-
-
-def _waiting(terminal: Terminal, stop: StopRequest) -> Callable[[], None]:
-    """What to do while another process fills an entry."""
-    said: list[bool] = []
-
-    def wait() -> None:
-        if not said:
-            terminal.say("another process computes the same features: waiting for it")
-            said.append(True)
-        if stop.requested:
-            raise stop.stopped("while waiting for another process's features")
-
-    return wait

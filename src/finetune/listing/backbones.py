@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -12,6 +13,7 @@ from finetune.base.formatting import size_text
 from finetune.models.catalogue import Known
 
 HEADINGS = ("name", "parameters", "edge", "ImageNet", "to fetch")
+INDENT = 2
 
 
 def to_plain(one: Known) -> dict[str, object]:
@@ -20,24 +22,27 @@ def to_plain(one: Known) -> dict[str, object]:
 
 
 def show(known: Sequence[Known], console: Console) -> None:
-    """Print a table, a sentence above each family."""
+    """Print a table, a sentence above each family; a column that none of them fills is left out."""
     rows = [HEADINGS, *map(_cells, known)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    heading = "  ".join(
-        f"{text:>{width}}" if 0 < number < len(widths) - 1 else f"{text:<{width}}"
-        for number, (text, width) in enumerate(zip(HEADINGS, widths, strict=True))
-    )
-    console.print(Text(heading, "dim"))
+    filled = [number for number, column in enumerate(zip(*rows[1:], strict=True)) if any(column)]
+    widths = {number: max(len(row[number]) for row in rows) for number in filled}
+    _print_rows([HEADINGS], widths, console, "dim")
     for family, members in groupby(known, lambda one: one.family):
         console.print(Text(family, "bold"))
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        for number, width in enumerate(widths):
-            table.add_column(justify="right" if 0 < number < len(widths) - 1 else "left", min_width=width, no_wrap=True)
-        for one in members:
-            table.add_row(*_cells(one))
-        console.print(table)
+        _print_rows([_cells(one) for one in members], widths, console)
     if any(one.licence for one in known):
         console.print(Text("* under terms of their own: see torchvision's page of the weights", "dim"))
+
+
+def _print_rows(rows: Sequence[tuple[str, ...]], widths: dict[int, int], console: Console, style: str = "") -> None:
+    """Print the columns that `widths` names: text to the left, numbers to the right."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, width in widths.items():
+        is_text = number in (0, len(HEADINGS) - 1)
+        table.add_column(justify="left" if is_text else "right", min_width=width, no_wrap=True, style=style)
+    for row in rows:
+        table.add_row(*(Text(row[number]) for number in widths))
+    console.print(Padding(table, (0, 0, 0, INDENT), expand=False))
 
 
 def _cells(one: Known) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.models.mobilenetv2 import MobileNetV2
+from torchvision.models.mobilenetv2 import MobileNet_V2_Weights, MobileNetV2
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vgg import VGG, make_layers
 
@@ -107,6 +107,7 @@ class Bundled:
         stock_lines: what builds it from torchvision alone.
         preprocessing: what they were trained with.
         sentence: what it is good for.
+        accuracy: on ImageNet, of 100, of the weights and the last layer that they came with; None = they had none.
     """
 
     build: Callable[[int], nn.Module]
@@ -114,17 +115,23 @@ class Bundled:
     stock_lines: str
     preprocessing: Preprocessing
     sentence: str
+    accuracy: float | None = None
 
 
 BUNDLED = {
     "bundled/mobilenet": Bundled(
-        build_mobilenet, "mobilenet.safetensors", MOBILENET_STOCK_LINES, PHOTOS, "MobileNetV2, for photographs"
+        build_mobilenet,
+        "mobilenet.safetensors",
+        MOBILENET_STOCK_LINES,
+        PHOTOS,
+        "MobileNetV2, for photographs",
+        MobileNet_V2_Weights.IMAGENET1K_V1.meta["_metrics"]["ImageNet-1K"]["acc@1"],
     ),
     "bundled/vgg": Bundled(
-        build_vgg, "vgg.safetensors", VGG_STOCK_LINES, GLYPHS, "a small VGG, for printed characters and small shapes"
+        build_vgg, "vgg.safetensors", VGG_STOCK_LINES, GLYPHS, "A small VGG, for printed characters and small shapes"
     ),
     "bundled/resnet": Bundled(
-        build_resnet, "resnet.safetensors", RESNET_STOCK_LINES, GLYPHS, "a small ResNet, for the same"
+        build_resnet, "resnet.safetensors", RESNET_STOCK_LINES, GLYPHS, "A small ResNet, for the same"
     ),
 }
 

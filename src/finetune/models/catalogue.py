@@ -38,8 +38,8 @@ FAMILIES = {
 }
 # Encoders of texts on the hub; parameters as their cards state them.
 HUB_TEXTS = {
-    "sentence-transformers/all-MiniLM-L6-v2": (22.7e6, "sentences, in English; quick on a CPU: start here"),
-    "BAAI/bge-small-en-v1.5": (33.4e6, "sentences, in English"),
+    "sentence-transformers/all-MiniLM-L6-v2": (22.7e6, "Sentences, in English; quick on a CPU: start here"),
+    "BAAI/bge-small-en-v1.5": (33.4e6, "Sentences, in English"),
     "google-bert/bert-base-uncased": (110e6, "BERT, in English; when all of it is to train"),
     "FacebookAI/roberta-base": (125e6, "RoBERTa, in English; when all of it is to train"),
     "microsoft/deberta-v3-base": (184e6, "DeBERTa, in English; the best of these when all of it trains, and slow"),
@@ -92,10 +92,12 @@ def _bundled() -> Iterator[Known]:
     for name, bundled in BUNDLED.items():
         assert bundled_weights(name).is_file()
         parameters, size = count_parameters(find_backbone(name)), bundled.preprocessing.image_size
-        yield Known(name, f"{bundled.sentence}; {BUNDLED_FAMILY}", "images", parameters, size, 0, True)
+        yield Known(
+            name, f"{bundled.sentence}; {BUNDLED_FAMILY}", "images", parameters, size, 0, True, bundled.accuracy
+        )
     for name in BUNDLED_TEXT:
         assert bundled_folder(name).is_dir()
-        about = f"a BERT of two layers, distilled by this kit, for short English texts; {BUNDLED_FAMILY}"
+        about = f"A BERT of two layers, distilled by this kit, for short English texts; {BUNDLED_FAMILY}"
         yield Known(name, about, "texts", 5_859_072, None, 0, True)
 
 

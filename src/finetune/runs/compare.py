@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -19,12 +20,15 @@ from finetune.models.pretrained import find_pretrained
 from finetune.models.weights import Weights
 from finetune.recipe.spec import LOWER_IS_BETTER, METRICS, Recipe
 from finetune.report.curves import read_curves
+from finetune.runs.evaluate import LABELS
+from finetune.store.metrics_log import PASS_SECONDS
 from finetune.store.run_folder import RunFolder, peek
 
 OPTION = "--backbone"
+COSTS = ("pass", "weights", "parameters")
+WIDEST = 1_000  # than any table
 # Of a backbone's name, what a folder's name cannot or should not hold.
 NO_FOLDER_NAME = re.compile(r"[^\w.-]+")
-PASS_SECONDS = "time/pass_seconds"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Row:
         figures: of its best validation, without "val/"; {} where it failed.
         run: its folder.
         samples: that validated.
-        pass_seconds: of the backbone, once over all samples; None = it ran in every epoch, or was kept from before.
+        pass_seconds: of the backbone, once over all samples; 0 = kept from before, None = it ran in every epoch.
         failure: why there is nothing.
     """
 
@@ -136,32 +140,46 @@ def _row(candidate: Candidate, run: RunFolder) -> Row:
 
 
 def show(rows: Sequence[Row], words: Sequence[str], console: Console) -> None:
-    """Print the table, and what to type for the best.
+    """Print the table, and what to type for the best; nothing where all failed.
 
     Args:
         words: what was typed after `finetune`.
     """
+    if not rows[0].figures:
+        return
     recipe = rows[0].candidate.recipe
     metrics = [name for name in METRICS[recipe.task.kind] if any(name in row.figures for row in rows)]
+    headings = [LABELS.get(name, name) for name in metrics]
+    figures = [[_figure_text(name, row) for name in metrics] if row.figures else ["failed"] for row in rows]
+    costs = [_costs(row) for row in rows]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("backbone", overflow="fold")
-    for name in metrics:
-        table.add_column(f"{name}, of all" if name == "accuracy" else name, justify="right")
-    for name in ("pass", "weights", "parameters"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        candidate = row.candidate
-        cells = [_figure_text(name, row) for name in metrics] if row.figures else ["failed"] + [""] * (len(metrics) - 1)
-        seconds = "" if row.pass_seconds is None else f"{row.pass_seconds:.1f} s"
-        size = size_text(candidate.bytes) if candidate.bytes else "random"
-        cells = [candidate.name, *cells, seconds, size, f"{candidate.parameters / 1e6:.1f} M"]
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+    for number, heading in enumerate(("backbone", *headings, *COSTS)):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    names = [printable(row.candidate.name) for row in rows]
+    for name, shown, cost in zip(names, figures, costs, strict=True):
+        table.add_row(*map(Text, (name, *shown, *[""] * (len(metrics) - len(shown)), *cost)))
     console.print()
-    console.print(table)
-    best = rows[0]
-    if best.figures:
-        line = shlex.join(["finetune", *with_backbone(words, best.candidate.name)])
-        console.print(Text(f"\nto train on the best: {printable(line)}\nit has done so in {best.run}"))
+    if console.measure(table, options=console.options.update_width(WIDEST)).maximum <= console.width:
+        console.print(table)
+    else:
+        for row, name, shown, cost in zip(rows, names, figures, costs, strict=True):
+            console.print(Text(name, "bold"))
+            for cells in (_named(headings, shown) if row.figures else shown, _named(COSTS, cost)):
+                console.print(Padding(Text(", ".join(cells)), (0, 0, 0, 2)))
+    line = shlex.join(["finetune", *with_backbone(words, rows[0].candidate.name)])
+    console.print(Text(f"\nto train on the best: {printable(line)}\nit has done so in {rows[0].run}"))
+
+
+def _named(headings: Sequence[str], cells: Sequence[str]) -> list[str]:
+    return [f"{heading} {cell}" for heading, cell in zip(headings, cells, strict=True) if cell]
+
+
+def _costs(row: Row) -> tuple[str, str, str]:
+    """Seconds of the pass, size of the weights, parameters."""
+    candidate, seconds = row.candidate, row.pass_seconds
+    taken = "" if seconds is None else f"{seconds:.1f} s" if seconds else "kept"
+    size = size_text(candidate.bytes) if candidate.bytes else "random"
+    return taken, size, f"{candidate.parameters / 1e6:.1f} M"
 
 
 def _figure_text(name: str, row: Row) -> str:

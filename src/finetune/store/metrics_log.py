@@ -15,6 +15,8 @@ from finetune.store.state import LogMark
 
 # What waits for a disk to have room again; more than that is dropped.
 MOST_WAITING_BYTES = 1 << 20
+# What the frozen backbone took for the features that a run keeps, in the line of its first validation.
+PASS_SECONDS = "time/pass_seconds"
 
 
 class MetricsFile:

@@ -1,6 +1,5 @@
 """A stretch of training between two thaws: what trains, its optimizer, what is fed to it: samples or kept features."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -47,7 +46,6 @@ class Feed:
         train, validation: give the batches.
         features: the kept ones, or None where the backbone runs in every epoch.
         why_not: the reason for that.
-        pass_seconds: what the frozen part took, once over all samples, as far as it was not kept from before.
     """
 
     forward: Callable[[Tensor], Outputs]
@@ -55,7 +53,6 @@ class Feed:
     validation: Batches
     features: Features | None = None
     why_not: str = ""
-    pass_seconds: float = 0.0
 
     @property
     def is_kept(self) -> bool:
@@ -250,10 +247,8 @@ def _feed_of_rows(
     if views:
         parts = {view: whole.train for view in range(views)} | {None: whole.validation}
     run, limit, count = _pass_of(setup, found, frozen_sha256), setup.machine.cache_limit, len(whole.train)
-    started = time.monotonic()
     features = filled(run, parts, count, limit, setup.device, terminal, stop, halvings)
-    seconds = time.monotonic() - started
-    return Feed(lambda rows: found.suffix(rows.float()), features, features, features, pass_seconds=seconds)
+    return Feed(lambda rows: found.suffix(rows.float()), features, features, features)
 
 
 def _pass_of(setup: Setup, found: Split, frozen_sha256: str) -> Pass:

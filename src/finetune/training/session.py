@@ -15,6 +15,7 @@ from finetune.data.batch import Batch, Request
 from finetune.data.order import batches_from, reading_order
 from finetune.errors import RunError
 from finetune.models.freeze import Freeze
+from finetune.store.metrics_log import PASS_SECONDS
 from finetune.store.state import (
     CheckpointState,
     FrozenFacts,
@@ -248,8 +249,8 @@ class Session:
         epoch = math.ceil(progress.step / self.steps.per_epoch)
         figures = evaluation.figures()
         best = record_validation(self.recipe, progress, figures, epoch, evaluation.samples)
-        values, feed = {"train/epoch_loss": epoch_loss} | figures, self.phase.feed
-        times = {"time/pass_seconds": round(feed.pass_seconds, 3)} if feed.is_kept and epoch == 1 else {}
+        values, features = {"train/epoch_loss": epoch_loss} | figures, self.phase.feed.features
+        times = {PASS_SECONDS: round(features.pass_seconds, 3)} if features is not None and epoch == 1 else {}
         self._log.write({"step": progress.step, "epoch": epoch} | values | times)
         for line in self._advice.after(epoch, epoch_loss, figures["val/loss"]):
             watch.say(line)
