@@ -1,6 +1,7 @@
 """What figures are worth, which of equals is best, and what a person is told before and during a run."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from finetune.base.intervals import interval_text, share_text, wilson
 from finetune.cli import main
 from finetune.models.pretrained import find_pretrained
 from finetune.recipe.execution import Numerics, completed, determining_config, split_config
+from finetune.report.curves import Curve
 from finetune.store.state import Progress
 from finetune.tasks import bootstrap
 from finetune.tasks.metrics import ClassCounts
@@ -222,4 +224,12 @@ def test_evaluate_and_report_say_what_each_figure_is_worth(trained, tmp_path, ca
         low, high = float(line[-3]), float(line[-1])
         assert line[-2] == "to" and low < float(line[2 if label == "macro" else 1]) < high
     assert main(["report", str(trained.path), "--output", str(tmp_path / "r.html")]) == 0
-    assert " to 0.99)" in (tmp_path / "r.html").read_text() or " to 1.00)" in (tmp_path / "r.html").read_text()
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert re.search(r'Accuracy<span class="worth">\d+ of 359, 0\.\d+ to [01]\.\d+</span>', page)
+    assert "The ranges above hold the true value with 95 % confidence" in page
+
+
+def test_of_tied_validations_a_curve_shows_the_one_that_ships():
+    curve = Curve(np.array([4, 8, 12]), np.array([0.5, 0.75, 0.75]))
+    assert curve.extreme(lowest=False) == (8, 0.75) and curve.extreme(lowest=False, preferred_step=12) == (12, 0.75)
+    assert curve.extreme(lowest=False, preferred_step=4) == (8, 0.75)

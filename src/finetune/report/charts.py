@@ -115,8 +115,8 @@ def _point(curve: Curve, place: int) -> str:
     return f"{number_text(float(curve.values[place]))} (step {int(curve.steps[place]):,})"
 
 
-def _course(what: str, curve: Curve, lowest: bool) -> str:
-    step, value = curve.extreme(lowest)
+def _course(what: str, curve: Curve, lowest: bool, preferred_step: int | None = None) -> str:
+    step, value = curve.extreme(lowest, preferred_step)
     best, last = "lowest" if lowest else "highest", number_text(float(curve.values[-1]))
     if step == curve.steps[-1]:
         return f"{what} was {best} in the end, at step {step:,}: {last}."
@@ -135,9 +135,10 @@ def _metric_chart(data: RunData, number: int, names: Sequence[str]) -> Chart:
     lines, key, sentences = [], [], []
     for name, colour in zip(names, ("val", "other"), strict=False):
         curve, lowest = data.curves[f"val/{name}"], lower_is_better(name)
-        lines.append(Line(curve, colour, best=curve.extreme(lowest) if colour == "val" else None))
+        best_step = data.best.get("step") if name == data.best.get("metric") else None
+        lines.append(Line(curve, colour, best=curve.extreme(lowest, best_step) if colour == "val" else None))
         key.append((colour, metric_text(name)))
-        sentences.append(_course(capitalised(metric_text(name)), curve, lowest))
+        sentences.append(_course(capitalised(metric_text(name)), curve, lowest, best_step))
     title = capitalised(" and ".join(map(metric_text, names)))
     return _chart(data, number, f"{title}, validation", lines, " ".join(sentences), key if len(key) > 1 else ())
 

@@ -31,10 +31,13 @@ class Curve:
         place = int(np.searchsorted(self.steps, step))
         return float(self.values[place]) if place < len(self.steps) and self.steps[place] == step else None
 
-    def extreme(self, lowest: bool) -> tuple[int, float]:
-        """(step, value) of the lowest or the highest point, the first of equal ones."""
+    def extreme(self, lowest: bool, preferred_step: int | None = None) -> tuple[int, float]:
+        """(step, value) of the lowest or the highest point; of equal ones the preferred, else the first."""
         place = int(self.values.argmin() if lowest else self.values.argmax())
-        return int(self.steps[place]), float(self.values[place])
+        value = float(self.values[place])
+        if preferred_step is not None and self.at(preferred_step) == value:
+            return preferred_step, value
+        return int(self.steps[place]), value
 
     def thinned(self, most_points: int = MOST_POINTS) -> "Curve":
         """At most so many points. The first, the last, and every stretch's lowest and highest stay."""

@@ -19,7 +19,7 @@ from finetune import __version__
 from finetune.base.events import Example
 from finetune.base.files import BadFile, make_folders, write_atomically
 from finetune.base.formatting import number_text, printable
-from finetune.base.intervals import interval_text
+from finetune.base.intervals import interval_text, share_text
 from finetune.base.lock import is_held
 from finetune.data.images import with_pixel_range
 from finetune.data.open import open_source
@@ -204,19 +204,22 @@ def _status(data: RunData, status: str) -> _Status:
     return _Status(kind, text, f"{step:,} steps{epochs}")
 
 
-def _figures(data: RunData) -> list[tuple[str, str]]:
-    """What to know at once: of the best validation."""
+def _figures(data: RunData) -> list[tuple[str, str, str]]:
+    """What to know at once: of the best validation; what it is called, the figure, and what that is worth."""
     validation = data.validation
     is_of_best = validation is not None and validation.step == data.best.get("step")
-    intervals = validation.record.intervals if validation is not None and is_of_best else {}
+    record = validation.record if validation is not None and is_of_best else None
     found = []
     for name, value in data.best_figures().items():
-        worth = f" ({interval_text(*intervals[name])})" if name in intervals else ""
-        found.append((capitalised(metric_text(name)), f"{number_text(value)}{worth}"))
-    if validation is not None and is_of_best:
-        if validation.record.calibration_error is not None:
-            found.append(("Calibration error", number_text(validation.record.calibration_error)))
-        found.append(("Samples that validate", f"{validation.record.samples:,}"))
+        worth = ""
+        if record is not None and name in record.intervals:
+            ends = record.intervals[name]
+            worth = share_text(value, record.samples) if name == "accuracy" else interval_text(*ends)
+        found.append((capitalised(metric_text(name)), number_text(value), worth))
+    if record is not None:
+        if record.calibration_error is not None:
+            found.append(("Calibration error", number_text(record.calibration_error), ""))
+        found.append(("Samples that validate", f"{record.samples:,}", ""))
     return found
 
 
