@@ -66,6 +66,18 @@ def test_the_bundled_file_is_made_of_torchvisions_own_bit_for_bit_and_keeps_its_
     )
 
 
+@pytest.mark.slow
+def test_on_crops_of_photographs_it_is_far_better_than_a_network_for_characters(tmp_path, monkeypatch, capsys):
+    """98.3 % against 59.7 % in the mean over seeds, says the card."""
+    script("crops").write_crops(tmp_path / "crops")
+    monkeypatch.chdir(tmp_path)
+    words = ["photo_head", "--images", "crops", "--backbone", "bundled/mobilenet,bundled/vgg", *QUIET]
+    assert main(words) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("bundled/")]
+    accuracy = {row[0]: float(row[1]) for row in rows}
+    assert accuracy["bundled/mobilenet"] > 0.95 and accuracy["bundled/vgg"] < 0.75
+
+
 def test_another_file_than_torchvisions_own_is_not_bundled(tmp_path):
     (tmp_path / "x.pth").write_bytes(b"no weights")
     with pytest.raises(SystemExit, match="expected b0353104"):

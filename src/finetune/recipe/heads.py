@@ -92,7 +92,7 @@ class Training:
             learn).
         patience: stop after so many validations without a new best; 0 = never.
         stop_metric: of the validation set; decides which checkpoint is best: accuracy (auto), f1 or loss; of numbers
-            loss (auto), mae or r2.
+            loss (auto), mae or r2. Of equals the one with the lowest loss is.
         validate_every_steps: validate also every so many steps; 0 = each epoch only.
         train_samples: train on so many samples only, each class in its share; 0 = all.
         validation_fraction: share of each class that validates, where the data comes without a validation part.
