@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shlex
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,12 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from rich.console import Console
 
 from finetune.cli import main
 from finetune.models.bundled import BUNDLED, bundled_weights, knows_glyphs_only
 from finetune.models.pretrained import new_network
 from finetune.models.weights import choose_weights
 from finetune.recipe.scripts import load_recipe_function, shipped_recipes
-from finetune.runs.compare import Candidate, Row, show
 
 QUIET = ["--track", "none", "--no-report", "--device", "cpu"]
 
@@ -132,86 +129,7 @@ def test_other_weights_in_its_place_are_not_taken_for_those_of_characters(tmp_pa
     assert [name for name in BUNDLED if knows_glyphs_only(name)] == ["bundled/vgg", "bundled/resnet"]
 
 
-# ---- Several backbones side by side ---------------------------------------------------------------------------------
-
-
-def test_several_backbones_are_compared_by_ordinary_runs_below_one_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    options = ["--train-samples", "100", "--epochs", "2", *QUIET]
-    words = ["vgg_head", "--backbone", "bundled/vgg, bundled/resnet", *options]
-    assert main(words) == 0
-    said = capsys.readouterr().out
-    assert said.splitlines()[-1] == "runs/vgg_head-1"
-    rows = [line.split() for line in said.splitlines() if line.startswith("bundled/")]
-    assert {row[0] for row in rows} == {"bundled/vgg", "bundled/resnet"} and len(rows) == 2
-    accuracies = [float(row[1]) for row in rows]
-    assert accuracies == sorted(accuracies, reverse=True)
-    assert all("of 359, 0." in " ".join(row) and row[-1] == "M" for row in rows)
-    assert {row[0]: row[-2] for row in rows} == {"bundled/vgg": "0.3", "bundled/resnet": "0.7"}
-    best = rows[0][0]
-    assert f"to train on the best: finetune vgg_head --backbone {best} {' '.join(options)}" in said
-    capsys.readouterr()
-    assert main(["runs", "runs/vgg_head-1", "--json"]) == 0
-    runs = json.loads(capsys.readouterr().out)
-    assert sorted(Path(run["run"]).name for run in runs) == ["bundled-resnet", "bundled-vgg"]
-    assert {run["state"] for run in runs} == {"finished"}
-    # The same again: nothing is trained twice.
-    assert main([*words, "--run", "runs/vgg_head-1"]) == 2
-    assert "is not empty; add --resume" in capsys.readouterr().err
-    assert main([*words, "--run", "runs/vgg_head-1", "--resume"]) == 0
-    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("bundled/")] == [
-        row[:2] for row in rows
-    ]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--backbone", "bundled/vgg,bundled/vgg"], "give each backbone once"),
-        (["--backbone", "bundled/vgg,"], "give each backbone once"),
-        (["--backbone", "bundled/vgg,mobilnet_v2"], "--backbone mobilnet_v2: unknown"),
-        (
-            ["--backbone", "bundled/vgg,bundled/resnet", "--run", "s3://bucket/x"],
-            "compared in a folder on this machine",
-        ),
-        (["--backbone", "bundled/vgg,bundled/resnet", "--init-from", "x"], "--init-from x: has no effect"),
-    ],
-)
-def test_a_comparison_that_cannot_be_made_is_refused_before_anything_is_trained(
-    tmp_path, monkeypatch, capsys, words, said
-):
-    monkeypatch.chdir(tmp_path)
-    assert main(["vgg_head", *words, *QUIET]) == 2
-    assert said in capsys.readouterr().err and list(tmp_path.iterdir()) == []
-
-
-def test_one_that_fails_does_not_keep_the_others_from_being_compared(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words = ["vgg_head", "--backbone", "bundled/vgg,bundled/mobilenet", "--head", "append", "--train-samples", "60"]
-    assert main([*words, "--epochs", "1", *QUIET]) == 1
-    said = capsys.readouterr().out
-    assert "to train on the best: finetune vgg_head --backbone bundled/vgg" in said
-    assert any(line.startswith("bundled/mobilenet") and "failed" in line for line in said.splitlines())
-
-
-def test_where_a_table_has_no_room_each_backbone_has_lines_of_its_own():
-    recipe = load_recipe_function(shipped_recipes()["vgg_head"])()
-    candidate = Candidate("bundled/vgg", recipe, "x", parameters=300_000, bytes=1_300_000)
-    good = Row(candidate, {"accuracy": 0.75, "f1": 0.7, "loss": 0.5}, Path("x"), samples=60, pass_seconds=0.0)
-    lost = Row(candidate, {}, failure="lost")
-    stream = StringIO()
-    show([good, lost], ["vgg_head"], Console(file=stream, width=60))
-    assert [line.rstrip() for line in stream.getvalue().splitlines()][1:7] == [
-        "bundled/vgg",
-        "  accuracy 0.750 (45 of 60, 0.63 to 0.84), macro F1 0.700,",
-        "  loss 0.500",
-        "  pass kept, weights 1.3 MB, parameters 0.3 M",
-        "bundled/vgg",
-        "  failed",
-    ]
-    nothing = StringIO()
-    show([lost], ["vgg_head"], Console(file=nothing, width=60))
-    assert not nothing.getvalue()
+# ---- Lists of what there is ------------------------------------------------------------------------------------------
 
 
 def test_recipes_and_backbones_are_listed_with_a_sentence_each(capsys):

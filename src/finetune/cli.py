@@ -88,11 +88,13 @@ def import_commands(name: str, with_torch: bool = True) -> ModuleType:
 
 def command_train(name: str, arguments: Sequence[str]) -> int:
     path, recipe, options, usual, _ = parse_recipe(name, arguments, COMMANDS)
-    return import_commands("training").train_recipe(path, recipe, options, repeatable([name, *arguments]), usual)
+    return import_commands("comparing").train_recipe(path, recipe, options, repeatable([name, *arguments]), usual)
 
 
 def command_resume(arguments: Sequence[str]) -> int:
-    options = parse(ResumeOptions, "resume", "Go on with a run.", arguments)
+    options = parse(ResumeOptions, "resume", "Go on with a run, or a comparison of backbones.", arguments)
+    if words := import_commands("comparing").words_of_comparison(options):
+        return command_train(words[0], words[1:])
     return import_commands("training").resume_run(options)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from finetune.base.words import without_option
 from finetune.errors import UsageError
 from finetune.recipe.heads import AnyTable
 from finetune.recipe.spec import Data
@@ -328,10 +329,4 @@ ONCE, ONCE_WITHOUT_VALUE = ("--run", "--notify"), ("--resume", "--quiet")
 
 def repeatable(words: Sequence[str]) -> list[str]:
     """What was typed, without what belongs to one run alone: its folder; and without what is secret."""
-    found, is_value = [], False
-    for word in words:
-        name = word.partition("=")[0]
-        if not is_value and name not in (*ONCE, *ONCE_WITHOUT_VALUE):
-            found.append(word)
-        is_value = word in ONCE
-    return found
+    return without_option(words, *ONCE, switches=ONCE_WITHOUT_VALUE)

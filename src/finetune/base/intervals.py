@@ -4,6 +4,10 @@ import math
 
 # Of the normal distribution, for 95 of 100.
 Z_95 = 1.959963984540054
+# So few samples say little of anything.
+FEW = 30
+# From here on numbers are written with an exponent.
+LONG = 1e5
 
 
 def wilson(hits: int, samples: int) -> tuple[float, float]:
@@ -31,6 +35,8 @@ def share_text(share: float, samples: int) -> str:
 
 def interval_text(low: float, high: float) -> str:
     """As in "0.89 to 0.99"; with as many decimals as tell the ends apart."""
+    if max(abs(low), abs(high)) >= LONG:
+        return f"{low:.3g} to {high:.3g}"
     width, decimals = high - low, 2
     while width and width < 10**-decimals and decimals < 6:
         decimals += 1

@@ -92,6 +92,11 @@ def make_console(quiet: bool = False) -> Console:
     )
 
 
+def say_aside(text: str) -> None:
+    """Where standard output is for the result."""
+    print(printable(text), file=sys.stderr)
+
+
 def in_notebook() -> bool:
     """Whether what is printed is shown in a notebook of Jupyter or Colab."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None

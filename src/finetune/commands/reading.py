@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.base.formatting import json_line, printable
-from finetune.base.terminal import make_console
+from finetune.base.formatting import json_line
+from finetune.base.terminal import make_console, say_aside
 from finetune.errors import UsageError
 from finetune.options import (
     EvaluateOptions,
@@ -26,11 +26,6 @@ from finetune.recipe.scripts import shipped_recipes, summary_of
 from finetune.recipe.spec import Recipe
 
 
-def _say_aside(text: str) -> None:
-    """Where standard output is for the result."""
-    print(printable(text), file=sys.stderr)
-
-
 def export_run(options: ExportOptions) -> int:
     """`finetune export`."""
     from finetune.export.hf_folder import export_folder
@@ -39,7 +34,7 @@ def export_run(options: ExportOptions) -> int:
 
     if not options.weights_only:
         refuse(options, ["format", "half"], "with --no-weights-only, which copies the checkpoint as it is")
-    with open_run(options.run, _say_aside) as run:
+    with open_run(options.run, say_aside) as run:
         if not options.weights_only:
             print(copy_checkpoint(run, options.from_, Path(options.output) if options.output else None))
             return 0
@@ -88,7 +83,7 @@ def evaluate_run(options: EvaluateOptions) -> int:
     from finetune.store.remote import open_run
 
     workers = check_workers(options.workers)
-    with open_run(options.run, _say_aside, writes=False) as run:
+    with open_run(options.run, say_aside, writes=False) as run:
         recipe, _ = split_config(run.read_recipe().config)
         place = check_place(options, recipe.data)
         other = "image_column" if recipe.data.kind == "texts" else "text_column"
@@ -96,7 +91,7 @@ def evaluate_run(options: EvaluateOptions) -> int:
         if not place:
             names = [field.name for field in dataclasses.fields(options.table)]
             refuse(options.table, names, f"on the run's own data; for other data give {recipe.data.option} as well")
-        figures = evaluate(run, options.from_, place, options.table, options.device, workers, _say_aside)
+        figures = evaluate(run, options.from_, place, options.table, options.device, workers, say_aside)
     if options.json:
         print(json_line(figures))
     else:
@@ -111,10 +106,10 @@ def write_report_of_run(options: ReportOptions) -> int:
 
     if options.output and Path(options.output).suffix.lower() != ".html":
         raise UsageError(f"--output {options.output}: must end in .html")
-    with open_run(options.run, _say_aside, writes=not options.output) as run:
+    with open_run(options.run, say_aside, writes=not options.output) as run:
         output = Path(options.output) if options.output else run.report_file
         recipe, _ = split_config(run.read_recipe().config)
-        report_run(run, output, check_place(options, recipe.data), _say_aside)
+        report_run(run, output, check_place(options, recipe.data), say_aside)
     print(output)
     return 0
 

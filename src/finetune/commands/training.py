@@ -1,7 +1,6 @@
 """What the commands that train do, once their options are parsed: a recipe, resume, rehearse."""
 
 import dataclasses
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from finetune.base.formatting import best_text, json_line, parse_size, printable
 from finetune.base.signals import StopRequest, listen_for_signals
 from finetune.base.terminal import Terminal, make_console
-from finetune.errors import StoppedEarly, UsageError, reader_is_gone
+from finetune.errors import UsageError, reader_is_gone
 from finetune.options import (
     MachineOptions,
     ResumeOptions,
@@ -25,7 +24,7 @@ from finetune.recipe.execution import Machine, Numerics, Settings, asked_config,
 from finetune.recipe.scripts import local_modules
 from finetune.recipe.serialize import differences
 from finetune.recipe.spec import Distillation, Recipe
-from finetune.store.run_folder import RunFolder, newest_unfinished, next_folder, peek
+from finetune.store.run_folder import newest_unfinished, peek
 from finetune.watch.remote_trackers import check_notify_urls, check_services, notify_urls
 
 if TYPE_CHECKING:
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from finetune.store.state import Progress
     from finetune.training.context import RunContext
 
-# Between the names of several backbones.
-SEPARATOR = ","
 Result = TypeVar("Result")
 Conclude = Callable[["RunContext", "Progress"], Result]
 
@@ -57,44 +54,31 @@ def checked_notify_urls(options: MachineOptions) -> tuple[str, ...]:
     return urls
 
 
-def train_recipe(path: Path, recipe: Recipe, options: RunOptions, words: list[str], usual: Recipe | None) -> int:
-    """`finetune RECIPE`; `words`: to repeat it; `usual`: the recipe without options."""
-    code = tuple(local_modules(path))
-    if SEPARATOR in recipe.model.backbone:
-        return compare_backbones(path.stem, code, recipe, options, words, usual)
-    train(path.stem, code, recipe, options, words, finish, usual=usual)
-    return 0
+def check_asked(recipe: Recipe, options: RunOptions, names: frozenset[str]) -> tuple[str, ...]:
+    """Check what is asked of a run, before its data is opened.
+
+    Args:
+        names: see `recipe.effects.chosen`.
+
+    Returns:
+        Where messages go.
+
+    Raises:
+        UsageError: the first that is wrong.
+    """
+    from finetune.base.device import pick_device
+
+    check_run(options, names, pick_device(options.device).type, keeps_features=isinstance(recipe.task, Distillation))
+    make_machine(options)
+    check_services(_settings(options).trackers)
+    notify = checked_notify_urls(options)
+    check_machine(options, bool(notify))
+    return notify
 
 
-def compare_backbones(
-    name: str, code: tuple[Path, ...], recipe: Recipe, options: RunOptions, words: list[str], usual: Recipe | None
-) -> int:
-    """`finetune RECIPE --backbone A,B`. Returns 1 if one of them failed, else 0."""
-    from finetune.runs.compare import Candidate, compare, find_candidates, show, with_backbone
-
-    if "://" in options.run:
-        raise UsageError(f"--run {options.run}: several backbones are compared in a folder on this machine; give one")
-    refuse(options, ["init_from"], "with several backbones, which begin from their own weights")
-    folder, terminal = Path(options.run), make_terminal(options.quiet)
-    if options.run and folder.exists() and any(folder.iterdir()) and not options.resume:
-        raise UsageError(f"--run {folder}: is not empty; add --resume to go on with it, or give another folder")
-    candidates = find_candidates(recipe)
-    folder = folder if options.run else next_folder(name)
-
-    def train_one(one: Candidate) -> Path:
-        run = RunFolder(folder / one.folder)
-        given = dataclasses.replace(options, run=str(run), resume=options.resume and run.exists())
-        try:
-            train(name, code, one.recipe, given, with_backbone(words, one.name), lambda *_: None, usual=usual)
-        except StoppedEarly as stopped:
-            again = shlex.join(["finetune", *words, "--run", str(folder), "--resume"])
-            raise StoppedEarly(f"{stopped.args[0]}; the comparison goes on with: {again}") from None
-        return run.path
-
-    rows = compare(candidates, train_one, terminal.say)
-    show(rows, words, terminal.console)
-    print(folder)
-    return int(any(row.failure for row in rows))
+def _settings(options: RunOptions) -> Settings:
+    given = {"track": "tensorboard"} | options.given()
+    return Settings(**given, log_every_steps=options.log_every_steps, report=options.report)
 
 
 def train(
@@ -119,23 +103,17 @@ def train(
         usual: the recipe with its options left out.
         trackers, stop: see `RunContext`.
     """
-    from finetune.base.device import pick_device
     from finetune.runs.context import open_context
     from finetune.runs.resume import resume as resume_in
     from finetune.runs.start import Plan, start
 
     names = chosen(recipe, usual)
-    check_run(options, names, pick_device(options.device).type, keeps_features=isinstance(recipe.task, Distillation))
+    notify = check_asked(recipe, options, names)
     numerics = Numerics(
         options.precision, options.deterministic, options.backbone_precision or "", options.cache, options.tf32
     )
-    given, machine = options.given(), make_machine(options)
-    settings = Settings(
-        **{"track": "tensorboard"} | given, log_every_steps=options.log_every_steps, report=options.report
-    )
-    check_services(settings.trackers)
-    terminal, notify = make_terminal(options.quiet), checked_notify_urls(options)
-    check_machine(options, bool(notify))
+    given, machine, terminal = options.given(), make_machine(options), make_terminal(options.quiet)
+    settings = _settings(options)
     with open_context(options.run, terminal, settings, notify, trackers, stop) as context:
         run = context.folder
         if run is not None and run.exists() and options.resume:

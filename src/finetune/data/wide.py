@@ -27,9 +27,10 @@ LOW_QUANTILE, HIGH_QUANTILE = 0.001, 0.999
 # Looked at: headers of so many files, values of so many of those that are wide, so many values of each.
 LOOKED_AT, MEASURED_FILES, MEASURED_VALUES = 512, 64, 20_000
 # Pictures of characters and signs are about as small, and grey. Looked into: so many that are stored in colours;
-# compression colours grey a little, so a colour is more than so much of 255, in more than that share of the pixels.
+# compression colours grey a little, so a colour is more than so much of 255, in more than that share of the pixels; and
+# so are more than that share of the files, as one that is marked in red does not make a data set of photographs.
 SMALL_EDGE, GREY_MODES = 64, ("1", "L", "LA", "I", "F", "I;16", "I;16B")
-COLOUR_FILES, GREY_TOLERANCE, COLOUR_SHARE = 8, 24, 0.01
+COLOUR_FILES, GREY_TOLERANCE, COLOUR_SHARE, COLOURED_FILES = 16, 24, 0.01, 0.2
 OPENED_AS_8_BITS = ("LA", "RGB", "RGBA")
 TIFF_BITS, EXIF_ORIENTATION = 258, 274
 Values = NDArray[np.float32]
@@ -125,7 +126,7 @@ class Survey:
         wide: how many of them are wide.
         several: those that hold several pictures, pages or frames, of which the first is taken.
         large: how many are larger than `SMALL_EDGE` in both directions.
-        coloured: whether one of those looked into holds colours.
+        coloured: whether those that could hold colours do, not just one or two.
         used: the range that values of wide pictures lie in, () = none was measured.
         whole_numbers: whether the values are such.
     """
@@ -181,8 +182,10 @@ def survey(folder: Path, paths: Iterable[str], formats: Iterable[str]) -> Survey
         if low == high:  # a few bright spots on black are all that there is
             low, high = float(values.min()), float(values.max())
         used = (float(np.floor(low)), float(np.ceil(high))) if whole_numbers else (low, high)
-    coloured = any(_holds_colours(folder / path, formats) for path in in_colour_mode[:COLOUR_FILES])
-    return Survey(len(chosen), len(wide), several, large, coloured, used, whole_numbers)
+    looked_into = _some(in_colour_mode, COLOUR_FILES)
+    coloured = sum(_holds_colours(folder / path, formats) for path in looked_into)
+    are_coloured = coloured > COLOURED_FILES * len(looked_into)
+    return Survey(len(chosen), len(wide), several, large, are_coloured, used, whole_numbers)
 
 
 def _holds_colours(path: Path, formats: list[str]) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from finetune.base.device import NO_TF32, module_to_device, numerics_put_back, pick_device, set_tf32, to_device
 from finetune.base.formatting import json_line, printable
 from finetune.base.halves import freeing, in_halves
+from finetune.base.terminal import say_aside
 from finetune.data.inputs import ImageInputs, TextInputs, image_files, texts_in
 from finetune.data.source import Reading
 from finetune.data.tokens import Tokenization
@@ -71,11 +72,11 @@ def predict(
     reading = Reading(quotes=quotes or description.get("quotes", "standard"))
     samples: ImageInputs | TextInputs
     if isinstance(preprocessing, Tokenization):
-        samples = TextInputs(texts_in(inputs, text_column, allow_outside, _say_aside, reading), preprocessing)
+        samples = TextInputs(texts_in(inputs, text_column, allow_outside, say_aside, reading), preprocessing)
     else:
-        samples = ImageInputs(image_files(inputs, image_column, allow_outside, _say_aside, reading), preprocessing)
+        samples = ImageInputs(image_files(inputs, image_column, allow_outside, say_aside, reading), preprocessing)
     write = csv_writer(samples.fields, min(top_k, len(classes))) if as_csv else write_json_line
-    free, failed, halvings = freeing(device, lambda text: _say_aside(f"finetune: {text}")), 0, 0
+    free, failed, halvings = freeing(device, lambda text: say_aside(f"finetune: {text}")), 0, 0
     with progress_bar() as bar:
         shown = bar.add_task("", total=samples.count)
         for batch in samples.batches(batch_size):
@@ -93,7 +94,7 @@ def predict(
             sys.stdout.flush()
             bar.advance(shown, len(batch.where))
     if failed:
-        _say_aside(f"finetune: {failed} of {samples.count} {samples.noun}(s) could not be read")
+        say_aside(f"finetune: {failed} of {samples.count} {samples.noun}(s) could not be read")
     return 1 if failed else 0
 
 
@@ -109,11 +110,6 @@ def progress_bar() -> Progress:
         # Where the lines themselves go to the terminal, they show how far it is.
         disable=not sys.stderr.isatty() or sys.stdout.isatty(),
     )
-
-
-def _say_aside(text: str) -> None:
-    """Where standard output is for the lines."""
-    print(printable(text), file=sys.stderr)
 
 
 @torch.inference_mode()

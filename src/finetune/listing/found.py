@@ -18,6 +18,7 @@ from finetune.base.files import BadFile
 from finetune.base.lock import LOCK_FILE, OWNER_FILE, Owner, is_held, owner_from_text
 from finetune.errors import RunError, UsageError
 from finetune.recipe.serialize import flatten
+from finetune.store.comparison import is_comparison
 from finetune.store.run_folder import RunFolder, RunRecord, peek
 
 STATES = ("running", "resumable", "new", "damaged", "stopped early", "finished")
@@ -64,6 +65,8 @@ class FoundRun:
 
     @property
     def name(self) -> str:
+        if is_comparison(self.path.parent):
+            return f"{self.path.parent.name}/{self.path.name}"
         return self.path.name or str(self.path)
 
     @property
@@ -124,12 +127,14 @@ def find_runs(folders: Iterable[str]) -> Iterator[FoundRun]:
 def _runs_inside(folder: Path, names: list[str]) -> Iterator[FoundRun]:
     """Folders that cannot be looked into might be runs; where no other is one, they are not taken for some."""
     runs, unknown = [], []
-    for name in names:
+    for path in (folder / name for name in names):
         try:
-            if is_run(folder / name):
-                runs.append(folder / name)
+            if is_run(path):
+                runs.append(path)
+            elif is_comparison(path):
+                runs += [path / name for name in sorted(os.listdir(path)) if is_run(path / name)]
         except OSError as error:
-            unknown.append(FoundRun(folder / name, "damaged", f"cannot be looked into ({error.strerror})"))
+            unknown.append(FoundRun(path, "damaged", f"cannot be looked into ({error.strerror})"))
     if not runs:
         also = f" ({len(unknown)} folder(s) in it cannot be looked into)" if unknown else ""
         raise UsageError(

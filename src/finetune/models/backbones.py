@@ -90,6 +90,11 @@ def backbone_of_export(description: Mapping[str, Any]) -> Backbone:
     return backbone_from_plain(plain | {"preprocessing": description["preprocessing"]})
 
 
+def names_of(text: str) -> list[str]:
+    """The backbones that `--backbone` names, with commas between; a folder may have one in its own name."""
+    return [text] if hub.is_folder(text) else [name.strip() for name in text.split(",")]
+
+
 def find_backbone(name: str) -> Backbone:
     """The backbone of that name, prepared for its default weights.
 

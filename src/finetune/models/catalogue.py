@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from finetune.models.backbones import Backbone, default_member, find_backbone, torchvision_backbone, torchvision_names
-from finetune.models.bundled import BUNDLED, BUNDLED_TEXT, bundled_folder, bundled_weights
+from finetune.models.bundled import BUNDLED
 from finetune.models.heads import find_head
 from finetune.models.shapes import build_shapes
 from finetune.models.weights import cached_file
 
 MEGABYTE = 1 << 20  # torchvision states sizes so
 BUNDLED_FAMILY = "ships with the kit: nothing is fetched"
-# How the names of a family of torchvision's begin, the longest first where one begins like another; what it is.
+# How the names of a family of torchvision's begin (the longest that fits holds), and what it is.
 FAMILIES = {
-    "alexnet": "AlexNet: of 2012, the first; quick, and beaten by all below",
+    "alexnet": "AlexNet: of 2012, the first; quick, and beaten by all others",
     "convnext": "ConvNeXt: convolutions made as good as transformers; strong features, slow on a CPU",
     "densenet": "DenseNet: each layer sees all before it; good features for few parameters, much memory",
     "efficientnet_v2": "EfficientNetV2: like EfficientNet, quicker to train; for GPUs",
@@ -36,7 +36,9 @@ FAMILIES = {
     "vit": "Vision Transformer: strong features, best on a GPU",
     "wide_resnet": "Wide ResNet: ResNet with twice the channels",
 }
-# Encoders of texts on the hub; parameters as their cards state them.
+# Encoders of texts that ship with the kit; parameters as their cards state them.
+BUNDLED_TEXTS = {"bundled/bert": (5_859_072, "A BERT of two layers, distilled by this kit, for short English texts")}
+# On the hub; parameters as their cards state them.
 HUB_TEXTS = {
     "sentence-transformers/all-MiniLM-L6-v2": (22.7e6, "Sentences, in English; quick on a CPU: start here"),
     "BAAI/bge-small-en-v1.5": (33.4e6, "Sentences, in English"),
@@ -90,15 +92,12 @@ def count_parameters(backbone: Backbone) -> int:
 
 def _bundled() -> Iterator[Known]:
     for name, bundled in BUNDLED.items():
-        assert bundled_weights(name).is_file()
         parameters, size = count_parameters(find_backbone(name)), bundled.preprocessing.image_size
         yield Known(
             name, f"{bundled.sentence}; {BUNDLED_FAMILY}", "images", parameters, size, 0, True, bundled.accuracy
         )
-    for name in BUNDLED_TEXT:
-        assert bundled_folder(name).is_dir()
-        about = f"A BERT of two layers, distilled by this kit, for short English texts; {BUNDLED_FAMILY}"
-        yield Known(name, about, "texts", 5_859_072, None, 0, True)
+    for name, (parameters, sentence) in BUNDLED_TEXTS.items():
+        yield Known(name, f"{sentence}; {BUNDLED_FAMILY}", "texts", parameters, None, 0, True)
 
 
 def _of_torchvision() -> Iterator[Known]:

@@ -9,7 +9,7 @@ from finetune.data.open import open_source
 from finetune.data.source import TextSource
 from finetune.data.tokens import Tokenization
 from finetune.errors import UsageError
-from finetune.models.backbones import Backbone, check_image_size
+from finetune.models.backbones import Backbone, check_image_size, names_of
 from finetune.models.network import Network, build_network, check_padding
 from finetune.models.student import student_of
 from finetune.models.weights import Weights, choose_teacher, choose_text_weights, choose_weights, read_weights
@@ -17,8 +17,17 @@ from finetune.recipe.spec import Distillation, Recipe, Texts
 
 
 def find_pretrained(recipe: Recipe) -> tuple[Backbone, Weights | None]:
-    """The recipe's backbone, prepared for its data, and its weights: None for random ones."""
+    """The recipe's backbone, prepared for its data, and its weights: None for random ones.
+
+    Raises:
+        UsageError: there is no such backbone, or several are named.
+        RunError: its weights cannot be had.
+    """
     model = recipe.model
+    if len(names_of(model.backbone)) > 1:
+        raise UsageError(
+            f"--backbone {model.backbone}: one at a time; only finetune RECIPE trains on several, and compares them"
+        )
     weights: Weights | None
     if isinstance(recipe.task, Distillation):
         backbone, weights = choose_teacher(model.backbone)

@@ -159,8 +159,9 @@ def image_head(
     Args:
         images: "digits"; a folder with one sub-folder of images a class, or with train/, val/ and test/, each so; or a
             csv, tsv or jsonl file with a path and a label in each row.
-        backbone: the pretrained network: bundled/vgg, bundled/resnet; any classification model of torchvision
-            (mobilenet_v2, resnet50, vit_b_16, ...); hf:ID or a folder: an image encoder of transformers.
+        backbone: the pretrained network: bundled/mobilenet (for photos), bundled/vgg, bundled/resnet; any
+            classification model of torchvision (resnet50, vit_b_16, ...); hf:ID or a folder: an image encoder of
+            transformers. Several with commas between are compared. `finetune backbones` lists them.
         weights: "default" (the backbone's own), "none" (random), a name of torchvision's (IMAGENET1K_V1), or a
             .safetensors, .pt or .pth file.
         image_size: edge in pixels of what the backbone sees; 0 = what it was trained at.

@@ -16,6 +16,7 @@ from finetune.base.formatting import number_text, printable, size_text
 from finetune.base.intervals import share_text
 from finetune.errors import FinetuneError, StoppedEarly, UsageError
 from finetune.models.catalogue import count_parameters
+from finetune.models.hub import weight_files
 from finetune.models.pretrained import find_pretrained
 from finetune.models.weights import Weights
 from finetune.recipe.spec import LOWER_IS_BETTER, METRICS, Recipe
@@ -24,7 +25,6 @@ from finetune.runs.evaluate import LABELS
 from finetune.store.metrics_log import PASS_SECONDS
 from finetune.store.run_folder import RunFolder, peek
 
-OPTION = "--backbone"
 COSTS = ("pass", "weights", "parameters")
 WIDEST = 1_000  # than any table
 # Of a backbone's name, what a folder's name cannot or should not hold.
@@ -38,14 +38,14 @@ class Candidate:
     Attributes:
         folder: the name of its run's.
         parameters: without a head.
-        bytes: of its weights' file; 0 = random ones.
+        weight_bytes: of its weights' file; 0 = random ones.
     """
 
     name: str
     recipe: Recipe
     folder: str
     parameters: int
-    bytes: int
+    weight_bytes: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Row:
         run: its folder.
         samples: that validated.
         pass_seconds: of the backbone, once over all samples; 0 = kept from before, None = it ran in every epoch.
-        failure: why there is nothing.
+        failed: there is nothing.
     """
 
     candidate: Candidate
@@ -65,44 +65,53 @@ class Row:
     run: Path | None = None
     samples: int = 0
     pass_seconds: float | None = None
-    failure: str = ""
+    failed: bool = False
 
 
-def find_candidates(recipe: Recipe) -> list[Candidate]:
-    """The backbones that a recipe names, with commas between; all of them are at hand afterwards.
+def find_candidates(recipe: Recipe, names: Sequence[str]) -> list[Candidate]:
+    """The backbones; all of them are at hand afterwards.
 
     Raises:
         FinetuneError: one is unknown, named twice, or cannot be had.
     """
-    names = [name.strip() for name in recipe.model.backbone.split(",")]
     if "" in names or len(set(names)) < len(names):
         raise UsageError(
-            f"{OPTION} {recipe.model.backbone}: give each backbone once, with one comma between two, as in "
+            f"--backbone {','.join(names)}: give each backbone once, with one comma between two, as in "
             "bundled/mobilenet,bundled/vgg"
         )
-    found = []
-    for name in names:
+    found, folders = [], set[str]()
+    for number, name in enumerate(names, 1):
         one = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, backbone=name))
         backbone, weights = find_pretrained(one)
-        folder = NO_FOLDER_NAME.sub("-", name).strip("-.")
-        found.append(Candidate(name, one, folder, count_parameters(backbone), _bytes(weights)))
+        folder = NO_FOLDER_NAME.sub("-", name).strip("-.") or str(number)
+        if folder in folders:
+            folder = f"{folder}-{number}"
+        folders.add(folder)
+        found.append(Candidate(name, one, folder, count_parameters(backbone), _bytes_of(weights)))
     return found
 
 
-def _bytes(weights: Weights | None) -> int:
+def _bytes_of(weights: Weights | None) -> int:
     if weights is None:
         return 0
-    files = weights.path.glob("*.safetensors") if weights.path.is_dir() else [weights.path]
+    files = weight_files(weights.path) if weights.path.is_dir() else [weights.path]
     return sum(path.stat().st_size for path in files)
 
 
 def compare(
-    candidates: Sequence[Candidate], train: Callable[[Candidate], Path], say: Callable[[str], None]
+    candidates: Sequence[Candidate],
+    train: Callable[[Candidate], Path],
+    say: Callable[[str], None],
+    complain: Callable[[str], None],
 ) -> list[Row]:
     """Train each in turn. One that fails does not keep the others from it.
 
+    Args:
+        complain: told why one failed.
+
     Raises:
         StoppedEarly: asked for; what was done is kept.
+        UsageError: what was asked for is wrong, as the first of them finds out.
     """
     rows = []
     for number, candidate in enumerate(candidates, 1):
@@ -112,8 +121,10 @@ def compare(
         except StoppedEarly:
             raise
         except FinetuneError as error:
-            say(f"{candidate.name}: {error.args[0]}")
-            rows.append(Row(candidate, {}, failure=str(error.args[0])))
+            if not rows and isinstance(error, UsageError):
+                raise
+            complain(f"finetune: {candidate.name}: {error.args[0]}")
+            rows.append(Row(candidate, {}, failed=True))
     metric = candidates[0].recipe.best_metric
     sign = 1 if metric in LOWER_IS_BETTER else -1
 
@@ -143,7 +154,7 @@ def show(rows: Sequence[Row], words: Sequence[str], console: Console) -> None:
     """Print the table, and what to type for the best; nothing where all failed.
 
     Args:
-        words: what was typed after `finetune`.
+        words: what to type after `finetune` to train on the best.
     """
     if not rows[0].figures:
         return
@@ -166,7 +177,7 @@ def show(rows: Sequence[Row], words: Sequence[str], console: Console) -> None:
             console.print(Text(name, "bold"))
             for cells in (_named(headings, shown) if row.figures else shown, _named(COSTS, cost)):
                 console.print(Padding(Text(", ".join(cells)), (0, 0, 0, 2)))
-    line = shlex.join(["finetune", *with_backbone(words, rows[0].candidate.name)])
+    line = shlex.join(["finetune", *words])
     console.print(Text(f"\nto train on the best: {printable(line)}\nit has done so in {rows[0].run}"))
 
 
@@ -178,7 +189,7 @@ def _costs(row: Row) -> tuple[str, str, str]:
     """Seconds of the pass, size of the weights, parameters."""
     candidate, seconds = row.candidate, row.pass_seconds
     taken = "" if seconds is None else f"{seconds:.1f} s" if seconds else "kept"
-    size = size_text(candidate.bytes) if candidate.bytes else "random"
+    size = size_text(candidate.weight_bytes) if candidate.weight_bytes else "random"
     return taken, size, f"{candidate.parameters / 1e6:.1f} M"
 
 
@@ -187,17 +198,3 @@ def _figure_text(name: str, row: Row) -> str:
         return ""
     value = row.figures[name]
     return f"{value:.3f} ({share_text(value, row.samples)})" if name == "accuracy" else number_text(value, 3)
-
-
-def with_backbone(words: Sequence[str], name: str) -> list[str]:
-    """What was typed, with one backbone in the place of several."""
-    found, is_value = [], False
-    for word in words:
-        option, equals, _ = word.partition("=")
-        if is_value:
-            word = name
-        elif option == OPTION and equals:
-            word = f"{OPTION}={name}"
-        is_value = word == OPTION
-        found.append(word)
-    return found

@@ -85,7 +85,7 @@ def resume(
                 context.say(f"run {run} is {progress.status} at step {progress.step}; to {meaning}: {command}")
                 return progress
             with context.watched():
-                return go_on(context, setup, state)
+                return go_on(context, dataclasses.replace(setup, chosen=frozenset(record.chosen)), state)
     if epochs or lr:
         raise UsageError(f"{run} has no checkpoint yet; go on without --epochs and --lr first")
     return start_over(context, record, machine, place)
@@ -105,6 +105,7 @@ def start_over(context: RunContext, record: RunRecord, machine: Machine, place: 
         skip_broken=record.skip_broken,
         place=place,
         command=tuple(record.command),
+        chosen=frozenset(record.chosen),
     )
     return start(plan, context)
 

@@ -1,6 +1,7 @@
 """A run begins: what can be wrong is looked at, its folder is made, it is trained."""
 
 import dataclasses
+import shlex
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from finetune.base.device import module_to_device, numerics_put_back, pick_devic
 from finetune.base.events import Begun
 from finetune.base.formatting import best_text
 from finetune.base.lock import alone_in_process
+from finetune.base.words import with_option, without_option
 from finetune.data.contents import Contents
 from finetune.data.names import order_of
 from finetune.data.open import check_data_effects
@@ -47,6 +49,7 @@ from finetune.training.teacher import taught
 from finetune.watch.watch import Subject
 
 SHOWN_CLASSES = 10
+PHOTO_RECIPE, OTHER_IMAGE_RECIPES = "photo_head", ("photo_head", "vgg_head", "resnet_head")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Plan:
         place: where the recipe's data lies now, if not where it says.
         command: what to type after `finetune` to do the same again; for people, no secrets.
         chosen: values of the recipe that somebody chose, which are held against what they change; see
-            `recipe.effects`. Not of a run that was begun before: what was taken then goes on being taken.
+            `recipe.effects`.
     """
 
     recipe: Recipe
@@ -174,6 +177,7 @@ def lay_out(plan: Plan, context: RunContext, setup: Setup, weights: Weights | No
         copy_frozen=plan.copy_frozen,
         skip_broken=plan.skip_broken,
         command=list(plan.command),
+        chosen=sorted(plan.chosen),
     )
     fill_folder(run, record, list(plan.code))
     store_frozen(run.frozen, weights, setup.freeze.at(0).frozen(), copy=plan.copy_frozen, link=not run.url)
@@ -219,9 +223,9 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         preprocessing_of = weights.preprocessing_of if weights else "its default weights"
         data = open_data(recipe_here, backbone)
         if isinstance(recipe.data, Images):
-            of_glyphs = weights is not None and weights.reference == f"bundled:{backbone.name}"
-            of_glyphs = of_glyphs and knows_glyphs_only(backbone.name)
-            data, backbone = survey_pixels(data, backbone, recipe.data, knows_glyphs_only=of_glyphs)
+            is_own = weights is not None and weights.reference == f"bundled:{backbone.name}"
+            instead = for_photos(plan) if is_own and knows_glyphs_only(backbone.name) else ""
+            data, backbone = survey_pixels(data, backbone, recipe.data, for_photos=instead)
         network = new_network(recipe, backbone, weights, data.output_count, begins_with)
         if begins_with is not None:  # a part of the file is not the file
             weights, weights_text = None, f"begins as a part of {weights_text}"
@@ -232,10 +236,23 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     module_to_device(network.module, device)
     loaders = make_loaders(data, plan.machine, device, Contents(data.source))
     setup = Setup(
-        recipe, numerics, plan.machine, backbone, network, freeze, data, loaders, device, weights_text, preprocessing_of
-    )
+        recipe, numerics, plan.machine, backbone, network, freeze, data, loaders, device, weights_text,
+        preprocessing_of, plan.chosen,
+    )  # fmt: skip
     check_parts(setup)
     return setup, weights
+
+
+def for_photos(plan: Plan) -> str:
+    """What to type for the same with a network that learnt from photographs."""
+    words = list(plan.command)
+    if not words:
+        words = [PHOTO_RECIPE, "--images", plan.recipe.data.place]
+    elif Path(words[0]).stem in OTHER_IMAGE_RECIPES:
+        words = [PHOTO_RECIPE, *without_option(words[1:], "--backbone")]
+    else:
+        words = with_option(words, "--backbone", "bundled/mobilenet")
+    return shlex.join(["finetune", *words])
 
 
 def say_idle(plan: Plan, setup: Setup, context: RunContext) -> None:

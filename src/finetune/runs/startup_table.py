@@ -4,9 +4,7 @@ import torch
 
 from finetune.data.source import ArraySource, FileSource
 from finetune.data.texts import TextPipeline
-from finetune.recipe.effects import chosen
 from finetune.recipe.serialize import flatten, to_plain
-from finetune.recipe.spec import Recipe
 from finetune.training.advice import counts_text
 from finetune.training.dataset import without_r2
 from finetune.training.phase import Phase
@@ -29,7 +27,7 @@ def facts_of(run: str, setup: Setup, phase: Phase) -> dict[str, str]:
         "training": (
             f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
         ),
-        **({"options": _options(recipe)} if _options(recipe) else {}),
+        **({"options": options} if (options := _options(setup)) else {}),
         "device": f"{setup.device}, {_arithmetic(setup)}, {torch.get_num_threads()} threads",
         **({"run folder": run} if run else {}),
         **({"note": "\n".join(notes)} if (notes := notes_on(setup)) else {}),
@@ -44,10 +42,10 @@ NAMED_ELSEWHERE = {
 }  # fmt: skip
 
 
-def _options(recipe: Recipe) -> str:
-    """What else of a recipe differs from the default of its field."""
-    values = flatten(to_plain(recipe))
-    names = sorted(name for name in chosen(recipe) if name not in NAMED_ELSEWHERE)
+def _options(setup: Setup) -> str:
+    """What else was chosen."""
+    values = flatten(to_plain(setup.recipe))
+    names = sorted(setup.chosen - NAMED_ELSEWHERE)
     return ", ".join(f"{_label(name)} {_value_text(values[name])}" for name in names)
 
 

@@ -21,6 +21,7 @@ from finetune.base.lock import LOCK_FILE, OWNER_FILE
 from finetune.base.migrate import SCHEMA_KEY, Steps, migrate
 from finetune.base.plain import Fields, Plain, part_from_plain, part_to_plain
 from finetune.errors import RunError, UsageError
+from finetune.store.comparison import COMPARISON_FILE
 
 if TYPE_CHECKING:
     from finetune.store.state import CheckpointState
@@ -46,6 +47,7 @@ class RunRecord:
         copy_frozen: the frozen weights were copied, so that the folder stands alone.
         skip_broken: broken samples were left out.
         command: what to type after `finetune` to do the same again; for people, no secrets.
+        chosen: values of the recipe that somebody chose; see `recipe.effects`. Of a run of before none are known.
     """
 
     id: str
@@ -56,6 +58,7 @@ class RunRecord:
     copy_frozen: bool
     skip_broken: bool
     command: list[str] = field(default_factory=list)
+    chosen: list[str] = field(default_factory=list)
 
     def to_plain(self) -> Plain:
         return {SCHEMA_KEY: SCHEMA_VERSION} | part_to_plain(self)
@@ -261,12 +264,13 @@ def run_status(run: RunFolder) -> str:
 
 
 def newest_unfinished() -> RunFolder:
-    """The run below runs/ that was active last and is not finished.
+    """The run below runs/ that was active last and is not finished; perhaps one of a comparison.
 
     Raises:
         UsageError: there is none.
     """
-    runs = [RunFolder(path.parent) for path in RUNS_FOLDER.glob(f"*/{RECIPE_FILE}")]
+    inside = [path.parent for path in RUNS_FOLDER.glob(f"*/{COMPARISON_FILE}")]
+    runs = [RunFolder(path.parent) for folder in (RUNS_FOLDER, *inside) for path in folder.glob(f"*/{RECIPE_FILE}")]
     runs.sort(key=lambda run: max(_changed(run.metrics_file), _changed(run.recipe_file)), reverse=True)
     others = 0
     for run in runs:

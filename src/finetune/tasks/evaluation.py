@@ -242,8 +242,8 @@ class Evaluation:
         the device."""
         found, figures = dict[str, tuple[float, float]](), self.tally.figures()
         losses = torch.cat(self._losses).float().cpu().numpy()
-        if np.isfinite(losses).all():
-            found["loss"] = bootstrap.of_mean(losses)
+        if np.isfinite(losses).all() and (ends := bootstrap.of_mean(losses)) is not None:
+            found["loss"] = ends
         if "accuracy" in figures:
             found["accuracy"] = wilson(round(figures["accuracy"] * len(losses)), len(losses))
         if 0 < self._cells <= INTERVAL_CELLS:

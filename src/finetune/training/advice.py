@@ -4,18 +4,17 @@ the option that helps. No number depends on it."""
 import math
 
 from finetune.base.formatting import number_text
-from finetune.base.intervals import wilson
+from finetune.base.intervals import FEW, wilson
 from finetune.data.source import class_counts
 from finetune.recipe.spec import Images, Recipe
 from finetune.training.dataset import Data
 
 # The largest class has so many times the samples of the smallest.
 UNEVEN = 5
-# A class that validates with fewer has a figure that one sample moves by more than a tenth; and with fewer in all even
-# a validation without a mistake leaves a tenth open.
-FEW_OF_A_CLASS, FEW_IN_ALL = 10, 30
-# Of the lowest so far: more is no noise.
-RISEN_LOSS, DIVERGED_LOSS = 1.05, 1.5
+# A class that validates with fewer has a figure that one sample moves by more than a tenth.
+FEW_OF_A_CLASS = 10
+# Of the lowest so far, and how much that is at least: less is noise.
+RISEN_LOSS, DIVERGED_LOSS, LEAST_RISE = 1.05, 1.5, 0.01
 # Validations in a row above the lowest loss.
 RISES = 3
 
@@ -30,7 +29,9 @@ def counts_text(data: Data) -> str:
 def of_labels(data: Data, recipe: Recipe) -> list[str]:
     """What to say of classes and of what validates."""
     noun, validation = data.source.noun, len(data.split.validation)
-    few = [f"{_few_text(validation, noun, bool(data.class_count))}"] if validation < FEW_IN_ALL else []
+    # A part that the data brings along stays as it is.
+    more = f"add {noun}s" if data.source.parts is not None else f"add {noun}s, or raise --validation-fraction"
+    few = [_few_text(validation, noun, bool(data.class_count), more)] if validation < FEW else []
     if not data.class_count:
         return few
     names = data.source.classes
@@ -38,9 +39,10 @@ def of_labels(data: Data, recipe: Recipe) -> list[str]:
     lines = list[str]()
     if train.max() > UNEVEN * train.min() and getattr(recipe.task, "class_weights", "") == "none":
         large, small = int(train.argmax()), int(train.argmin())
+        judges = "" if recipe.best_metric == "f1" else ", --stop-metric f1 judges by each the same"
         lines.append(
             f"{names[large]!r} has {int(train[large]):,} {noun}s to train on, {names[small]!r} {int(train[small]):,}: "
-            "--class-weights balanced lets each class weigh the same, --stop-metric f1 judges by each the same"
+            f"--class-weights balanced lets each class weigh the same{judges}"
         )
     if none := (judged == 0).nonzero().flatten().tolist():
         lines.append(
@@ -52,20 +54,16 @@ def of_labels(data: Data, recipe: Recipe) -> list[str]:
         first = min(thin, key=lambda number: int(judged[number]))
         lines.append(
             f"{len(thin):,} of {len(names):,} classes validate with fewer than {FEW_OF_A_CLASS} {noun}s, like "
-            f"{names[first]!r} ({int(judged[first])}): figures of a class say little then; add {noun}s, or raise "
-            "--validation-fraction"
+            f"{names[first]!r} ({int(judged[first])}): figures of a class say little then; {more}"
         )
     return lines + few
 
 
-def _few_text(count: int, noun: str, has_classes: bool) -> str:
+def _few_text(count: int, noun: str, has_classes: bool, more: str) -> str:
     if not has_classes:
-        return f"only {count} {noun}(s) validate: figures are rough; add some, or raise --validation-fraction"
+        return f"only {count} {noun}(s) validate: figures are rough; {more}"
     low, _ = wilson(count, count)
-    return (
-        f"only {count} {noun}(s) validate: {count} of {count} right would still mean {low:.2f} to 1.00; add some, or "
-        "raise --validation-fraction"
-    )
+    return f"only {count} {noun}(s) validate: {count} of {count} right would still mean {low:.2f} to 1.00; {more}"
 
 
 class CurveAdvice:
@@ -74,27 +72,28 @@ class CurveAdvice:
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
         self._lowest, self._lowest_epoch, self._above = math.inf, 0, 0
-        self._lowest_training, self._first_training = math.inf, math.inf
+        self._lowest_training, self._first_training, self._first_epoch = math.inf, math.inf, 0
         self._said = set[str]()
 
-    def after(self, epoch: int, training_loss: float, validation_loss: float) -> list[str]:
+    def after(self, epoch: int, training_loss: float, validation_loss: float, lr: float) -> list[str]:
         """Lines to say after a validation.
 
         Args:
             training_loss: mean of the epoch so far.
+            lr: learning rate of the moment.
         """
         falls = training_loss < self._lowest_training
         lines = list[str]()
-        if training_loss > DIVERGED_LOSS * self._first_training:
-            lines += self._once("diverges", self._diverges_text(epoch, training_loss))
+        if _rose(training_loss, self._first_training, DIVERGED_LOSS):
+            lines += self._once("diverges", self._diverges_text(epoch, training_loss, lr))
         if math.isinf(self._first_training):
-            self._first_training = training_loss
+            self._first_training, self._first_epoch = training_loss, epoch
         self._lowest_training = min(self._lowest_training, training_loss)
         if validation_loss < self._lowest:
             self._lowest, self._lowest_epoch, self._above = validation_loss, epoch, 0
             return lines
         self._above += 1
-        if falls and self._above >= RISES and validation_loss > RISEN_LOSS * self._lowest:
+        if falls and self._above >= RISES and _rose(validation_loss, self._lowest, RISEN_LOSS):
             lines += self._once("overfits", self._overfits_text(epoch, validation_loss))
         return lines
 
@@ -117,10 +116,13 @@ class CurveAdvice:
             "labels help"
         )
 
-    def _diverges_text(self, epoch: int, loss: float) -> str:
-        lr = self._recipe.optimizer.lr
-        clips = "" if self._recipe.optimizer.clip_norm else ", or --clip-norm 1,"
+    def _diverges_text(self, epoch: int, loss: float, lr: float) -> str:
+        clips = "" if self._recipe.optimizer.clip_norm else ", or --clip-norm 1 from the beginning,"
         return (
-            f"the training loss grows ({number_text(self._first_training)} at first, {number_text(loss)} in epoch "
-            f"{epoch}): the rate of {lr:g} is too high; --lr {lr / 10:g}{clips} helps"
+            f"the training loss grows ({number_text(self._first_training)} in epoch {self._first_epoch}, "
+            f"{number_text(loss)} in epoch {epoch}): the rate of {lr:g} is too high; a tenth of it{clips} helps"
         )
+
+
+def _rose(loss: float, before: float, factor: float) -> bool:
+    return loss > factor * before and loss > before + LEAST_RISE

@@ -1,7 +1,6 @@
 """The data set that a recipe names: opened, split, on its way to batches."""
 
 import dataclasses
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from finetune.data.preprocess import Preprocessing
 from finetune.data.source import FileSource, Source, TextSource, class_counts
 from finetune.data.texts import TextPipeline
 from finetune.data.tokens import Tokenization
-from finetune.data.wide import SMALL_EDGE, survey
+from finetune.data.wide import SMALL_EDGE, Survey, survey
 from finetune.errors import UsageError
 from finetune.models import text_encoders
 from finetune.models.backbones import Backbone
@@ -196,14 +195,20 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
     return data
 
 
+def _unlike_characters(found: Survey) -> str:
+    """What sets images apart from pictures of characters; "" = nothing."""
+    are_large = found.large > found.looked_at / 2
+    return " and ".join(["in colour"] * found.coloured + [f"larger than {SMALL_EDGE} px"] * are_large)
+
+
 def survey_pixels(
-    data: Data, backbone: Backbone, spec: recipes.Images, *, knows_glyphs_only: bool = False, prepared_by: str = ""
+    data: Data, backbone: Backbone, spec: recipes.Images, *, for_photos: str = "", prepared_by: str = ""
 ) -> tuple[Data, Backbone]:
     """Look into some image files to train on: which values pictures of more than 8 bits use, how many hold several, and
     whether the backbone was made for such.
 
     Args:
-        knows_glyphs_only: it learnt nothing but printed characters.
+        for_photos: what to type for photographs, where the backbone learnt nothing but printed characters.
         prepared_by: the run whose way of preparing images holds; "" = none's.
 
     Returns:
@@ -242,12 +247,10 @@ def survey_pixels(
             f"{len(found.several):,} of {found.looked_at:,} images looked at hold several pictures, like "
             f"{found.several[0]}: the first of each is taken"
         )
-    are_large = found.large > found.looked_at / 2
-    if knows_glyphs_only and (found.coloured or are_large):
-        what = " and ".join(["in colour"] * found.coloured + [f"larger than {SMALL_EDGE} px"] * are_large)
+    if for_photos and (looks := _unlike_characters(found)):
         notes.append(
-            f"{backbone.name} learnt from printed characters of 32 px, and these pictures are {what}; for photographs "
-            f"type: finetune photo_head --images {shlex.quote(spec.images)}"
+            f"{backbone.name} learnt from printed characters of 32 px, and these pictures are {looks}; for photographs "
+            f"type: {for_photos}"
         )
     prepared = dataclasses.replace(preprocessing, pixel_range=list(limits))
     source = dataclasses.replace(source, pixel_range=limits, notes=(*source.notes, *notes))

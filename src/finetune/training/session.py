@@ -252,7 +252,8 @@ class Session:
         values, features = {"train/epoch_loss": epoch_loss} | figures, self.phase.feed.features
         times = {PASS_SECONDS: round(features.pass_seconds, 3)} if features is not None and epoch == 1 else {}
         self._log.write({"step": progress.step, "epoch": epoch} | values | times)
-        for line in self._advice.after(epoch, epoch_loss, figures["val/loss"]):
+        rate = learning_rates(self.phase.optimizer)["lr"]
+        for line in self._advice.after(epoch, epoch_loss, figures["val/loss"], rate):
             watch.say(line)
         watch.validated(Validated(progress.step, epoch, self.epochs, values, progress.best, best), evaluation)
         return best

@@ -60,6 +60,7 @@ class Setup:
     Attributes:
         freeze: which modules train, and from which epoch on.
         weights_text, preprocessing_of: where the weights come from, and the preprocessing; for people.
+        chosen: values of the recipe that somebody chose; see `recipe.effects`. For people.
     """
 
     recipe: Recipe
@@ -73,6 +74,7 @@ class Setup:
     device: torch.device
     weights_text: str
     preprocessing_of: str
+    chosen: frozenset[str] = frozenset()
 
     def config(self) -> Plain:
         """Everything that determines the result, as a checkpoint holds it."""

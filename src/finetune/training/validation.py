@@ -57,7 +57,8 @@ def is_better(metric: str, value: float, best: Best) -> bool:
 
 def breaks_tie(value: float, loss: float, best: Best) -> bool:
     """Whether a validation is as good as the best one so far, at a lower loss: few samples tie often."""
-    return bool(best) and value == best["value"] and loss < best.get("loss", -math.inf)
+    before = best.get("loss", -math.inf)
+    return bool(best) and value == best["value"] and (loss < before or (math.isnan(before) and not math.isnan(loss)))
 
 
 def record_validation(recipe: Recipe, progress: Progress, values: dict[str, float], epoch: int, samples: int) -> bool:
