@@ -1,6 +1,7 @@
 """Several backbones side by side: an ordinary run each, one table, and what goes on after a kill."""
 
 import json
+import shutil
 import time
 from io import StringIO
 from pathlib import Path
@@ -16,6 +17,7 @@ from finetune.cli import main
 from finetune.models.backbones import names_of
 from finetune.recipe.scripts import load_recipe_function, shipped_recipes
 from finetune.runs.compare import Candidate, Row, find_candidates, show
+from finetune.store.comparison import is_unfinished, note_comparison
 from finetune.store.run_folder import RunFolder
 
 QUIET = ["--track", "none", "--no-report", "--device", "cpu"]
@@ -148,6 +150,22 @@ def test_a_comparison_that_is_asked_to_stop_says_what_to_type(tmp_path):
     finish(finetune("resume", "here", cwd=tmp_path))
     rows = finish(finetune(*small("--run", "here", "--resume"), cwd=tmp_path)).splitlines()
     assert sum("is finished at step 10" in row for row in rows) == 2
+
+
+def test_a_comparison_killed_between_two_of_its_runs_goes_on_by_resume_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["vgg_head", "--train-samples", "60", "--epochs", "1", *QUIET]
+    assert main([*words, "--backbone", "bundled/vgg,bundled/resnet"]) == 0
+    assert main(["resume"]) == 2 and "all finished" in capsys.readouterr().err
+    folder = Path("runs/vgg_head-1")
+    noted = json.loads((folder / "comparison.json").read_text())
+    note_comparison(folder, noted["command"])  # as it was before its end
+    shutil.rmtree(folder / "bundled-resnet")
+    assert main(["resume"]) == 0
+    assert RunFolder(folder / "bundled-resnet").exists() and not is_unfinished(folder)
+    (folder / "comparison.json").write_text("{}")
+    assert main(["resume"]) == 2
+    assert main(["resume", str(folder)]) == 1 and "comparison.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_a_resume_without_a_name_passes_over_runs_of_another_version(golden, mon
     plain = load_plain(newest / "checkpoints" / "latest.pt") | {"schema_version": 3}
     torch.save(plain, newest / "checkpoints" / "latest.pt")
     os.utime(newest / "metrics.jsonl", (2e9, 2e9))
-    assert newest_unfinished().path.name in ("image-killed", "text-killed")
+    assert newest_unfinished().name in ("image-killed", "text-killed")
     for name in ("image-killed", "text-killed"):
         shutil.rmtree(golden / name)
     with pytest.raises(UsageError, match=r"1 run\(s\) there, 1 of another version of finetune, the others finished"):

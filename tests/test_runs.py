@@ -392,4 +392,4 @@ def test_two_runs_fit_into_sixty_columns(losses):
 
 def test_the_newest_unfinished_run_is_the_one_that_was_killed(runs, monkeypatch):
     monkeypatch.chdir(runs.parent)
-    assert newest_unfinished().path == Path("runs/new-1")
+    assert newest_unfinished() == Path("runs/new-1")

@@ -70,6 +70,7 @@ def compare_backbones(
         if is_new:
             forget_comparison(folder)
         raise
+    note_comparison(folder, words, is_finished=True)
     show(rows, with_option(words, BACKBONE, rows[0].candidate.name), terminal.console)
     print(folder)
     return int(any(row.failed for row in rows))
@@ -83,7 +84,7 @@ def words_of_comparison(options: ResumeOptions) -> list[str]:
     """
     if "://" in options.run:
         return []
-    folder = Path(options.run) if options.run else newest_unfinished().path.parent
+    folder = Path(options.run) if options.run else newest_unfinished()
     if not is_comparison(folder):
         return []
     words = words_to_go_on(folder)

@@ -209,7 +209,7 @@ def resume(
     from finetune.runs.context import open_context
     from finetune.runs.resume import resume as resume_in
 
-    run = options.run or str(newest_unfinished().path)
+    run = options.run or str(newest_unfinished())
     machine, terminal, notify = make_machine(options), make_terminal(options.quiet), checked_notify_urls(options)
     check_machine(options, bool(notify))
     with open_context(run, terminal, Settings(), notify, trackers, stop) as context:

@@ -21,7 +21,7 @@ from finetune.base.lock import LOCK_FILE, OWNER_FILE
 from finetune.base.migrate import SCHEMA_KEY, Steps, migrate
 from finetune.base.plain import Fields, Plain, part_from_plain, part_to_plain
 from finetune.errors import RunError, UsageError
-from finetune.store.comparison import COMPARISON_FILE
+from finetune.store.comparison import COMPARISON_FILE, is_comparison, is_unfinished
 
 if TYPE_CHECKING:
     from finetune.store.state import CheckpointState
@@ -263,27 +263,39 @@ def run_status(run: RunFolder) -> str:
         return OTHER_VERSION
 
 
-def newest_unfinished() -> RunFolder:
-    """The run below runs/ that was active last and is not finished; perhaps one of a comparison.
+def newest_unfinished() -> Path:
+    """The folder below runs/ that was active last and is not finished: a run's, or that of a comparison.
 
     Raises:
         UsageError: there is none.
     """
-    inside = [path.parent for path in RUNS_FOLDER.glob(f"*/{COMPARISON_FILE}")]
-    runs = [RunFolder(path.parent) for folder in (RUNS_FOLDER, *inside) for path in folder.glob(f"*/{RECIPE_FILE}")]
-    runs.sort(key=lambda run: max(_changed(run.metrics_file), _changed(run.recipe_file)), reverse=True)
+    found = [path.parent for path in RUNS_FOLDER.glob(f"*/{RECIPE_FILE}")]
+    found += [path.parent for path in RUNS_FOLDER.glob(f"*/{COMPARISON_FILE}")]
     others = 0
-    for run in runs:
-        status = run_status(run)
+    for folder in sorted(found, key=_last_active, reverse=True):
+        if is_comparison(folder):
+            if is_unfinished(folder):
+                return folder
+            continue
+        status = run_status(RunFolder(folder))
         if status not in ("finished", "stopped early", OTHER_VERSION):
-            return run
+            return folder
         others += status == OTHER_VERSION
-    found = f"{len(runs)} run(s) there, all finished" if runs else "no run there"
+    said = f"{len(found)} run(s) there, all finished" if found else "no run there"
     if others:
-        found = f"{len(runs)} run(s) there, {others} of another version of finetune, the others finished"
+        said = f"{len(found)} run(s) there, {others} of another version of finetune, the others finished"
     raise UsageError(
-        f"no unfinished run in {RUNS_FOLDER.resolve()} ({found}); give the run's folder: finetune resume RUN"
+        f"no unfinished run in {RUNS_FOLDER.resolve()} ({said}); give the run's folder: finetune resume RUN"
     )
+
+
+def _last_active(folder: Path) -> float:
+    """Seconds of the epoch."""
+    if is_comparison(folder):
+        inside = [_last_active(path) for path in folder.iterdir() if path.is_dir()]
+        return max(inside, default=_changed(folder / COMPARISON_FILE))
+    run = RunFolder(folder)
+    return max(_changed(run.metrics_file), _changed(run.recipe_file))
 
 
 def _changed(path: Path) -> float:
