@@ -199,8 +199,9 @@ class Outside:
             listener.join(min(patience_seconds, SILENT_SECONDS))
             if listener.is_alive() and patience_seconds > SILENT_SECONDS:
                 rest = patience_seconds - SILENT_SECONDS
-                names = " and ".join(self._left)
-                self._say_once(f"waiting for {names}, {rest} s at most; what is left goes on by itself")
+                if self._left:  # else all is told, and the process is just about to end
+                    names = " and ".join(self._left)
+                    self._say_once(f"waiting for {names}, {rest} s at most; what is left goes on by itself")
                 listener.join(rest)
         if self._queue.dropped:
             self._say_once(f"{self.name}: {self._queue.dropped} logged steps were left out, it did not keep up")
