@@ -93,7 +93,9 @@ def command_train(name: str, arguments: Sequence[str]) -> int:
 
 def command_resume(arguments: Sequence[str]) -> int:
     options = parse(ResumeOptions, "resume", "Go on with a run, or a comparison of backbones.", arguments)
-    if words := import_commands("comparing").words_of_comparison(options):
+    comparing = import_commands("comparing")
+    options = comparing.with_run(options)
+    if words := comparing.words_of_comparison(options):
         return command_train(words[0], words[1:])
     return import_commands("training").resume_run(options)
 

@@ -39,6 +39,11 @@ def digits_to_tell_apart(values: Iterable[float]) -> int:
     return min(max(4 + math.ceil(math.log10(largest / spread)), 6), 17) if 0 < spread < math.inf else 6
 
 
+def parameters_text(count: int) -> str:
+    """In millions, as in "2.2 M"."""
+    return f"{count / 1e6:.1f} M"
+
+
 def best_text(best: Best) -> str:
     """The best validation of a run.
 

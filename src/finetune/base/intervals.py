@@ -1,6 +1,7 @@
 """How far a figure can be trusted that few samples gave."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 # Of the normal distribution, for 95 of 100.
 Z_95 = 1.959963984540054
@@ -31,6 +32,17 @@ def share_text(share: float, samples: int) -> str:
     """A share of samples with what it is worth, as in "61 of 63, 0.89 to 0.99"."""
     hits = round(share * samples)
     return f"{hits:,} of {samples:,}, {interval_text(*wilson(hits, samples))}"
+
+
+def worth_text(name: str, value: float, samples: int, intervals: Mapping[str, Sequence[float]]) -> str:
+    """What a figure is worth: of accuracy as a share of samples, of others their interval; "" = it has none.
+
+    Args:
+        intervals: figure -> (low, high).
+    """
+    if name not in intervals:
+        return ""
+    return share_text(value, samples) if name == "accuracy" else interval_text(*intervals[name])
 
 
 def interval_text(low: float, high: float) -> str:

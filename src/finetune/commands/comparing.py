@@ -76,16 +76,23 @@ def compare_backbones(
     return int(any(row.failed for row in rows))
 
 
+def with_run(options: ResumeOptions) -> ResumeOptions:
+    """The options with the folder that they mean: without one the newest that is unfinished.
+
+    Raises:
+        UsageError: nothing is to be resumed.
+    """
+    return options if options.run else dataclasses.replace(options, run=str(newest_unfinished()))
+
+
 def words_of_comparison(options: ResumeOptions) -> list[str]:
     """What to type after `finetune` to go on with the comparison that is to be resumed; [] = it is a run of its own.
 
     Raises:
-        UsageError: nothing is to be resumed; or other options are given, which a comparison takes with its own.
+        UsageError: other options are given, which a comparison takes with its own.
     """
-    if "://" in options.run:
-        return []
-    folder = Path(options.run) if options.run else newest_unfinished()
-    if not is_comparison(folder):
+    folder = Path(options.run)
+    if "://" in options.run or not is_comparison(folder):
         return []
     words = words_to_go_on(folder)
     if set(given_options(options)) - {"run"}:

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from finetune.base.formatting import size_text
+from finetune.base.formatting import parameters_text, size_text
 from finetune.models.catalogue import Known
 
 HEADINGS = ("name", "parameters", "edge", "ImageNet", "to fetch")
@@ -49,4 +49,4 @@ def _cells(one: Known) -> tuple[str, ...]:
     size = "" if one.size is None else f"{one.size} px"
     accuracy = "" if one.accuracy is None else f"{one.accuracy:.1f} %"
     where = "at hand" if one.is_at_hand else "" if one.fetch_bytes is None else size_text(one.fetch_bytes)
-    return one.name + "*" * bool(one.licence), f"{one.parameters / 1e6:.1f} M", size, accuracy, where
+    return one.name + "*" * bool(one.licence), parameters_text(one.parameters), size, accuracy, where

@@ -146,8 +146,8 @@ def bundled_weights(name: str) -> Path:
     return Path(str(resources.files("finetune"))) / "bundled" / BUNDLED[name].file
 
 
-# Folders in transformers' format.
-BUNDLED_TEXT = ("bundled/bert",)
+# Folders in transformers' format: parameters, as their cards state them, and what each is.
+BUNDLED_TEXT = {"bundled/bert": (5_859_072, "A BERT of two layers, distilled by this kit, for short English texts")}
 
 
 def bundled_folder(name: str) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from finetune.models.backbones import Backbone, default_member, find_backbone, torchvision_backbone, torchvision_names
-from finetune.models.bundled import BUNDLED
+from finetune.models.bundled import BUNDLED, BUNDLED_TEXT
 from finetune.models.heads import find_head
 from finetune.models.shapes import build_shapes
 from finetune.models.weights import cached_file
@@ -36,9 +36,7 @@ FAMILIES = {
     "vit": "Vision Transformer: strong features, best on a GPU",
     "wide_resnet": "Wide ResNet: ResNet with twice the channels",
 }
-# Encoders of texts that ship with the kit; parameters as their cards state them.
-BUNDLED_TEXTS = {"bundled/bert": (5_859_072, "A BERT of two layers, distilled by this kit, for short English texts")}
-# On the hub; parameters as their cards state them.
+# Encoders of texts on the hub; parameters as their cards state them.
 HUB_TEXTS = {
     "sentence-transformers/all-MiniLM-L6-v2": (22.7e6, "Sentences, in English; quick on a CPU: start here"),
     "BAAI/bge-small-en-v1.5": (33.4e6, "Sentences, in English"),
@@ -96,7 +94,7 @@ def _bundled() -> Iterator[Known]:
         yield Known(
             name, f"{bundled.sentence}; {BUNDLED_FAMILY}", "images", parameters, size, 0, True, bundled.accuracy
         )
-    for name, (parameters, sentence) in BUNDLED_TEXTS.items():
+    for name, (parameters, sentence) in BUNDLED_TEXT.items():
         yield Known(name, f"{sentence}; {BUNDLED_FAMILY}", "texts", parameters, None, 0, True)
 
 

@@ -19,7 +19,7 @@ from finetune import __version__
 from finetune.base.events import Example
 from finetune.base.files import BadFile, make_folders, write_atomically
 from finetune.base.formatting import number_text, printable
-from finetune.base.intervals import interval_text, share_text
+from finetune.base.intervals import worth_text
 from finetune.base.lock import is_held
 from finetune.data.images import with_pixel_range
 from finetune.data.open import open_source
@@ -211,10 +211,7 @@ def _figures(data: RunData) -> list[tuple[str, str, str]]:
     record = validation.record if validation is not None and is_of_best else None
     found = []
     for name, value in data.best_figures().items():
-        worth = ""
-        if record is not None and name in record.intervals:
-            ends = record.intervals[name]
-            worth = share_text(value, record.samples) if name == "accuracy" else interval_text(*ends)
+        worth = "" if record is None else worth_text(name, value, record.samples, record.intervals)
         found.append((capitalised(metric_text(name)), number_text(value), worth))
     if record is not None:
         if record.calibration_error is not None:

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from finetune.base.formatting import number_text, printable, size_text
+from finetune.base.formatting import number_text, parameters_text, printable, size_text
 from finetune.base.intervals import share_text
 from finetune.errors import FinetuneError, StoppedEarly, UsageError
 from finetune.models.catalogue import count_parameters
@@ -190,7 +190,7 @@ def _costs(row: Row) -> tuple[str, str, str]:
     candidate, seconds = row.candidate, row.pass_seconds
     taken = "" if seconds is None else f"{seconds:.1f} s" if seconds else "kept"
     size = size_text(candidate.weight_bytes) if candidate.weight_bytes else "random"
-    return taken, size, f"{candidate.parameters / 1e6:.1f} M"
+    return taken, size, parameters_text(candidate.parameters)
 
 
 def _figure_text(name: str, row: Row) -> str:

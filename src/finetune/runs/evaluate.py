@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune.base.device import module_to_device, numerics_put_back, pick_device, set_numerics
 from finetune.base.formatting import number_text, printable
 from finetune.base.halves import freeing, in_halves
-from finetune.base.intervals import interval_text, share_text
+from finetune.base.intervals import worth_text
 from finetune.data.batch import Request
 from finetune.data.contents import Contents
 from finetune.data.images import names_to_indices, without
@@ -204,7 +204,8 @@ def show(figures: dict[str, Any], console: Console) -> None:
     for name in ("loss", "accuracy", "f1", "calibration_error", "mae", "r2"):
         if name in figures:
             value = number_text(figures[name]) if figures[name] is not None else UNDEFINED
-            table.add_row(LABELS.get(name, name), value, _worth(name, figures))
+            worth = worth_text(name, figures[name], figures["samples"], figures["intervals"])
+            table.add_row(LABELS.get(name, name), value, worth)
     console.print(table)
     for reason in figures["broken"][:SHOWN_MISTAKES]:
         console.print(Text(printable(f"left out: {reason}")))
@@ -224,14 +225,6 @@ def show(figures: dict[str, Any], console: Console) -> None:
         console.print(_matrix(names, matrix))
     elif figures["mistakes"]:
         console.print(_mistakes(names, figures["mistakes"], noun))
-
-
-def _worth(name: str, figures: dict[str, Any]) -> str:
-    """The interval that holds a figure's true value with 95 % confidence; "" = it has none."""
-    if name == "accuracy":
-        return share_text(figures[name], figures["samples"])
-    ends = figures["intervals"].get(name)
-    return interval_text(*ends) if ends else ""
 
 
 def _matrix(names: list[str], matrix: list[list[int]]) -> Table:

@@ -212,7 +212,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
             reorder(tensors, network.last_layer_path, order)
             network.module.load_state_dict(tensors)
         if isinstance(recipe.data, Images):
-            data, backbone = survey_pixels(data, backbone, recipe.data, prepared_by=init_from)
+            data, backbone = survey_pixels(data, backbone, recipe.data.pixel_range, prepared_by=init_from)
         if data.scale:
             tensors = network.module.state_dict()
             rescale(tensors, network.last_layer_path, other.scale, data.scale)
@@ -225,7 +225,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         if isinstance(recipe.data, Images):
             is_own = weights is not None and weights.reference == f"bundled:{backbone.name}"
             instead = for_photos(plan) if is_own and knows_glyphs_only(backbone.name) else ""
-            data, backbone = survey_pixels(data, backbone, recipe.data, for_photos=instead)
+            data, backbone = survey_pixels(data, backbone, recipe.data.pixel_range, for_photos=instead)
         network = new_network(recipe, backbone, weights, data.output_count, begins_with)
         if begins_with is not None:  # a part of the file is not the file
             weights, weights_text = None, f"begins as a part of {weights_text}"

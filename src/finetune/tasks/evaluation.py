@@ -1,6 +1,7 @@
 """What a network makes of samples: figures, counts by class, calibration, the best and the worst, some features."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -234,12 +235,13 @@ class Evaluation:
             calibration_error=None if counts is None else self.calibration.error(),
             worst=self._samples(self._worst, source),
             best=self._samples(self._best, source),
-            intervals={name: list(ends) for name, ends in self.intervals().items()},
+            intervals={name: list(ends) for name, ends in self.intervals.items()},
         )
 
+    @functools.cached_property  # a record is made for validation.json, and another one for pictures
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """What the figures are worth: of a share of samples by Wilson, of others by drawing the samples anew. Waits for
-        the device."""
+        """What the figures are worth, once all samples have come: of a share by Wilson, of others by weighing samples
+        anew. Waits for the device."""
         found, figures = dict[str, tuple[float, float]](), self.tally.figures()
         losses = torch.cat(self._losses).float().cpu().numpy()
         if np.isfinite(losses).all() and (ends := bootstrap.of_mean(losses)) is not None:

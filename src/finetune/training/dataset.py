@@ -202,12 +202,13 @@ def _unlike_characters(found: Survey) -> str:
 
 
 def survey_pixels(
-    data: Data, backbone: Backbone, spec: recipes.Images, *, for_photos: str = "", prepared_by: str = ""
+    data: Data, backbone: Backbone, pixel_range: str, *, for_photos: str = "", prepared_by: str = ""
 ) -> tuple[Data, Backbone]:
     """Look into some image files to train on: which values pictures of more than 8 bits use, how many hold several, and
     whether the backbone was made for such.
 
     Args:
+        pixel_range: as a recipe has it.
         for_photos: what to type for photographs, where the backbone learnt nothing but printed characters.
         prepared_by: the run whose way of preparing images holds; "" = none's.
 
@@ -217,7 +218,7 @@ def survey_pixels(
     Raises:
         UsageError: a range is given, and there is no picture that it applies to.
     """
-    source, preprocessing, pixel_range = data.source, backbone.preprocessing, spec.pixel_range
+    source, preprocessing = data.source, backbone.preprocessing
     limits: tuple[float, ...] = pixel_limits(pixel_range)
     if prepared_by and pixel_range != "auto":
         raise UsageError(f"--pixel-range {pixel_range}: images are prepared as in {prepared_by}; leave it out")
