@@ -170,17 +170,11 @@ def grouped_split(targets: Tensor, groups: Tensor, validation_fraction: float, s
     Returns:
         (train, validation) sorted int64 indices.
     """
-    stratum = torch.zeros(len(targets), dtype=torch.int64)
-    for number, (_, members) in enumerate(_strata(targets)):
-        stratum[members] = number
+    stratum, members_of = _groups_by_size(targets, groups, "split", seed)
     left = stratum.bincount().double()
     wanted, taken = left * validation_fraction, torch.zeros_like(left)
-    order = groups.argsort(stable=True)
-    members_of = order.split(groups[order].unique_consecutive(return_counts=True)[1].tolist())
-    generator = torch.Generator().manual_seed(key("split", seed, "groups"))
-    shuffled = [members_of[place] for place in torch.randperm(len(members_of), generator=generator).tolist()]
     validation = []
-    for members in sorted(shuffled, key=len, reverse=True):
+    for members in members_of:
         here, counts = stratum[members].unique(return_counts=True)
         before, after = taken[here] - wanted[here], taken[here] + counts - wanted[here]
         gain = ((before.square() - after.square()) / wanted[here]).sum()
@@ -191,6 +185,47 @@ def grouped_split(targets: Tensor, groups: Tensor, validation_fraction: float, s
     held_out = torch.zeros(len(targets), dtype=torch.bool)
     held_out[torch.cat([*validation, torch.zeros(0, dtype=torch.int64)])] = True
     return (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
+
+
+def fold_numbers(targets: Tensor, groups: Tensor | None, count: int, seed: int) -> Tensor:
+    """(samples,) int64: which of `count` folds each sample is in; each fold has each class in its share, as well as whole
+    groups allow.
+
+    Args:
+        targets, seed: as of `stratified_split`.
+        groups: (samples,) int64, or None.
+    """
+    numbers = torch.zeros(len(targets), dtype=torch.int64)
+    if groups is None:
+        dealt = 0  # on from where the stratum before ended: else all that is over would lie in the first folds
+        for label, members in _strata(targets):
+            generator = torch.Generator().manual_seed(key("folds", seed, label))
+            members = members[torch.randperm(len(members), generator=generator)]
+            numbers[members] = (torch.arange(len(members)) + dealt) % count
+            dealt += len(members)
+        return numbers
+    stratum, members_of = _groups_by_size(targets, groups, "folds", seed)
+    wanted = stratum.bincount().double() / count
+    taken = torch.zeros(count, len(wanted), dtype=torch.float64)
+    for members in members_of:
+        here, counts = stratum[members].unique(return_counts=True)
+        before, after = taken[:, here] - wanted[here], taken[:, here] + counts - wanted[here]
+        fold = int(((after.square() - before.square()) / wanted[here]).sum(1).argmin())
+        taken[fold, here] += counts
+        numbers[members] = fold
+    return numbers
+
+
+def _groups_by_size(targets: Tensor, groups: Tensor, purpose: str, seed: int) -> tuple[Tensor, list[Tensor]]:
+    """(samples,) the number of each one's stratum; the members of each group, from the largest to the smallest."""
+    stratum = torch.zeros(len(targets), dtype=torch.int64)
+    for number, (_, members) in enumerate(_strata(targets)):
+        stratum[members] = number
+    order = groups.argsort(stable=True)
+    members_of = order.split(groups[order].unique_consecutive(return_counts=True)[1].tolist())
+    generator = torch.Generator().manual_seed(key(purpose, seed, "groups"))
+    shuffled = [members_of[place] for place in torch.randperm(len(members_of), generator=generator).tolist()]
+    return stratum, sorted(shuffled, key=len, reverse=True)
 
 
 def _give_back(targets: Tensor, train: Tensor, validation: Tensor) -> tuple[list[Tensor], list[Tensor]]:
