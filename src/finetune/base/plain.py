@@ -137,6 +137,8 @@ def part_from_plain(kind: type[Part], fields: Fields) -> Part:
         has_default = one.default is not dataclasses.MISSING or one.default_factory is not dataclasses.MISSING
         may_lack = one.metadata.get("may_lack", has_default)
         if dataclasses.is_dataclass(one.type):
+            if "key" in one.metadata and may_lack and outer not in fields:
+                continue
             inside = fields.fields(outer) if "key" in one.metadata else fields
             values[one.name] = part_from_plain(cast(type, one.type), inside)
         elif inner:

@@ -188,12 +188,14 @@ def grouped_split(targets: Tensor, groups: Tensor, validation_fraction: float, s
 
 
 def fold_numbers(targets: Tensor, groups: Tensor | None, count: int, seed: int) -> Tensor:
-    """(samples,) int64: which of `count` folds each sample is in; each fold has each class in its share, as well as whole
-    groups allow.
+    """Deal samples out to folds, each class in its share, as well as whole groups allow.
 
     Args:
         targets, seed: as of `stratified_split`.
         groups: (samples,) int64, or None.
+
+    Returns:
+        (samples,) int64: the fold of each.
     """
     numbers = torch.zeros(len(targets), dtype=torch.int64)
     if groups is None:

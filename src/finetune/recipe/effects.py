@@ -9,6 +9,8 @@ from finetune.errors import UsageError
 from finetune.recipe.serialize import flatten, to_plain
 from finetune.recipe.spec import Distillation, Images, Recipe
 
+# Of values whose option is not called like their field.
+OPTIONS = {"finish.rows": "final", "finish.way": "finish"}
 # Data that ships with the kit lies in one place, where nothing leads out of.
 SHIPPED_DATA = ("digits", "glyphs", "messages")
 
@@ -57,7 +59,7 @@ def check_effects(recipe: Recipe, names: Collection[str]) -> None:
     given = flatten(to_plain(recipe))
     for name, has_none, why in _rules(recipe):
         if has_none and name in names:
-            field = name.rpartition(".")[2]
+            field = OPTIONS.get(name, name.rpartition(".")[2])
             value = "" if given[name] is True else f" {given[name]}"
             said = f"--{field.replace('_', '-')}{value}"
             raise UsageError(f"{said}: has no effect {why}; leave it out")
@@ -87,6 +89,7 @@ def _rules(recipe: Recipe) -> list[tuple[str, bool, str]]:
         ("data.group_by", is_shipped, f"on {data.place}, which ships with the kit"),
         ("data.drop_duplicates", data.place in ("digits", "glyphs"), f"on {data.place}, which ships with the kit"),
         ("data.fonts", data.place != "glyphs", f"with --images {data.place}: it is of glyphs"),
+        ("finish.rows", recipe.finish.way == "none", "with --finish none"),
         ("data.train_samples", data.place == "glyphs", "on glyphs, which are split by font"),
     ]
     return rules

@@ -8,6 +8,7 @@ from finetune.errors import UsageError
 from finetune.recipe.spec import (
     Classification,
     Data,
+    Finish,
     Images,
     Model,
     MultiLabel,
@@ -93,6 +94,9 @@ class Training:
         patience: stop after so many validations without a new best; 0 = never.
         stop_metric: of the validation set; decides which checkpoint is best: accuracy (auto), f1 or loss; of numbers
             loss (auto), mae or r2. Of equals the one with the lowest loss is.
+        finish: after the epochs solve the head, where it is linear and reads kept features: the best regularisation by
+            cross-validation; the better of the two heads ships (auto); none = the loop's best ships.
+        final: what the solved head has seen in the end: all labels, or those of the train part alone.
         validate_every_steps: validate also every so many steps; 0 = each epoch only.
         train_samples: train on so many samples only, each class in its share; 0 = all.
         validation_fraction: share of each class that validates, where the data comes without a validation part.
@@ -111,6 +115,8 @@ class Training:
     accumulate: int = 1
     patience: int = 0
     stop_metric: Literal["auto", "accuracy", "f1", "loss", "mae", "r2"] = "auto"
+    finish: Literal["auto", "none"] = "auto"
+    final: Literal["all", "train"] = "all"
     validate_every_steps: int = 0
     train_samples: int = 0
     validation_fraction: float = 0.2
@@ -294,6 +300,7 @@ def _head_recipe(
         ),
         schedule=Schedule(name=training.schedule),
         stop=Stop(metric=training.stop_metric, patience=training.patience),
+        finish=Finish(way=training.finish, rows=training.final),
         epochs=epochs,
         batch_size=batch_size,
         validate_every_steps=training.validate_every_steps,

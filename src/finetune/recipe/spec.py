@@ -197,6 +197,20 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Finish:
+    """The last stage: after the loop a linear head on kept features is solved, and the better of the two ships.
+
+    Attributes:
+        way: "auto" = where it can be; "none" = never.
+        rows: what the head that ships has seen in the end: "all" = every label but those of a validation or test part
+            that the data brings along; "train" = those that the loop was trained on.
+    """
+
+    way: str = named("auto", before="none")
+    rows: str = "all"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that determines a training's result, as plain values.
 
@@ -215,6 +229,7 @@ class Recipe:
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     stop: Stop = Stop()
+    finish: Finish = Finish()
     epochs: int = 15
     max_steps: int = 0
     batch_size: int = 64
@@ -260,6 +275,8 @@ def check_ranges(recipe: Recipe) -> None:
         ("warmup-fraction", schedule.warmup_fraction, 0 <= schedule.warmup_fraction < 1, "0 up to, not including, 1"),
         ("patience", recipe.stop.patience, recipe.stop.patience >= 0, "0 (never) or more"),
         ("ties", recipe.stop.ties, recipe.stop.ties in ("loss", "first"), "loss or first"),
+        ("finish", recipe.finish.way, recipe.finish.way in ("auto", "none"), "auto or none"),
+        ("final", recipe.finish.rows, recipe.finish.rows in ("all", "train"), "all or train"),
         ("stop-metric", recipe.stop.metric, recipe.stop.metric in ("auto", *metrics), f"auto, {', '.join(metrics)}"),
     ]
     if isinstance(recipe.task, Classification | MultiLabel):

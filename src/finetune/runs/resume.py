@@ -22,6 +22,7 @@ from finetune.store.checkpoint import (
     repair_names,
     rewind,
 )
+from finetune.store.finish_state import Finish
 from finetune.store.restore import backbone_of_run, check_same_config, check_same_recipe, saved_network
 from finetune.store.run_folder import RunRecord
 from finetune.store.state import CheckpointState, Extension, Progress, environment_differences
@@ -250,11 +251,14 @@ def extend(progress: Progress, epochs: int, lr: float, recipe: Recipe, train_sam
                 f"--lr {lr}: at a resume only together with --epochs; for other rates: --init-from RUN:best"
             )
         return ""
+    if progress.finish.status == "due":  # the loop is over
+        progress.status = progress.finish.ended
     steps = count_steps(recipe, train_samples, progress)
     wanted, goes_on = epochs * steps.per_epoch, is_cut_short(progress, steps)
     where = {"step": progress.step, "epoch": progress.epoch}
     if wanted == steps.end and lr in (0.0, progress.extensions[-1]["lr"] if progress.extensions else 0.0):
         if not goes_on:
+            progress.status = "running" if progress.finish.status == "due" else progress.status
             return ""
         progress.history.append(dict(where, event="patience"))
         return f"stopped early at step {progress.step}, it goes on to step {steps.end}{_begin_anew(recipe, progress)}"
@@ -290,6 +294,7 @@ def _begin_anew(recipe: Recipe, progress: Progress) -> str:
     """A run that had ended trains again, its patience begun anew; that in words. One that goes on keeps its count."""
     if progress.status == "running":
         return ""
+    progress.finish = Finish()
     progress.status, progress.validations_without_best = "running", 0
     patience = recipe.stop.patience
     return f"; the patience of {patience} validations without a new best begins anew" if patience else ""

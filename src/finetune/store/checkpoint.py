@@ -22,7 +22,7 @@ from finetune.base.safe_load import load_plain
 from finetune.errors import RunError, one_line
 from finetune.store.state import CheckpointState, Progress
 
-LATEST, BEST = "latest.pt", "best.pt"
+LATEST, BEST, FINAL = "latest.pt", "best.pt", "final.pt"
 STEP_FILE = re.compile(r"step-(\d+)\.pt")
 SUPERSEDED = "superseded"
 # A network drive that hangs for a moment, or room that another program is just making, is no reason to give up.
@@ -88,6 +88,25 @@ def write_checkpoint(folder: Path, state: CheckpointState, *, is_best: bool, kee
         with suppress(OSError):
             old.unlink()
     return path
+
+
+def write_final(folder: Path, state: CheckpointState) -> None:
+    """Write the checkpoint of a solved head beside those of the loop.
+
+    Raises:
+        RunError: it cannot be written, at the second attempt neither.
+    """
+    try:
+        _write_state(folder / FINAL, state)
+    except OSError:
+        time.sleep(RETRY_AFTER_SECONDS)
+        try:
+            _write_state(folder / FINAL, state)
+        except OSError as error:
+            raise RunError(
+                f"checkpoint {folder / FINAL} cannot be written, nor at a second attempt ({one_line(error)}); make "
+                "room, or put the disk right, then resume"
+            ) from None
 
 
 def check_room(folder: Path, state: CheckpointState, keep: int, optimizer_bytes: int) -> None:

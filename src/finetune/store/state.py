@@ -21,6 +21,7 @@ from finetune.base.events import Best
 from finetune.base.files import BadFile
 from finetune.base.migrate import SCHEMA_KEY, Steps, migrate
 from finetune.base.plain import Fields, Plain, part_from_plain, part_to_plain, stored
+from finetune.store.finish_state import Finish
 
 SCHEMA_VERSION = 4
 # From the schema that is the key to the next one; 4 is the first that outlives a version of the kit.
@@ -138,6 +139,7 @@ class Progress:
         skipped_steps: in fp16: those that moved nothing, as their gradient was too large for its numbers.
         history: [{"event", "step", "epoch", ...}]: starts, resumes, extensions, thaws, ends of an early stop.
         status: "running", "finished" or "stopped early".
+        finish: the last stage, in which a linear head is solved.
     """
 
     step: int = field(default=0, metadata=stored("step", writer="session", reader="session, listing, report, export"))
@@ -178,6 +180,10 @@ class Progress:
     )
     status: str = field(
         default="running", metadata=stored("status", writer="session", reader="resume, listing, report")
+    )
+    finish: Finish = field(
+        default_factory=Finish,
+        metadata=stored("finish", writer="finish", reader="finish, export, evaluate, report", may_lack=True),
     )
 
     def epoch_loss(self) -> float:

@@ -11,7 +11,7 @@ from finetune.base.signals import StopRequest, listen_for_signals
 from finetune.base.terminal import Terminal, make_console
 from finetune.data.contents import Contents
 from finetune.recipe.execution import Settings
-from finetune.store.checkpoint import check_room, write_checkpoint
+from finetune.store.checkpoint import BEST, check_room, read_checkpoint, write_checkpoint, write_final
 from finetune.store.metrics_log import MetricsFile
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import CheckpointState, LogMark
@@ -126,6 +126,23 @@ class RunContext:
             self.watch.saving()
             write_checkpoint(self.run.checkpoints, state, is_best=is_best, keep=self.settings.keep)
             self.watch.saved()
+
+    def save_final(self, state: CheckpointState) -> None:
+        """Write the checkpoint of the solved head.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        if self.writes:
+            write_final(self.run.checkpoints, state)
+
+    def read_best(self) -> CheckpointState:
+        """The loop's best.
+
+        Raises:
+            RunError: it is missing, or damaged.
+        """
+        return read_checkpoint(self.run.checkpoints / BEST, self.run_id)
 
     def save_contents(self, contents: Contents) -> None:
         """Write what the image files held when they were first read."""

@@ -72,6 +72,7 @@ def train(
                 session.conclude_step(session.save_is_due or was_halved)
                 if not session.goes_on:
                     break
+        session.finish()
         session.check_frozen()
     finally:
         session.close()

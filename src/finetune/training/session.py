@@ -1,5 +1,6 @@
 """A training under way: where it stands, and what the loop does between two steps."""
 
+import dataclasses
 import itertools
 import math
 import time
@@ -30,14 +31,18 @@ from finetune.tasks.losses import Task
 from finetune.training.advice import CurveAdvice
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_unbroken
+from finetune.training.finish import Stage, finish_text, gather, head_state, judge, reason_against, workers
 from finetune.training.nan_guard import Losses
 from finetune.training.optimizer import learning_rates, load_optimizer_state, optimizer_state
 from finetune.training.phase import Phase, start_phase
+from finetune.training.regularisation import next_strength, solve_all, try_next
 from finetune.training.setup import Setup
 from finetune.training.validation import record_validation, validate
 
 # A validation needs no gradients, so more samples fit at once.
 VALIDATION_BATCHES = 4
+# Between two saves while the head is solved.
+SAVE_SECONDS = 5.0
 
 
 def capture_state(
@@ -114,6 +119,7 @@ class Session:
         self.losses = Losses(context.bad_batch_file, self._contents.source.name)
         self._advice = CurveAdvice(setup.recipe)
         self._last_saved = time.monotonic()
+        self._best_model: dict[str, Tensor] = {}
         self._log = context.open_log(resumed.metrics_file if resumed else None, progress.step)
 
     # ---- The two ends -----------------------------------------------------------------------------------------------
@@ -132,7 +138,8 @@ class Session:
 
     @property
     def goes_on(self) -> bool:
-        return self.progress.step < self.steps.end and self.progress.status == "running"
+        progress = self.progress
+        return progress.step < self.steps.end and progress.status == "running" and not progress.finish.status
 
     def check_frozen(self) -> None:
         """Raises: RunError: frozen tensors are not what they were."""
@@ -211,9 +218,9 @@ class Session:
         is_best = self._validate() if due and not stop.requested else False
         if not self._validation_is_due():
             if due and 0 < self.recipe.stop.patience <= progress.validations_without_best:
-                progress.status = "stopped early"
+                self._end("stopped early")
             elif progress.step >= self.steps.end:
-                progress.status = "finished"
+                self._end("finished")
             if progress.position_samples >= self.samples:
                 progress.epoch, progress.position_samples = progress.epoch + 1, 0
                 progress.loss_sum, progress.loss_samples = torch.zeros(()), 0
@@ -222,6 +229,69 @@ class Session:
         if stop.requested and progress.status == "running":
             saved = ", saved" if self.context.writes else ""
             raise stop.stopped(f"at step {progress.step} of {self.steps.end}{saved}")
+
+    def _end(self, status: str) -> None:
+        """The loop is over; the run is, too, unless its head is still to be solved."""
+        finish = self.progress.finish
+        if reason_against(self.setup, self.phase.feed):
+            self.progress.status = status
+        elif not finish.status:
+            finish.status, finish.ended = "due", status
+        self.phase.freeze.modes()
+
+    # ---- The last stage ---------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Solve the head, if it can be; the better of the two ships.
+
+        Raises:
+            StoppedEarly: asked for; what was tried is saved.
+        """
+        progress, finish, feed = self.progress, self.progress.finish, self.phase.feed
+        if finish.status != "due":
+            return
+        stage = gather(self.setup, feed, self.task)
+        epoch = math.ceil(progress.step / self.steps.per_epoch)
+        while next_strength(finish) is not None:
+            tried = try_next(finish, stage.held, workers())
+            folds = {f"finish/fold/{number}": loss for number, loss in enumerate(tried["fold_losses"])}
+            values = {f"finish/{name}": tried[name] for name in ("strength", "log_loss", "temperature")}
+            self._log.write({"step": progress.step, "epoch": epoch} | values | folds)
+            if self.context.stop.requested:
+                self._save(False)
+                raise self.context.stop.stopped("while the head was solved; what was tried is kept")
+            if self.context.settings.save_every_steps or time.monotonic() - self._last_saved > SAVE_SECONDS:
+                self._save(False)
+        solved = solve_all(stage.held, finish)
+        finish.judged = judge(self.setup, feed, stage, finish, solved, self._best_head())
+        finish.ships = "final" if finish.judged["solved"] < finish.judged["loop"] else "best"
+        finish.status, progress.status = "done", finish.ended
+        self._save_final(stage, solved)
+        finish.weights = finish.best_weights = torch.zeros(0, dtype=torch.float64)
+        self.context.watch.say(finish_text(finish))
+        self._save(False)
+
+    def _best_head(self) -> dict[str, Tensor]:
+        """Tensors of the last layer, of the loop's best."""
+        path = self.setup.network.last_layer_path
+        model = self._best_model or self.context.read_best().model
+        return {name.removeprefix(f"{path}."): value for name, value in model.items() if name.startswith(f"{path}.")}
+
+    def _save_final(self, stage: Stage, solved: Tensor) -> None:
+        finish, layer = self.progress.finish, self.setup.network.last_layer()
+        assert layer is not None
+        path, temperature = self.setup.network.last_layer_path, finish.best["temperature"]
+        state = self.state()
+        found = head_state(stage, solved, temperature, layer)
+        state.model = state.model | {f"{path}.{name}": value for name, value in found.items()}
+        self.losses.check_weights(state.model)
+        places, outputs = stage.held.held_out(finish.best_weights)
+        held = dataclasses.replace(
+            finish, weights=finish.weights[:0], best_weights=finish.weights[:0],
+            held_samples=stage.samples[places], held_outputs=outputs / temperature,
+        )  # fmt: skip
+        state.progress = dataclasses.replace(self.progress, finish=held)
+        self.context.save_final(state)
 
     def _validation_is_due(self) -> bool:
         progress, every = self.progress, self.recipe.validate_every_steps
@@ -249,6 +319,10 @@ class Session:
         epoch = math.ceil(progress.step / self.steps.per_epoch)
         figures = evaluation.figures()
         best = record_validation(self.recipe, progress, figures, epoch, evaluation.samples)
+        if best and self.recipe.finish.way != "none":
+            self._best_model = {
+                name: value.detach().cpu().clone() for name, value in self.phase.freeze.changeable().items()
+            }
         values, features = {"train/epoch_loss": epoch_loss} | figures, self.phase.feed.features
         times = {PASS_SECONDS: round(features.pass_seconds, 3)} if features is not None and epoch == 1 else {}
         self._log.write({"step": progress.step, "epoch": epoch} | values | times)

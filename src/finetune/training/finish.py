@@ -1,0 +1,233 @@
+"""The last stage of a run: a linear head on kept rows is solved, and held against the loop's best.
+
+The rows are those of every label that may be trained on; how strongly the head is held back is found by
+cross-validation on them. The two heads are compared on the samples that validate, which neither saw: of the solved
+ones those of the folds that held them out.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from finetune.base.formatting import number_text
+from finetune.data.order import fold_numbers, key
+from finetune.models.heads import StandardisedLinear
+from finetune.recipe.spec import Classification, MultiLabel, Regression
+from finetune.store.finish_state import Finish, Judged, Tried
+from finetune.tasks.losses import Classifying, Task
+from finetune.training.phase import Feed
+from finetune.training.regularisation import (
+    Held,
+    sample_losses,
+    temperature_of,
+)
+from finetune.training.setup import Setup
+from finetune.training.solver import Loss, prepared
+
+# rows x features x classes: a minute or two.
+MOST_WORK = 6_000_000_000
+MOST_FOLDS, LEAST_FOLDS = 5, 2
+# Up to so many rows every fold is held out in turn; of more a part chooses the strength: so many, one fold of which is
+# held out.
+MOST_ROWS_IN_FOLDS, CHOOSING_ROWS = 10_000, 25_000
+READ_ROWS = 8_192
+CHECKED_ROWS = 4
+KINDS = {Classification: "classification", MultiLabel: "multilabel", Regression: "regression"}
+
+
+def reason_against(setup: Setup, feed: Feed) -> str:
+    """Why the head of this run is not solved; "" = it will be."""
+    recipe = setup.recipe
+    if recipe.finish.way == "none":
+        return "of --finish none"
+    if type(recipe.task) not in KINDS:
+        return "there is nothing to solve in a distillation"
+    if feed.features is None or recipe.data.views:
+        return "features are not kept as they are"
+    layer = setup.network.last_layer()
+    own = {} if layer is None else dict(layer.named_parameters())
+    trains = [value for value in setup.network.module.parameters() if value.requires_grad]
+    if recipe.model.head != "linear" or not isinstance(layer, StandardisedLinear) or layer.bias is None:
+        return "the head is not one linear layer"
+    if {id(value) for value in trains} != {id(value) for value in own.values()}:
+        return "more than the head trains"
+    if not _is_all_that_follows(feed, setup, layer):
+        return "something follows the linear layer"
+    work = len(_rows_to_use(setup)) * layer.in_features * layer.out_features
+    if work > MOST_WORK:
+        return f"rows x features x outputs are {work:,}, more than {MOST_WORK:,}"
+    return ""
+
+
+@torch.no_grad()
+def _is_all_that_follows(feed: Feed, setup: Setup, layer: StandardisedLinear) -> bool:
+    assert feed.features is not None
+    setup.network.module.eval()
+    rows = feed.features.read(setup.data.split.train[:CHECKED_ROWS], None).float().to(setup.device)
+    try:
+        outputs = feed.forward(rows)
+        same = isinstance(outputs, Tensor) and torch.equal(outputs, layer(rows))
+    except (RuntimeError, ValueError):  # rows of another shape than the layer takes
+        same = False
+    return same
+
+
+def _rows_to_use(setup: Setup) -> Tensor:
+    """Sorted samples that the solved head is trained on in the end."""
+    data, recipe = setup.data, setup.recipe
+    brings_its_own = data.source.parts is not None and bool((data.source.parts == 1).any())
+    if recipe.finish.rows == "train" or brings_its_own or recipe.data.train_samples:
+        return data.split.train
+    return torch.cat([data.split.train, data.split.validation]).sort().values
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is solved.
+
+    Attributes:
+        samples: (rows,) int64.
+        held: rows, losses, folds to choose the strength by.
+    """
+
+    samples: Tensor
+    held: Held
+
+
+def gather(setup: Setup, feed: Feed, task: Task) -> Stage:
+    """Read the rows, and say which are held out when."""
+    samples = _rows_to_use(setup)
+    assert feed.features is not None
+    rows = torch.cat([feed.features.read(part, None).float() for part in samples.split(READ_ROWS)])
+    targets = _targets(setup, samples)
+    kind = KINDS[type(setup.recipe.task)]
+    weights, class_weights = torch.ones(len(samples), 1), None
+    own_weights = task.class_weights.cpu() if isinstance(task, Classifying) and task.class_weights is not None else None
+    if own_weights is not None and kind == "classification":
+        weights = (targets @ own_weights).unsqueeze(1)
+    elif own_weights is not None:
+        class_weights = own_weights
+    wanted = targets
+    if isinstance(task, Classifying) and task.label_smoothing:
+        spread = task.label_smoothing / (targets.shape[1] if kind == "classification" else 2)
+        wanted = targets * (1 - task.label_smoothing) + spread
+    folds, numbers = _folds(setup, samples)
+    with torch.random.fork_rng(devices=[]):
+        turned = prepared(rows)
+    return Stage(samples, Held(turned, Loss(wanted, weights, kind, class_weights), targets, folds, numbers))
+
+
+def _targets(setup: Setup, samples: Tensor) -> Tensor:
+    """(samples, outputs) float32."""
+    targets = setup.data.source.targets[samples]
+    if isinstance(setup.recipe.task, Classification):
+        return functional.one_hot(targets, setup.data.output_count).float()
+    return targets.float().view(len(samples), -1)
+
+
+def _folds(setup: Setup, samples: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """See `Held`."""
+    source, seed = setup.data.source, setup.recipe.seed
+    targets = source.targets[samples]
+    groups = None if source.groups is None else source.groups[samples]
+    count = MOST_FOLDS
+    if isinstance(setup.recipe.task, Classification):
+        count = min(max(int(targets.bincount(minlength=setup.data.output_count).min()), LEAST_FOLDS), MOST_FOLDS)
+    if groups is not None:
+        count = min(count, max(len(groups.unique()), LEAST_FOLDS))
+    numbers = fold_numbers(targets, groups, count, seed)
+    if len(samples) <= MOST_ROWS_IN_FOLDS:
+        return numbers, tuple(range(count))
+    validates = torch.isin(samples, setup.data.split.validation)
+    if validates.any():
+        numbers = torch.where(validates, 0, 1)
+    generator = torch.Generator().manual_seed(key("choosing", seed))
+    held_out = (numbers == 0).nonzero().flatten()
+    held_out = held_out[torch.randperm(len(held_out), generator=generator)[: CHOOSING_ROWS // MOST_FOLDS]]
+    folds = torch.full_like(numbers, -1)
+    folds[held_out] = 0
+    return folds, (0,)
+
+
+# ---- Which of the two is better -------------------------------------------------------------------------------------
+
+
+def judge(setup: Setup, feed: Feed, stage: Stage, finish: Finish, solved: Tensor, loop: dict[str, Tensor]) -> Judged:
+    """Both heads on the samples that validate.
+
+    Args:
+        solved: (outputs, directions + 1), of all rows of the stage.
+        loop: weight, bias, mean and deviation of the loop's best.
+    """
+    held, validation = stage.held, setup.data.split.validation
+    kind, temperature = held.loss.kind, finish.best["temperature"]
+    places, outputs = held.held_out(finish.best_weights)
+    samples = stage.samples[places]
+    if torch.isin(validation, stage.samples).any():  # it is trained on in the end: what the folds said of it counts
+        here = torch.isin(samples, validation)
+        samples, outputs = samples[here], outputs[here]
+    else:
+        weight, bias = held.rows.head(solved)
+        samples, outputs = validation, _outputs(feed, validation, weight, bias, held.rows.mean, held.rows.deviation)
+    targets = _targets(setup, samples)
+    mean, deviation = loop["mean"].double(), loop["deviation"].double()
+    theirs = _outputs(feed, samples, loop["weight"].double(), loop["bias"].double(), mean, deviation)
+    theirs /= temperature_of(theirs, targets, kind)
+    return Judged(
+        solved=sample_losses(outputs / temperature, targets, kind).mean().item(),
+        loop=sample_losses(theirs, targets, kind).mean().item(),
+        samples=len(samples),
+        optimism=_optimism(finish.tried),
+    )
+
+
+def _outputs(
+    feed: Feed, samples: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, deviation: Tensor | float
+) -> Tensor:
+    assert feed.features is not None
+    parts = samples.split(READ_ROWS)
+    found = [(feed.features.read(part, None).double() - mean) / deviation @ weight.T + bias for part in parts]
+    return torch.cat(found).float()
+
+
+def _optimism(tried: list[Tried]) -> float:
+    """By how much the loss of the chosen strength looks better than it is, as it was chosen by it: R. J. Tibshirani and
+    R. Tibshirani, "A bias correction for the minimum error rate in cross-validation", Annals of Applied Statistics 3,
+    2009."""
+    best = min(tried, key=lambda one: one["log_loss"])
+    folds = range(len(best["fold_losses"]))
+    gains = [best["fold_losses"][fold] - min(one["fold_losses"][fold] for one in tried) for fold in folds]
+    return sum(gains) / len(gains)
+
+
+def head_state(stage: Stage, solved: Tensor, temperature: float, layer: nn.Module) -> dict[str, Tensor]:
+    """Weight, bias, mean and deviation of the layer in the run's network, the temperature in them."""
+    rows = stage.held.rows
+    weight, bias = rows.head(solved / temperature)
+    state = {
+        "weight": weight,
+        "bias": bias,
+        "mean": rows.mean,
+        "deviation": torch.full_like(rows.mean, rows.deviation),
+    }
+    own = layer.state_dict()
+    return {name: value.to(own[name].dtype).view_as(own[name]) for name, value in state.items()}
+
+
+def workers() -> int:
+    """Folds that are solved at once: as many as there are cores. The bits do not depend on it."""
+    return max(
+        1, min(MOST_FOLDS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    )
+
+
+def finish_text(finish: Finish) -> str:
+    """What came of it, in a line."""
+    best, judged = finish.best, finish.judged
+    what = f"the head, solved with lambda {best['strength']:.2g} ({len(finish.tried)} tried)"
+    losses = f"{number_text(judged['solved'])} against {number_text(judged['loop'])} of the loop's best"
+    ships = "it ships, as final.pt" if finish.ships == "final" else "the loop's best ships"
+    return f"{what}: loss {losses} on {judged['samples']:,} that validate; {ships}"
