@@ -5,7 +5,6 @@ cross-validation on them. The two heads are compared on the samples that validat
 ones those of the folds that held them out.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -218,10 +217,8 @@ def head_state(stage: Stage, solved: Tensor, temperature: float, layer: nn.Modul
 
 
 def workers() -> int:
-    """Folds that are solved at once: as many as there are cores. The bits do not depend on it."""
-    return max(
-        1, min(MOST_FOLDS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    )
+    """Folds that are solved at once: as many as the run has threads. The bits do not depend on it."""
+    return max(1, min(MOST_FOLDS, torch.get_num_threads()))
 
 
 def finish_text(finish: Finish) -> str:

@@ -1,9 +1,8 @@
 """How strongly a solved head is held back: by cross-validation, from strong to weak, until that no longer helps."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -66,13 +65,14 @@ class Held:
         return places, outputs
 
 
-@contextmanager
-def _folds_side_by_side(workers: int) -> Iterator[Callable[..., list[Tensor]]]:
-    """Solve in threads of their own, one core each: the bits are the same for any number of them."""
+def _on_one_core_each(work: Callable[[int], Tensor], items: Sequence[int], workers: int) -> list[Tensor]:
+    """Work in threads of their own: the bits are the same for any number of them."""
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
-        yield lambda work, *items: list(pool.map(work, *items))
-    torch.set_num_threads(threads)  # some libraries count threads for the whole process
+    try:
+        with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
+            return list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(threads)  # some libraries count threads for the whole process
 
 
 def try_next(finish: Finish, held: Held, workers: int) -> Tried:
@@ -82,11 +82,10 @@ def try_next(finish: Finish, held: Held, workers: int) -> Tried:
     shape = len(held.numbers), held.loss.targets.shape[1], held.rows.rows.shape[1]
     before = finish.weights if len(finish.weights) else torch.zeros(shape, dtype=torch.float64)
 
-    def solve_fold(number: int, start: Tensor) -> Tensor:
-        return solve(held.rows, held.loss_without(number), strength, start, FOLD_TOLERANCE)
+    def solve_fold(place: int) -> Tensor:
+        return solve(held.rows, held.loss_without(held.numbers[place]), strength, before[place], FOLD_TOLERANCE)
 
-    with _folds_side_by_side(workers) as run:
-        weights = torch.stack(run(solve_fold, held.numbers, before))
+    weights = torch.stack(_on_one_core_each(solve_fold, range(len(held.numbers)), workers))
     places, outputs = held.held_out(weights)
     targets, folds, kind = held.targets[places], held.folds[places], held.loss.kind
     shares = held.loss.weights[places].flatten().double()
@@ -111,9 +110,8 @@ def try_next(finish: Finish, held: Held, workers: int) -> Tried:
 
 def solve_all(held: Held, finish: Finish) -> Tensor:
     """(outputs, directions + 1): the head of all rows, at the best strength."""
-    start = finish.best_weights.mean(0)
-    with _folds_side_by_side(1) as run:
-        (weight,) = run(lambda _: solve(held.rows, held.loss, finish.best["strength"], start, LAST_TOLERANCE), [0])
+    start, strength = finish.best_weights.mean(0), finish.best["strength"]
+    (weight,) = _on_one_core_each(lambda _: solve(held.rows, held.loss, strength, start, LAST_TOLERANCE), [0], 1)
     return weight
 
 

@@ -320,9 +320,8 @@ class Session:
         figures = evaluation.figures()
         best = record_validation(self.recipe, progress, figures, epoch, evaluation.samples)
         if best and self.recipe.finish.way != "none":
-            self._best_model = {
-                name: value.detach().cpu().clone() for name, value in self.phase.freeze.changeable().items()
-            }
+            own = self.phase.freeze.changeable()
+            self._best_model = {name: value.detach().cpu().clone() for name, value in own.items()}
         values, features = {"train/epoch_loss": epoch_loss} | figures, self.phase.feed.features
         times = {PASS_SECONDS: round(features.pass_seconds, 3)} if features is not None and epoch == 1 else {}
         self._log.write({"step": progress.step, "epoch": epoch} | values | times)

@@ -1,4 +1,4 @@
-"""A linear head on kept rows, solved: the minimum of mean loss + lambda / 2 * |weight|^2, to which every optimizer tends.
+"""A linear head on kept rows, solved: the minimum of mean loss + lambda / 2 * |weight|^2.
 
 L-BFGS (J. Nocedal, "Updating quasi-Newton matrices with limited storage", Mathematics of Computation 35, 1980) in the
 eigenbasis of the rows' covariance, each coordinate divided by the root of its curvature: there the valley is nearly
