@@ -64,12 +64,14 @@ class FinishedRun:
             FinetuneError: see `finetune export`.
         """
         from finetune.export.weights import FORMATS, export
+        from finetune.store.restore import shipped
         from finetune.store.run_folder import RunFolder
 
         path = Path(output) if output else self.folder / "model.pt"
         if path.suffix not in FORMATS:
             raise UsageError(f"output {path}: must end in {' or '.join(FORMATS)}")
-        export(RunFolder(self.folder), "best", path)
+        run = RunFolder(self.folder)
+        export(run, shipped(run, "auto"), path)
         return path
 
     def show_report(self, height_pixels: int = 600) -> "HTML":

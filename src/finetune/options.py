@@ -124,8 +124,8 @@ class ExportOptions:
     """The run's folder."""
     weights_only: bool = True
     """Weights for stock loading; --no-weights-only copies the whole checkpoint instead."""
-    from_: Annotated[Literal["best", "latest"], tyro.conf.arg(name="from")] = "best"
-    """Which checkpoint."""
+    from_: Annotated[Literal["auto", "best", "latest", "final"], tyro.conf.arg(name="from")] = "auto"
+    """Which checkpoint; auto = the better of best (of the loop) and final (the solved head)."""
     output: str = ""
     """The file to write; default: RUN/model.pt."""
     format: Literal["pt", "safetensors", "onnx", "hf"] | None = None
@@ -172,8 +172,8 @@ class EvaluateOptions:
     texts: str = ""
     """Other texts with the same classes, or with numbers to predict."""
     table: Annotated[AnyTable, tyro.conf.OmitArgPrefixes] = AnyTable()
-    from_: Annotated[Literal["best", "latest"], tyro.conf.arg(name="from")] = "best"
-    """Which checkpoint."""
+    from_: Annotated[Literal["auto", "best", "latest", "final"], tyro.conf.arg(name="from")] = "auto"
+    """Which checkpoint; auto = the better of best (of the loop) and final (the solved head)."""
     json: bool = False
     """Print one JSON object instead of tables."""
     device: str = "auto"

@@ -31,16 +31,18 @@ def export_run(options: ExportOptions) -> int:
     from finetune.export.hf_folder import export_folder
     from finetune.export.weights import FORMATS, copy_checkpoint, export
     from finetune.store.remote import open_run
+    from finetune.store.restore import shipped
 
     if not options.weights_only:
         refuse(options, ["format", "half"], "with --no-weights-only, which copies the checkpoint as it is")
     with open_run(options.run, say_aside) as run:
+        which = shipped(run, options.from_)
         if not options.weights_only:
-            print(copy_checkpoint(run, options.from_, Path(options.output) if options.output else None))
+            print(copy_checkpoint(run, which, Path(options.output) if options.output else None))
             return 0
         if options.format == "hf":
             output = Path(options.output) if options.output else run.path / "hf"
-            print(export_folder(run, options.from_, output, options.half).text(), file=sys.stderr)
+            print(export_folder(run, which, output, options.half).text(), file=sys.stderr)
             print(output)
             return 0
         if options.half:
@@ -49,7 +51,7 @@ def export_run(options: ExportOptions) -> int:
         allowed = [f".{options.format}"] if options.format else FORMATS
         if output.suffix not in allowed:
             raise UsageError(f"--output {output}: must end in {' or '.join(allowed)}")
-        print(export(run, options.from_, output).text(), file=sys.stderr)
+        print(export(run, which, output).text(), file=sys.stderr)
         print(output)
         return 0
 
@@ -81,6 +83,7 @@ def evaluate_run(options: EvaluateOptions) -> int:
     """`finetune evaluate`."""
     from finetune.runs.evaluate import evaluate, show
     from finetune.store.remote import open_run
+    from finetune.store.restore import shipped
 
     workers = check_workers(options.workers)
     with open_run(options.run, say_aside, writes=False) as run:
@@ -91,7 +94,7 @@ def evaluate_run(options: EvaluateOptions) -> int:
         if not place:
             names = [field.name for field in dataclasses.fields(options.table)]
             refuse(options.table, names, f"on the run's own data; for other data give {recipe.data.option} as well")
-        figures = evaluate(run, options.from_, place, options.table, options.device, workers, say_aside)
+        figures = evaluate(run, shipped(run, options.from_), place, options.table, options.device, workers, say_aside)
     if options.json:
         print(json_line(figures))
     else:

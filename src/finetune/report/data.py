@@ -148,6 +148,7 @@ class Validation:
         facts: label to text, as in the table at the start.
         classes: a row a class; [] where there are none.
         mistakes: (true class, predicted class, count), the most frequent first.
+        is_solved: of the head that was solved after the loop; else of the loop's best.
     """
 
     step: int
@@ -156,6 +157,7 @@ class Validation:
     record: EvaluationRecord
     classes: list[ClassRow]
     mistakes: list[tuple[str, str, int]]
+    is_solved: bool = False
 
 
 def _validation_from_plain(plain: Plain, names: Sequence[str] | None) -> Validation:
@@ -175,6 +177,7 @@ def _validation_from_plain(plain: Plain, names: Sequence[str] | None) -> Validat
         record,
         rows,
         [(rows[true].name, rows[predicted].name, count) for true, predicted, count in record.mistakes],
+        fields.take("is_solved", bool) if "is_solved" in fields else False,
     )
 
 
@@ -199,7 +202,7 @@ def _best_validation(
     except (BadFile, *NOT_AS_WRITTEN):
         raise BadFile(f"validation of the run {path} is not as finetune writes it; restore it, or delete it") from None
     best_step = checkpoint.progress.best.get("step") if checkpoint else None
-    if found.step == best_step:
+    if found.step == best_step or found.is_solved:
         return found, []
     of_best = f"that of the best checkpoint was at step {best_step:,}" if best_step else "no checkpoint holds it"
     return found, [
@@ -262,6 +265,9 @@ class RunData:
         """Of the best validation: the metric that decided, the others, the loss."""
         if not self.best:
             return {}
+        if self.validation is not None and self.validation.is_solved:
+            record = self.validation.record.figures
+            return {name: record[name] for name in [self.best["metric"], *self.metrics, "loss"] if name in record}
         found = {self.best["metric"]: self.best["value"]}
         for name in [*self.metrics, "loss"]:
             curve = self.curves.get(f"val/{name}")

@@ -30,6 +30,7 @@ from finetune.recipe.execution import split_config
 from finetune.recipe.heads import AnyTable
 from finetune.recipe.serialize import spec_from_plain
 from finetune.recipe.spec import Data, Distillation, Recipe, Regression
+from finetune.store.finish_state import Finish
 from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import DataFacts, generators_put_back
@@ -95,6 +96,9 @@ def evaluate(
     # Figures of today, by whatever way the run itself went.
     kind = Regression() if isinstance(recipe.task, Regression) else recipe.task
     task = make_task(kind, state.data.outputs, state.data.scale)
+    held = _held_out(state.progress.finish, judged) if judged.is_own else None
+    if held is not None:
+        judged = judged._replace(indices=held[0])
     count = len(judged.indices)
 
     def attempt(halvings: int) -> Evaluation:
@@ -104,7 +108,11 @@ def evaluate(
             batches = loader.batches(requests)
             return evaluate_batches(forward, batches, task, device, numerics.precision, samples=count)
 
-    evaluation, _ = in_halves(attempt, BATCH_SAMPLES, 0, freeing(device, say))
+    if held is not None:
+        evaluation = Evaluation(task, torch.device("cpu"), count)
+        evaluation.add(*held, source.targets[judged.indices])
+    else:
+        evaluation, _ = in_halves(attempt, BATCH_SAMPLES, 0, freeing(device, say))
     noun = judged.source.noun
     if not evaluation.samples:
         raise RunError(f"--{noun}s {place}: none of {count} {noun}(s) could be read; {evaluation.broken[0]}")
@@ -114,6 +122,7 @@ def evaluate(
         "checkpoint": {"which": which, "step": state.progress.step},
         f"{noun}s": place or recipe.data.place,
         "part": judged.part,
+        "out_of_fold": held is not None,
         "samples": record.samples,
         **record.figures,
         "intervals": record.intervals,
@@ -133,6 +142,14 @@ class _Judged(NamedTuple):
     indices: Tensor
     part: str
     contents: Contents
+    is_own: bool = False
+
+
+def _held_out(finish: Finish, judged: _Judged) -> tuple[Tensor, Tensor] | None:
+    """Samples that are to be judged on and that the solved head was trained on in the end, and what heads gave of them
+    that were solved without; None = it was not trained on them."""
+    here = torch.isin(finish.held_samples, judged.indices)
+    return (finish.held_samples[here], finish.held_outputs[here]) if here.any() else None
 
 
 def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: DataFacts, place: str, table: AnyTable) -> _Judged:
@@ -144,7 +161,7 @@ def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: DataFacts, place: s
         split = split_data(source, recipe)
         indices, part = (split.test, "test") if len(split.test) else (split.validation, "validation")
         indices = without(indices, names_to_indices(source, facts.skipped))
-        return _Judged(source, indices, part, Contents(source, run.contents_file))
+        return _Judged(source, indices, part, Contents(source, run.contents_file), is_own=True)
     if spec.samples:  # of the run's own data
         source = open_source(dataclasses.replace(spec, samples=0), recipe.task.kind, facts.classes or None)
     if not place:
@@ -200,6 +217,8 @@ def show(figures: dict[str, Any], console: Console) -> None:
             f"{figures[noun]}, {figures['part']} part: {figures['samples']:,} {noun}"
         )
     )
+    if figures["out_of_fold"]:
+        console.print(Text("out of fold: each was judged by a head that was solved without it"))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in ("loss", "accuracy", "f1", "calibration_error", "mae", "r2"):
         if name in figures:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from finetune.base.files import BadFile
 from finetune.base.plain import Plain
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, UsageError
@@ -19,7 +20,7 @@ from finetune.recipe.execution import completed, split_config
 from finetune.recipe.serialize import differences
 from finetune.recipe.spec import Recipe
 from finetune.store.checkpoint import read_checkpoint
-from finetune.store.run_folder import RunFolder
+from finetune.store.run_folder import RunFolder, peek
 from finetune.store.state import CheckpointState, DataFacts
 
 
@@ -136,11 +137,31 @@ def _put(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
         raise RunError(str(error)) from None
 
 
+def shipped(run: RunFolder, which: str) -> str:
+    """Which checkpoint is meant.
+
+    Args:
+        which: "best", "latest", "final", or "auto" = the better of the loop's best and the solved head.
+    """
+    if which != "auto":
+        return which
+    try:
+        return peek(run.latest).progress.finish.ships
+    except (BadFile, RunError, OSError):  # where it is read in earnest, what is wrong is said
+        return "best"
+
+
 def trained_network(run: RunFolder, which: str) -> tuple[Network, CheckpointState]:
-    """The network of a run's `best` or `latest` checkpoint, on the CPU, in eval mode, and the checkpoint."""
+    """The network of a run's checkpoint, on the CPU, in eval mode, and the checkpoint.
+
+    Args:
+        which: "best", "latest" or "final".
+    """
     record = run.read_recipe()
     recipe, _ = split_config(record.config)
     path = run.checkpoints / f"{which}.pt"
+    if which == "final" and not path.exists():
+        raise RunError(f"run {run} has no final checkpoint: its head was not solved; give best or latest")
     if not path.exists():
         raise RunError(f"run {run} has no {which} checkpoint yet; train it first: finetune resume {run}")
     state = read_checkpoint(path, record.id)

@@ -16,7 +16,8 @@ from finetune.data.order import fold_numbers, key
 from finetune.models.heads import StandardisedLinear
 from finetune.recipe.spec import Classification, MultiLabel, Regression
 from finetune.store.finish_state import Finish, Judged, Tried
-from finetune.tasks.losses import Classifying, Task
+from finetune.tasks.evaluation import Evaluation
+from finetune.tasks.losses import Classifying, Task, make_task
 from finetune.training.phase import Feed
 from finetune.training.regularisation import (
     Held,
@@ -154,12 +155,17 @@ def _folds(setup: Setup, samples: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 # ---- Which of the two is better -------------------------------------------------------------------------------------
 
 
-def judge(setup: Setup, feed: Feed, stage: Stage, finish: Finish, solved: Tensor, loop: dict[str, Tensor]) -> Judged:
-    """Both heads on the samples that validate.
+def judge(
+    setup: Setup, feed: Feed, stage: Stage, finish: Finish, solved: Tensor, loop: dict[str, Tensor]
+) -> tuple[Judged, Evaluation]:
+    """Judge both heads on the samples that validate.
 
     Args:
         solved: (outputs, directions + 1), of all rows of the stage.
         loop: weight, bias, mean and deviation of the loop's best.
+
+    Returns:
+        The losses of both, and what the solved one makes of the samples.
     """
     held, validation = stage.held, setup.data.split.validation
     kind, temperature = held.loss.kind, finish.best["temperature"]
@@ -175,12 +181,16 @@ def judge(setup: Setup, feed: Feed, stage: Stage, finish: Finish, solved: Tensor
     mean, deviation = loop["mean"].double(), loop["deviation"].double()
     theirs = _outputs(feed, samples, loop["weight"].double(), loop["bias"].double(), mean, deviation)
     theirs /= temperature_of(theirs, targets, kind)
-    return Judged(
+    judged = Judged(
         solved=sample_losses(outputs / temperature, targets, kind).mean().item(),
         loop=sample_losses(theirs, targets, kind).mean().item(),
         samples=len(samples),
         optimism=_optimism(finish.tried),
     )
+    data, cpu = setup.data, torch.device("cpu")
+    evaluation = Evaluation(make_task(setup.recipe.task, data.output_count, data.scale), cpu, len(samples))
+    evaluation.add(samples, outputs / temperature, data.source.targets[samples])
+    return judged, evaluation
 
 
 def _outputs(
@@ -221,10 +231,12 @@ def workers() -> int:
     return max(1, min(MOST_FOLDS, torch.get_num_threads()))
 
 
-def finish_text(finish: Finish) -> str:
+def finish_text(finish: Finish, evaluation: Evaluation) -> str:
     """What came of it, in a line."""
-    best, judged = finish.best, finish.judged
-    what = f"the head, solved with lambda {best['strength']:.2g} ({len(finish.tried)} tried)"
-    losses = f"{number_text(judged['solved'])} against {number_text(judged['loop'])} of the loop's best"
-    ships = "it ships, as final.pt" if finish.ships == "final" else "the loop's best ships"
-    return f"{what}: loss {losses} on {judged['samples']:,} that validate; {ships}"
+    best, judged, figures = finish.best, finish.judged, evaluation.figures()
+    how = f"lambda {best['strength']:.2g} of {len(finish.tried)} tried in {len(best['fold_losses'])} fold(s)"
+    names = [name for name in ("accuracy", "f1", "mae") if f"val/{name}" in figures]
+    shown = "".join(f", {name} {number_text(figures[f'val/{name}'])}" for name in names)
+    losses = f"loss {number_text(judged['solved'])} against {number_text(judged['loop'])} of the loop's best"
+    ships = "it ships (final.pt)" if finish.ships == "final" else "the loop's best ships"
+    return f"solved head: {how}, {losses}{shown}: {ships}"

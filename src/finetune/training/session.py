@@ -263,12 +263,18 @@ class Session:
             if self.context.settings.save_every_steps or time.monotonic() - self._last_saved > SAVE_SECONDS:
                 self._save(False)
         solved = solve_all(stage.held, finish)
-        finish.judged = judge(self.setup, feed, stage, finish, solved, self._best_head())
+        finish.judged, evaluation = judge(self.setup, feed, stage, finish, solved, self._best_head())
         finish.ships = "final" if finish.judged["solved"] < finish.judged["loop"] else "best"
         finish.status, progress.status = "done", finish.ended
-        self._save_final(stage, solved)
+        figures = evaluation.figures()
+        self._save_final(stage, solved, figures)
+        self._log.write(
+            {"step": progress.step, "epoch": epoch} | {f"finish/{name}": value for name, value in figures.items()}
+        )
         finish.weights = finish.best_weights = torch.zeros(0, dtype=torch.float64)
-        self.context.watch.say(finish_text(finish))
+        self.context.watch.solved(
+            finish_text(finish, evaluation), progress.step, epoch, evaluation, ships=finish.ships == "final"
+        )
         self._save(False)
 
     def _best_head(self) -> dict[str, Tensor]:
@@ -277,7 +283,7 @@ class Session:
         model = self._best_model or self.context.read_best().model
         return {name.removeprefix(f"{path}."): value for name, value in model.items() if name.startswith(f"{path}.")}
 
-    def _save_final(self, stage: Stage, solved: Tensor) -> None:
+    def _save_final(self, stage: Stage, solved: Tensor, figures: dict[str, float]) -> None:
         finish, layer = self.progress.finish, self.setup.network.last_layer()
         assert layer is not None
         path, temperature = self.setup.network.last_layer_path, finish.best["temperature"]
@@ -290,7 +296,7 @@ class Session:
             finish, weights=finish.weights[:0], best_weights=finish.weights[:0],
             held_samples=stage.samples[places], held_outputs=outputs / temperature,
         )  # fmt: skip
-        state.progress = dataclasses.replace(self.progress, finish=held)
+        state.progress = dataclasses.replace(self.progress, finish=held, last_validation=figures)
         self.context.save_final(state)
 
     def _validation_is_due(self) -> bool:

@@ -216,7 +216,9 @@ class Watch:
         self._send_point()
         self._tell(lambda tracker: tracker.validated(validated))
         if validated.is_best and self.subject is not None and self.subject.folder is not None:
-            self._guarded("validation.json", lambda: self._write_validation(validated, evaluation))
+            self._guarded(
+                "validation.json", lambda: self._write_validation(validated.step, validated.epoch, evaluation)
+            )
         self._evaluation = evaluation
         if self._is_watched and self.subject is not None and self.subject.head is not None:
             weights = {name: value.detach() for name, value in self.subject.head.named_parameters()}
@@ -228,10 +230,22 @@ class Watch:
             if show is not None:
                 self._tell(show)
 
-    def _write_validation(self, validated: Validated, evaluation: Evaluation) -> None:
+    def solved(self, text: str, step: int, epoch: int, evaluation: Evaluation, *, ships: bool) -> None:
+        """The head was solved.
+
+        Args:
+            text: what came of it.
+            evaluation: what it makes of the samples that validate.
+            ships: it is better than the loop's best.
+        """
+        self.say(text)
+        if ships and self.subject is not None and self.subject.folder is not None:
+            self._guarded("validation.json", lambda: self._write_validation(step, epoch, evaluation, is_solved=True))
+
+    def _write_validation(self, step: int, epoch: int, evaluation: Evaluation, *, is_solved: bool = False) -> None:
         subject = self.subject
         assert subject is not None and subject.folder is not None
-        place = {"run_id": subject.run_id, "step": validated.step, "epoch": validated.epoch, "facts": subject.facts}
+        place = {"run_id": subject.run_id, "step": step, "epoch": epoch, "facts": subject.facts, "is_solved": is_solved}
         write_json(subject.folder.validation_file, place | evaluation.record(subject.source).to_plain())
 
     def saving(self) -> None:
