@@ -9,6 +9,7 @@ from finetune.recipe.heads import ImageTable, ImageTraining, TextTable, Training
 from finetune.recipe.spec import (
     Classification,
     Distillation,
+    Finish,
     Images,
     Model,
     MultiLabel,
@@ -33,6 +34,7 @@ __all__ = [
     "Classification",
     "Distillation",
     "FinetuneError",
+    "Finish",
     "ImageTable",
     "ImageTraining",
     "Images",

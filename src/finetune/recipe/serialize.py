@@ -48,18 +48,25 @@ def spec_from_plain(kind: type[Spec], plain: object) -> Spec:
             f"the saved recipe has unknown fields {', '.join(unknown)}; a newer finetune wrote it: upgrade"
         )
     values = {name: field.metadata[BEFORE] for name, field in fields.items() if BEFORE in field.metadata}
+    # A part that came later is made of what was done before.
+    missing = [name for name, field in fields.items() if name not in plain and _is_part(field.type)]
+    values |= {name: spec_from_plain(cast(type, fields[name].type), {}) for name in missing}
     for name, value in plain.items():
         field_type = fields[name].type
         if not fields[name].init:
             continue
         if field_type in UNIONS:
             value = spec_from_plain(UNIONS[field_type][value["kind"]], value)
-        elif dataclasses.is_dataclass(field_type):
+        elif _is_part(field_type):
             value = spec_from_plain(cast(type, field_type), value)
         elif isinstance(value, list):
             value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
         values[name] = value
     return kind(**values)
+
+
+def _is_part(kind: object) -> bool:
+    return kind not in UNIONS and dataclasses.is_dataclass(kind)
 
 
 def asked(spec: object, plain: Mapping[str, object], record: Mapping[str, object]) -> dict[str, object]:
@@ -77,6 +84,9 @@ def asked(spec: object, plain: Mapping[str, object], record: Mapping[str, object
         value, inside = getattr(spec, field.name), record.get(field.name)
         if BEFORE in field.metadata and field.name not in record and value in (field.default, field.metadata[BEFORE]):
             found.pop(field.name, None)
+        elif _is_part(field.type) and field.name not in record:
+            if value in (field.default, spec_from_plain(type(value), {})):
+                found.pop(field.name, None)
         elif dataclasses.is_dataclass(value) and isinstance(inside, Mapping):
             within = plain[field.name]
             assert isinstance(within, Mapping)

@@ -201,7 +201,8 @@ def repair_names(folder: Path, path: Path, progress: Progress) -> None:
 
     A process may have died after it wrote a numbered file and before it moved the names.
     """
-    if progress.best.get("step") == progress.step and path.name != BEST:
+    # One that was saved while the head was solved is a later one of the same step: the names were moved before.
+    if progress.best.get("step") == progress.step and path.name != BEST and not progress.finish.tried:
         link_or_copy(path, folder / BEST)
     if path.name != LATEST:
         link_or_copy(path, folder / LATEST)

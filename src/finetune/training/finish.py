@@ -115,8 +115,7 @@ def gather(setup: Setup, feed: Feed, task: Task) -> Stage:
         spread = task.label_smoothing / (targets.shape[1] if kind == "classification" else 2)
         wanted = targets * (1 - task.label_smoothing) + spread
     folds, numbers = _folds(setup, samples)
-    with torch.random.fork_rng(devices=[]):
-        turned = prepared(rows)
+    turned = prepared(rows)
     return Stage(samples, Held(turned, Loss(wanted, weights, kind, class_weights), targets, folds, numbers))
 
 

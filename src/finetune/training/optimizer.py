@@ -138,12 +138,18 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, object]:
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, object]) -> None:
     """Put back what `optimizer_state` gave. Parameters without saved state (just thawed) start afresh."""
-    current, states = optimizer.state_dict(), Fields(saved, "the optimizer's state").mapping("state")
+    fields = Fields(saved, "the optimizer's state")
+    current, states = optimizer.state_dict(), fields.mapping("state")
     names = [name for group in optimizer.param_groups for name in group["names"]]
     positions = [position for group in current["param_groups"] for position in group["params"]]
     current["state"] = {
         position: states[name] for position, name in zip(positions, names, strict=True) if name in states
     }
+    # The rate of the last step: a run that takes no other one saves it again.
+    rates = [Fields(group, "a group of the optimizer").number("lr") for group in fields.items("groups", dict)]
+    if len(rates) == len(current["param_groups"]):
+        for group, rate in zip(current["param_groups"], rates, strict=True):
+            group["lr"] = rate
     optimizer.load_state_dict(current)
 
 

@@ -268,13 +268,11 @@ class Session:
         finish.status, progress.status = "done", finish.ended
         figures = evaluation.figures()
         self._save_final(stage, solved, figures)
-        self._log.write(
-            {"step": progress.step, "epoch": epoch} | {f"finish/{name}": value for name, value in figures.items()}
-        )
+        ours = {f"finish/{name.removeprefix('val/')}": value for name, value in figures.items()}
+        self._log.write({"step": progress.step, "epoch": epoch} | ours)
         finish.weights = finish.best_weights = torch.zeros(0, dtype=torch.float64)
-        self.context.watch.solved(
-            finish_text(finish, evaluation), progress.step, epoch, evaluation, ships=finish.ships == "final"
-        )
+        text, ships = finish_text(finish, evaluation), finish.ships == "final"
+        self.context.watch.solved(text, progress.step, epoch, evaluation, ships=ships)
         self._save(False)
 
     def _best_head(self) -> dict[str, Tensor]:
