@@ -40,8 +40,12 @@ def load_fashion(folder: Path) -> ArraySource:
     return ArraySource(images, targets, [str(n) for n in range(10)], hashlib.sha256(content).hexdigest())
 
 
-def features_of(source: ArraySource, backbone_name: str, weights: str) -> torch.Tensor:
-    """(samples, features): what enters the last layer."""
+def features_of(source: ArraySource, backbone_name: str, weights: str, image_size: int = 0) -> torch.Tensor:
+    """(samples, features): what enters the last layer.
+
+    Args:
+        image_size: edge in pixels; 0 = what the backbone was trained at.
+    """
     backbone, file = choose_weights(backbone_name, weights)
     network = build_network(
         backbone, read_weights(file.path) if file else None, "", head="linear", class_count=10, dropout=0.0,
@@ -49,7 +53,8 @@ def features_of(source: ArraySource, backbone_name: str, weights: str) -> torch.
     )  # fmt: skip
     network.module.set_submodule(network.head_paths[-1], torch.nn.Identity())
     model = network.module.eval().to(memory_format=torch.channels_last)
-    pipeline = ImagePipeline(source, backbone.preprocessing, "none", 0.0, 0.0, 0)
+    preprocessing = backbone.preprocessing.at(image_size) if image_size else backbone.preprocessing
+    pipeline = ImagePipeline(source, preprocessing, "none", 0.0, 0.0, 0)
     rows = []
     with torch.inference_mode():
         for indices in batches_from(torch.arange(len(source.targets)), 256):
