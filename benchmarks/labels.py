@@ -4,8 +4,8 @@
     python benchmarks/labels.py --fashion /usr/share/datasets/fashion-mnist --minilm FOLDER
 
 Five draws each of 5, 20, 100 labels a class and of all there are. Ours is the command as it comes, files on a disk,
-whole processes: `finetune RECIPE`, then `finetune evaluate` on a test part that nobody trained on. The others read the same
-backbone's features. Digits: bundled/vgg. Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017; Debian's package
+whole processes: `finetune RECIPE`, then `finetune evaluate` on a test part that nobody trained on. The others read the
+same backbone's features. Digits: bundled/vgg. Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017; Debian's package
 dataset-fashion-mnist; its 10,000 test images): bundled/mobilenet at 96 px. Messages: bundled/bert and, with --minilm,
 all-MiniLM-L6-v2. ECE: expected calibration error over 15 bins, in points.
 """
@@ -35,6 +35,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from finetune.data.digits import load_digits
+from finetune.data.source import ArraySource
 from finetune.data.texts import open_texts
 
 LABELS = (5, 20, 100, 0)
@@ -79,9 +80,9 @@ class Task:
         return np.concatenate(chosen), test
 
 
-def image_task(
-    name: str, images: torch.Tensor, targets: torch.Tensor, features: torch.Tensor, test: int, words: list[str]
-) -> Task:
+def image_task(name: str, source: ArraySource, features: torch.Tensor, test_samples: int, words: list[str]) -> Task:
+    images, targets = source.images, source.targets
+
     def write(folder: Path, train: np.ndarray, test: np.ndarray) -> list[str]:
         for part, samples in (("train", train), ("test", test)):
             for number in samples.tolist():

@@ -115,7 +115,7 @@ def test_an_export_is_named_by_output_or_format_and_other_endings_are_refused(tr
     assert main(["export", str(trained.path), "--output", str(tmp_path / "a.bin")]) == 2
     assert "must end in .pt or .safetensors" in capsys.readouterr().err
     assert main(["export", str(trained.path), "--no-weights-only", "--output", str(tmp_path / "full.pt")]) == 0
-    assert (tmp_path / "full.pt").read_bytes() == (trained.checkpoints / "best.pt").read_bytes()
+    assert (tmp_path / "full.pt").read_bytes() == (trained.checkpoints / "final.pt").read_bytes()
 
 
 def test_summary_shows_what_trains_and_how_large_a_checkpoint_is(tmp_path, monkeypatch, capsys):

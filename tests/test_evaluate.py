@@ -31,7 +31,7 @@ def figures_of(capsys, *words: str) -> dict:
 
 def test_on_the_runs_own_validation_part_the_figures_are_those_of_its_training(trained, capsys):
     figures = figures_of(capsys, trained.path, "--from", "latest")
-    last = metrics_lines(trained)[-1]
+    last = [line for line in metrics_lines(trained) if "val/loss" in line][-1]
     assert figures["part"] == "validation" and figures["samples"] == 359
     assert figures["accuracy"] == last["val/accuracy"] and figures["f1"] == pytest.approx(last["val/f1"], abs=1e-12)
     # Other batches, so sums are rounded in another order.
@@ -138,7 +138,7 @@ def test_of_many_classes_the_worst_mistakes_are_shown(capsys):
     figures = {
         "run": "r", "checkpoint": {"which": "best", "step": 1}, "images": "i", "part": "all", "samples": 16,
         "loss": 1.0, "accuracy": 0.0, "f1": 0.0, "calibration_error": 0.5, "confusion_matrix": matrix, "broken": [],
-        "intervals": {}, "mistakes": [[5, 6, 9], [3, 4, 7]],
+        "intervals": {}, "out_of_fold": False, "mistakes": [[5, 6, 9], [3, 4, 7]],
         "classes": [{"name": name, "precision": 0, "recall": 0, "f1": 0, "samples": 1} for name in names],
     }  # fmt: skip
     for matrix in (figures["confusion_matrix"], None):  # of very many classes there is none

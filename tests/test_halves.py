@@ -154,7 +154,7 @@ def test_a_first_look_that_does_not_fit_begins_anew_with_fewer_at_once(tmp_path,
 
 
 def test_evaluate_halves(tmp_path, trained, monkeypatch, capsys):
-    words = ["evaluate", str(trained.path), "--json", "--device", "cpu"]
+    words = ["evaluate", str(trained.path), "--from", "best", "--json", "--device", "cpu"]
     assert main(words) == 0
     whole, real = json.loads(capsys.readouterr().out), evaluate.trained_forward
 

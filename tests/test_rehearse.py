@@ -81,7 +81,7 @@ def rehearse(capsys, *words: str, code: int = 0) -> dict:
 def test_a_killed_and_resumed_run_is_the_same_in_every_bit_and_nothing_is_left(place, capsys):
     found = rehearse(capsys, "vgg_head", *QUICK, "--dropout", "0.3", "--run", "elsewhere/run", "--keep", "5")
     assert found["is_same"] and found["cause"] is None
-    assert found["verdict"].startswith("the same in every bit: 26 tensors, ")
+    assert found["verdict"].startswith("the same in every bit: 51 tensors, ")
     steps = found["rehearsed"]
     assert steps == {"samples": 80, "epochs": 2, "steps": 10, "killed_after_step": 7, "resumed_from_step": 6} | {
         name: steps[name] for name in ("steps", "killed_after_step", "resumed_from_step")
@@ -323,11 +323,11 @@ def test_one_bit_of_one_tensor_is_found_and_so_is_one_figure(trained, tmp_path):
     assert found.tensor[0] == "model/classifier.1.weight of the best checkpoint" and "by up to" in found.tensor[1]
     other = changed(trained, tmp_path / "figure", lambda state: None)
     lines = [json.loads(line) for line in other.metrics_file.read_text().splitlines()]
-    lines[-1]["val/loss"] += 1e-9
+    lines[-1]["finish/loss"] += 1e-9
     lines[0]["time/seconds"] = 1e9
     other.metrics_file.write_text("\n".join(map(json.dumps, lines)))
     found = compare(trained, other)
-    assert found.figure[:2] == ("val/loss", lines[-1]["step"]) and found.tensor is None and not found.is_same
+    assert found.figure[:2] == ("finish/loss", lines[-1]["step"]) and found.tensor is None and not found.is_same
 
 
 SAME, OTHER = Comparison(), Comparison(figure=("train/loss", 7, 1.0, 2.0))

@@ -436,7 +436,7 @@ def test_a_folder_behind_a_url_will_do_and_so_will_a_place_that_cannot_copy(tmp_
     assert main(["vgg_head", *words]) == 0
     there = RunFolder(tmp_path / "new" / "folder" / "run")
     assert (
-        checkpoint.read_checkpoint(there.checkpoints / "best.pt", there.read_recipe().id).progress.status == "finished"
+        checkpoint.read_checkpoint(there.checkpoints / "final.pt", there.read_recipe().id).progress.status == "finished"
     )
     assert main(["evaluate", words[-1], "--json"]) == 0
 

@@ -35,7 +35,7 @@ from finetune.export.weights import export
 from finetune.features.cache import cache_folder
 from finetune.models.folding import scale_beside
 from finetune.recipe.execution import Machine, Numerics, Settings
-from finetune.recipe.spec import Regression
+from finetune.recipe.spec import Finish, Regression
 from finetune.report.examples import examples_of
 from finetune.store.restore import backbone_of_run, trained_network
 from finetune.store.run_folder import RunFolder
@@ -198,7 +198,7 @@ def test_numbers_far_from_zero_are_exported_and_predicted_as_exactly_as_any(tmp_
     for values in (scope["values"], loaded):
         assert values.dtype == torch.float64
         torch.testing.assert_close(values.flatten().tolist(), [animal, tool], rtol=0, atol=1e-5)
-    words = ["export", str(run.path), "--format", "hf", "--output", str(tmp_path / "folder")]
+    words = ["export", str(run.path), "--from", "best", "--format", "hf", "--output", str(tmp_path / "folder")]
     assert main(words) == 0
     lines = capsys.readouterr().err.partition("\n\n")[2]
     exec(lines.replace("a text", texts[0]), scope)  # as printed
@@ -257,7 +257,7 @@ def test_a_record_that_names_no_moments_goes_on_with_the_scale_and_the_figures_o
     numbers = write_csv(tmp_path / "n.csv", [(text, "0.1") for text, _ in sentences(40)], ("text", "score"))
     table = TextTable(label_column="score")
     recipe = text_recipe(numbers, encoder, task="regression", pooling="mean", table=table, epochs=1)
-    plain = dataclasses.replace(recipe, task=Regression(moments="plain"))
+    plain = dataclasses.replace(recipe, task=Regression(moments="plain"), finish=Finish(way="none"))
     unbroken = train_run(tmp_path / "unbroken", plain)
     with pytest.raises(Killed):
         train_run(tmp_path / "old", plain, die_after_steps=1)

@@ -23,6 +23,7 @@ from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.recipe.heads import AnyTable
 from finetune.report.examples import examples_of
 from finetune.runs.evaluate import evaluate
+from finetune.store.restore import shipped
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.evaluation import KEPT_FEATURES, Evaluation
 from finetune.tasks.losses import ClassificationTask, MultiLabelTask, RegressionTask
@@ -164,7 +165,7 @@ def test_the_log_holds_throughput_memory_rates_and_gradient_norm(trained):
 
 def test_validation_json_says_of_the_best_validation_what_evaluate_finds(trained):
     found = json.loads(trained.validation_file.read_text())
-    figures = evaluate(trained, "best", "", AnyTable(), "cpu", 0)
+    figures = evaluate(trained, shipped(trained, "auto"), "", AnyTable(), "cpu", 0)
     assert found["step"] == figures["checkpoint"]["step"] and found["samples"] == figures["samples"]
     assert found["confusion"] == figures["confusion_matrix"]
     assert found["figures"]["accuracy"] == figures["accuracy"]

@@ -56,7 +56,9 @@ def compare(one: RunFolder, other: RunFolder) -> Comparison:
         line.replace(" in the run, ", " in one run, ").removesuffix(" now") + " in the other" for line in lines
     ]
     _compare_logs(found, _log(one), _log(other))
-    for name in ("best.pt", "latest.pt"):
+    for name in ("best.pt", "latest.pt", "final.pt"):
+        if not any((run.checkpoints / name).exists() for run in (one, other)):
+            continue  # no head was solved
         ours, theirs = (
             dict(_leaves(read_checkpoint(run.checkpoints / name, record.id).to_plain()))
             for run, record in zip((one, other), records, strict=True)

@@ -202,7 +202,10 @@ def _best_validation(
     except (BadFile, *NOT_AS_WRITTEN):
         raise BadFile(f"validation of the run {path} is not as finetune writes it; restore it, or delete it") from None
     best_step = checkpoint.progress.best.get("step") if checkpoint else None
-    if found.step == best_step or found.is_solved:
+    ships = checkpoint is not None and checkpoint.progress.finish.ships == "final"
+    if checkpoint is not None and ships:
+        best_step = checkpoint.progress.step
+    if found.step == best_step and found.is_solved == ships:
         return found, []
     of_best = f"that of the best checkpoint was at step {best_step:,}" if best_step else "no checkpoint holds it"
     return found, [
@@ -241,6 +244,14 @@ class RunData:
         return self.checkpoint.progress.best if self.checkpoint else Best()
 
     @property
+    def shows_solved(self) -> bool:
+        """Whether the head ships that was solved, and what it made of the samples that validate is known."""
+        validation, checkpoint = self.validation, self.checkpoint
+        if validation is None or checkpoint is None or checkpoint.progress.finish.ships != "final":
+            return False
+        return validation.is_solved and validation.step == checkpoint.progress.step
+
+    @property
     def events(self) -> list[Event]:
         return self.checkpoint.events if self.checkpoint else []
 
@@ -265,7 +276,8 @@ class RunData:
         """Of the best validation: the metric that decided, the others, the loss."""
         if not self.best:
             return {}
-        if self.validation is not None and self.validation.is_solved:
+        if self.shows_solved:
+            assert self.validation is not None
             record = self.validation.record.figures
             return {name: record[name] for name in [self.best["metric"], *self.metrics, "loss"] if name in record}
         found = {self.best["metric"]: self.best["value"]}

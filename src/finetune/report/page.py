@@ -207,7 +207,9 @@ def _status(data: RunData, status: str) -> _Status:
 def _figures(data: RunData) -> list[tuple[str, str, str]]:
     """What to know at once: of the best validation; what it is called, the figure, and what that is worth."""
     validation = data.validation
-    is_of_best = validation is not None and (validation.is_solved or validation.step == data.best.get("step"))
+    is_of_best = validation is not None and (
+        data.shows_solved or (validation.step == data.best.get("step") and not validation.is_solved)
+    )
     record = validation.record if validation is not None and is_of_best else None
     found = []
     for name, value in data.best_figures().items():
