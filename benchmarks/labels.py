@@ -183,18 +183,14 @@ def theirs(name: str, task: Task, train: np.ndarray, test: np.ndarray) -> dict[s
 
 def tasks(options: Options) -> Iterator[Task]:
     digits = load_digits()
-    yield image_task(
-        "digits", digits.images, digits.targets, features_of(digits, "bundled/vgg", "default"), 500, ["vgg_head"]
-    )
+    yield image_task("digits", digits, features_of(digits, "bundled/vgg", "default"), 500, ["vgg_head"])
     yield text_task("messages, bundled/bert", ["bert_head"])
     if options.minilm:
         yield text_task("messages, MiniLM", ["bert_head", "--backbone", options.minilm])
     if options.fashion:
         fashion = load_fashion(Path(options.fashion))
         rows = features_of(fashion, "bundled/mobilenet", "default", 96)
-        yield image_task(
-            "Fashion-MNIST", fashion.images, fashion.targets, rows, 2_000, ["photo_head", "--image-size", "96"]
-        )
+        yield image_task("Fashion-MNIST", fashion, rows, 2_000, ["photo_head", "--image-size", "96"])
 
 
 def main(options: Options) -> None:

@@ -22,6 +22,7 @@ from finetune.store.run_folder import RunFolder
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.losses import ClassificationTask
 from finetune.training import session as session_module
+from finetune.training.finish import which_ships
 from finetune.training.regularisation import Held, next_strength, sample_losses, solve_all, temperature_of, try_next
 from finetune.training.solver import Loss, prepared, solve
 
@@ -209,8 +210,9 @@ def test_the_better_of_the_two_heads_ships_and_says_so(few, tmp_path):
 def test_a_loop_that_is_better_ships(few, tmp_path, monkeypatch):
     evaluation = Evaluation(ClassificationTask(10), torch.device("cpu"), 2)
     evaluation.add(torch.arange(2), torch.eye(10)[:2], torch.arange(2))
-    judged = {"solved": 2.0, "loop": 1.0, "samples": 2, "optimism": 0.0}
+    judged = {"solved": 2.0, "loop": 1.0, "samples": 2, "error": 0.5, "optimism": 0.0}
     monkeypatch.setattr(session_module, "judge", lambda *_: (judged, evaluation))
+    assert which_ships(judged) == "best" and which_ships(judged | {"error": 1.5}) == "final"
     run = run_in(tmp_path / "run", recipe(few))
     assert shipped(run, "auto") == "best" and "is_solved" in json.loads(run.validation_file.read_text())
     assert json.loads(run.validation_file.read_text())["is_solved"] is False

@@ -32,12 +32,14 @@ class Judged(TypedDict, total=False):
         solved, loop: log loss (of numbers: squared error) of the solved head and of the loop's best, each after a
             temperature of its own.
         samples: how many.
+        error: standard error of the mean difference of the two.
         optimism: by how much the loss of the chosen strength looks better than it is, as it was chosen by it.
     """
 
     solved: float
     loop: float
     samples: int
+    error: float
     optimism: float
 
 

@@ -180,10 +180,12 @@ def judge(
     mean, deviation = loop["mean"].double(), loop["deviation"].double()
     theirs = _outputs(feed, samples, loop["weight"].double(), loop["bias"].double(), mean, deviation)
     theirs /= temperature_of(theirs, targets, kind)
+    solved_losses, loop_losses = (sample_losses(one, targets, kind) for one in (outputs / temperature, theirs))
     judged = Judged(
-        solved=sample_losses(outputs / temperature, targets, kind).mean().item(),
-        loop=sample_losses(theirs, targets, kind).mean().item(),
+        solved=solved_losses.mean().item(),
+        loop=loop_losses.mean().item(),
         samples=len(samples),
+        error=((solved_losses - loop_losses).std(correction=0) / max(len(samples), 1) ** 0.5).item(),
         optimism=_optimism(finish.tried),
     )
     data, cpu = setup.data, torch.device("cpu")
@@ -209,6 +211,12 @@ def _optimism(tried: list[Tried]) -> float:
     folds = range(len(best["fold_losses"]))
     gains = [best["fold_losses"][fold] - min(one["fold_losses"][fold] for one in tried) for fold in folds]
     return sum(gains) / len(gains)
+
+
+def which_ships(judged: Judged) -> str:
+    """Choose the solved head ("final"), unless the loop's best is better by more than chance ("best"): the one has seen
+    more labels than it could show here, the other was chosen by these very samples."""
+    return "best" if judged["solved"] - judged["loop"] > judged["error"] else "final"
 
 
 def head_state(stage: Stage, solved: Tensor, temperature: float, layer: nn.Module) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from finetune.tasks.losses import Task
 from finetune.training.advice import CurveAdvice
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_unbroken
-from finetune.training.finish import Stage, finish_text, gather, head_state, judge, reason_against, workers
+from finetune.training.finish import Stage, finish_text, gather, head_state, judge, reason_against, which_ships, workers
 from finetune.training.nan_guard import Losses
 from finetune.training.optimizer import learning_rates, load_optimizer_state, optimizer_state
 from finetune.training.phase import Phase, start_phase
@@ -264,7 +264,7 @@ class Session:
                 self._save(False)
         solved = solve_all(stage.held, finish)
         finish.judged, evaluation = judge(self.setup, feed, stage, finish, solved, self._best_head())
-        finish.ships = "final" if finish.judged["solved"] < finish.judged["loop"] else "best"
+        finish.ships = which_ships(finish.judged)
         finish.status, progress.status = "done", finish.ended
         figures = evaluation.figures()
         self._save_final(stage, solved, figures)
