@@ -27,6 +27,7 @@ class Images:
         group_column: of a table: says what samples have in common that stay on one side of a split; "" = none.
         group_by: a regular expression that finds that in the names of files; "" = none.
         drop_duplicates: leave out samples whose content is that of another one.
+        without: a labels.csv, in which somebody marked samples to leave out; "" = none.
         image_size: edge in pixels; 0 = the size that the backbone was trained at.
         augment: "none", "light", "standard" or "glyphs".
         mixup, cutmix: alpha of the blending of two images; 0 = off.
@@ -53,6 +54,7 @@ class Images:
     group_column: str = named("", before="")
     group_by: str = named("", before="")
     drop_duplicates: bool = named(False, before=False)
+    without: str = named("", before="")
     image_size: int = 0
     augment: str = "none"
     mixup: float = 0.0
@@ -80,7 +82,7 @@ class Texts:
         texts: "messages", a csv, tsv, jsonl or parquet file, or a folder of class/*.txt.
         text_column, label_column: of such a file; "" = found by their names.
         split_column, separator, allow_outside, listing, quotes, missing_labels, group_column, group_by,
-            drop_duplicates, validation_fraction, train_samples, samples: as of images.
+            drop_duplicates, without, validation_fraction, train_samples, samples: as of images.
         max_length: tokens of a text, what is longer is cut off; 0 = what the backbone takes, 512 at most.
     """
 
@@ -97,6 +99,7 @@ class Texts:
     group_column: str = named("", before="")
     group_by: str = named("", before="")
     drop_duplicates: bool = named(False, before=False)
+    without: str = named("", before="")
     max_length: int = 0
     validation_fraction: float = 0.2
     train_samples: int = 0

@@ -104,6 +104,7 @@ class Training:
             both sides of the split.
         group_by: the same from the names of files: a regular expression, as in "patient(\\d+)".
         drop_duplicates: leave out samples with the very content of another one; of those with different labels all.
+        without: a labels.csv of a run before, in which an x in the column wrong marks samples to leave out.
     """
 
     optimizer: str = "adamw"
@@ -123,6 +124,7 @@ class Training:
     group_column: str = ""
     group_by: str = ""
     drop_duplicates: bool = False
+    without: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ def image_head(
             group_column=training.group_column,
             group_by=training.group_by,
             drop_duplicates=training.drop_duplicates,
+            without=training.without,
         ),
         task(label_smoothing=training.label_smoothing, class_weights=training.class_weights),
         training,
@@ -260,6 +263,7 @@ def text_head(
         group_column=training.group_column,
         group_by=training.group_by,
         drop_duplicates=training.drop_duplicates,
+        without=training.without,
     )
     goal = _text_task(task, table, training)
     return _head_recipe(model, data, goal, training, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)

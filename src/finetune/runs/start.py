@@ -41,6 +41,7 @@ from finetune.training.batchnorm import check_parts, lines_on_parts
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_copies, leave_out_broken, look
 from finetune.training.dataset import check_numbers, open_data, survey_pixels
+from finetune.training.doubts import marked_as_wrong
 from finetune.training.loop import train
 from finetune.training.optimizer import check_optimizer, find_optimizer
 from finetune.training.phase import Phase, start_phase
@@ -201,7 +202,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     if init_from:
         backbone, network, other = network_from_run(recipe, init_from)
         weights, weights_text, preprocessing_of = None, f"from {init_from}", init_from
-        data = open_data(recipe_here, backbone)
+        data = open_data(recipe_here, backbone, marked_as_wrong(recipe.data.without))
         order = order_of(data.source.classes, other.classes)
         if order is None:
             both = data.source.classes, other.classes
@@ -221,7 +222,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         backbone, weights, begins_with = pretrained(recipe_here)
         weights_text = weights.text if weights else "random: nothing is pretrained"
         preprocessing_of = weights.preprocessing_of if weights else "its default weights"
-        data = open_data(recipe_here, backbone)
+        data = open_data(recipe_here, backbone, marked_as_wrong(recipe.data.without))
         if isinstance(recipe.data, Images):
             is_own = weights is not None and weights.reference == f"bundled:{backbone.name}"
             instead = for_photos(plan) if is_own and knows_glyphs_only(backbone.name) else ""

@@ -129,6 +129,11 @@ class RunFolder:
         return self.path / "contents.bin"
 
     @property
+    def labels_file(self) -> Path:
+        """Labels that are probably wrong come first."""
+        return self.path / "labels.csv"
+
+    @property
     def bad_batch_file(self) -> Path:
         """The samples of the batch whose loss was no number."""
         return self.path / "bad_batch.json"
@@ -137,7 +142,7 @@ class RunFolder:
         """Take away what a run that died before its first checkpoint left, to begin anew in its folder."""
         for folder in (self.frozen, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.validation_file, self.report_file, self.bad_batch_file):
+        for file in (self.validation_file, self.report_file, self.labels_file, self.bad_batch_file):
             with suppress(OSError):
                 file.unlink()
 

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from finetune.base.files import write_atomically
 from finetune.base.lock import hold_lock
 from finetune.base.memory import guard_memory
 from finetune.base.signals import StopRequest, listen_for_signals
 from finetune.base.terminal import Terminal, make_console
 from finetune.data.contents import Contents
+from finetune.errors import one_line
 from finetune.recipe.execution import Settings
 from finetune.store.checkpoint import BEST, check_room, read_checkpoint, write_checkpoint, write_final
 from finetune.store.metrics_log import MetricsFile
@@ -135,6 +137,14 @@ class RunContext:
         """
         if self.writes:
             write_final(self.run.checkpoints, state)
+
+    def save_labels(self, text: str) -> None:
+        """Write labels.csv; that it cannot be written stops no run."""
+        if self.writes:
+            try:
+                write_atomically(self.run.labels_file, lambda stream: stream.write(text.encode()))
+            except OSError as error:
+                self.watch.say(f"{self.run.labels_file} cannot be written ({one_line(error)})")
 
     def read_best(self) -> CheckpointState:
         """The loop's best.

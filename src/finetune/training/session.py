@@ -31,6 +31,7 @@ from finetune.tasks.losses import Task
 from finetune.training.advice import CurveAdvice
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_unbroken
+from finetune.training.doubts import DOUBTFUL, csv_of, find_doubts
 from finetune.training.finish import Stage, finish_text, gather, head_state, judge, reason_against, which_ships, workers
 from finetune.training.nan_guard import Losses
 from finetune.training.optimizer import learning_rates, load_optimizer_state, optimizer_state
@@ -266,14 +267,32 @@ class Session:
         finish.judged, evaluation = judge(self.setup, feed, stage, finish, solved, self._best_head())
         finish.ships = which_ships(finish.judged)
         finish.status, progress.status = "done", finish.ended
-        figures = evaluation.figures()
+        figures, doubted = evaluation.figures(), stage.held.held_out(finish.best_weights)
         self._save_final(stage, solved, figures)
         ours = {f"finish/{name.removeprefix('val/')}": value for name, value in figures.items()}
         self._log.write({"step": progress.step, "epoch": epoch} | ours)
         finish.weights = finish.best_weights = torch.zeros(0, dtype=torch.float64)
         text, ships = finish_text(finish, evaluation), finish.ships == "final"
         self.context.watch.solved(text, progress.step, epoch, evaluation, ships=ships)
+        self._say_doubts(stage, doubted)
         self._save(False)
+
+    def _say_doubts(self, stage: Stage, held_out: tuple[Tensor, Tensor]) -> None:
+        """Write labels.csv, and say how many labels are worth a look."""
+        places, outputs = held_out
+        outputs = outputs / self.progress.finish.best["temperature"]
+        source = self.setup.data.source
+        doubts = find_doubts(source, self.recipe.task, stage.samples[places], outputs)
+        if not doubts:
+            return
+        self.context.save_labels(csv_of(doubts))
+        count = sum(one.probability < DOUBTFUL for one in doubts)
+        if count and self.context.writes:
+            first = doubts[0]
+            self.context.watch.say(
+                f"{count:,} of {len(doubts):,} labels look wrong, like {first.name}: {first.label!r}, likelier "
+                f"{first.likelier!r}; labels.csv lists them: mark those that are, and train again with --without"
+            )
 
     def _best_head(self) -> dict[str, Tensor]:
         """Tensors of the last layer, of the loop's best."""

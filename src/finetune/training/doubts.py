@@ -1,0 +1,105 @@
+"""Labels that are probably wrong: what heads that were solved without a sample give to the label that it has.
+
+Ranked by that probability alone (the rule of confident learning: Northcutt, Jiang and Chuang, "Confident learning:
+estimating uncertainty in dataset labels", JAIR 70, 2021).
+"""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune.data.source import Source, TextSource
+from finetune.data.table import read_rows
+from finetune.errors import UsageError
+from finetune.recipe.spec import Classification, MultiLabel, Task
+
+# A person marks rows in the first column; `--without` reads the first two.
+COLUMNS = ("wrong", "name", "label", "likelier", "probability", "likelier_probability", "text")
+TEXT_LETTERS = 200
+# A label with less than that is one to look at.
+DOUBTFUL = 0.2
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A label, and what speaks against it.
+
+    Attributes:
+        probability: of the label.
+        likelier: the label that has most; of several labels a sample: the one decision that is most in doubt.
+    """
+
+    name: str
+    label: str
+    likelier: str
+    probability: float
+    likelier_probability: float
+    text: str = ""
+
+
+def find_doubts(source: Source, task: Task, samples: Tensor, outputs: Tensor) -> list[Doubt]:
+    """All samples, the most doubtful first; [] where there are no classes.
+
+    Args:
+        samples: (rows,) int64.
+        outputs: (rows, classes) of heads that have not seen them.
+    """
+    if isinstance(task, Classification):
+        chances = outputs.double().softmax(1)
+        labels = source.targets[samples]
+        own, (best, likelier) = chances.gather(1, labels.unsqueeze(1)).squeeze(1), chances.max(1)
+        names = [
+            (source.classes[a], source.classes[b]) for a, b in zip(labels.tolist(), likelier.tolist(), strict=True)
+        ]
+    elif isinstance(task, MultiLabel):
+        yes, likely = source.targets[samples] != 0, outputs.double().sigmoid()
+        own, worst = torch.where(yes, likely, 1 - likely).min(1)
+        best = torch.maximum(own, 1 - own)
+        names = []
+        for is_yes, place, chance in zip(yes, worst.tolist(), own.tolist(), strict=True):
+            said = [f"{source.classes[place]}: {word}" for word in ("no", "yes")]
+            given = bool(is_yes[place])
+            names.append((said[given], said[given if chance >= 0.5 else not given]))
+    else:
+        return []
+    found = []
+    for row in own.argsort(stable=True).tolist():
+        index = int(samples[row])
+        text = source.texts[index][:TEXT_LETTERS] if isinstance(source, TextSource) else ""
+        label, other = names[row]
+        found.append(Doubt(source.name(index), label, other, own[row].item(), best[row].item(), text))
+    return found
+
+
+def csv_of(doubts: list[Doubt]) -> str:
+    """labels.csv."""
+    stream = io.StringIO()
+    rows = csv.writer(stream, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    for one in doubts:
+        chances = f"{one.probability:.4f}", f"{one.likelier_probability:.4f}"
+        rows.writerow(["", one.name, one.label, one.likelier, *chances, one.text])
+    return stream.getvalue()
+
+
+def marked_as_wrong(place: str) -> list[str]:
+    """Names of the samples that somebody marked in a labels.csv; [] where none is given.
+
+    Raises:
+        UsageError: it is no such file, or nothing is marked in it.
+    """
+    if not place:
+        return []
+    names = []
+    for line, row in read_rows(Path(place)):
+        if not {"wrong", "name"} <= set(row):
+            raise UsageError(f"--without {place} line {line}: has no columns wrong and name; give a run's labels.csv")
+        if str(row["wrong"] or "").strip():
+            names.append(str(row["name"]))
+    if not names:
+        raise UsageError(f"--without {place}: no row is marked; write an x into the column wrong of those to leave out")
+    return names
