@@ -146,9 +146,16 @@ def test_a_temperature_is_that_of_the_least_loss(kind):
     outputs[torch.arange(300), labels] += 3
     targets = targets_of(labels, kind, 4)
     found = temperature_of(outputs, targets, kind)
+    targets = targets * (1 - 1 / 302) + 1 / 302 / (4 if kind == "classification" else 2)
     tried = torch.linspace(0.5, 40, 4_001, dtype=torch.float64)
     losses = torch.stack([sample_losses(outputs / one, targets, kind).mean() for one in tried])
     assert found == pytest.approx(tried[losses.argmin()].item(), abs=0.02)
+
+
+def test_where_every_sample_is_right_a_temperature_stays_above_zero():
+    outputs, targets = torch.eye(4)[torch.arange(40) % 4] * 3, torch.eye(4)[torch.arange(40) % 4]
+    found = temperature_of(outputs, targets, "classification")
+    assert 0.3 < found < 1 and (outputs / found).softmax(1).max() < 0.99
 
 
 def test_folds_have_each_class_in_its_share_and_groups_whole():

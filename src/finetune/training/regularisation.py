@@ -129,12 +129,17 @@ def temperature_of(outputs: Tensor, targets: Tensor, kind: str, shares: Tensor |
     """What to divide outputs by for the least log loss (Guo et al., "On calibration of modern neural networks", ICML
     2017); 1 for numbers. By Newton's method for its inverse, in which the loss is convex.
 
+    Of each target one share in samples + 2 is spread over the classes (as in Platt, "Probabilistic outputs for support
+    vector machines", 1999): else, where every sample is right, the least loss would be at zero.
+
     Args:
         shares: (samples,) float64: what each sample weighs; None = all the same.
     """
     if kind == "regression":
         return 1.0
-    outputs, targets = outputs.double(), targets.double()
+    spread = 1 / (len(outputs) + 2)
+    outputs = outputs.double()
+    targets = targets.double() * (1 - spread) + spread / (targets.shape[1] if kind == "classification" else 2)
     weights = torch.ones(len(outputs), dtype=torch.float64) if shares is None else shares
     inverse = 1.0
     for _ in range(TEMPERATURE_STEPS):
