@@ -93,6 +93,20 @@ def test_the_minimum_is_that_of_an_optimizer_in_float64(kind, samples, features)
     assert value(*ours).item() == pytest.approx(value(weight, bias).item(), abs=1e-8)
 
 
+def test_an_offset_is_what_the_head_need_not_give():
+    raw, labels = rows_like_features(150, 20, 3)
+    labels = torch.where(torch.arange(150) < 110, 0, labels)
+    targets, prior = targets_of(labels, "classification", 3), labels.bincount().div(150).log()
+    rows = prepared(raw.clone())
+    start = torch.zeros(3, rows.rows.shape[1], dtype=torch.float64)
+    plain = solve(rows, Loss(targets, torch.ones(150, 1), "classification"), 0.1, start, 1e-12)
+    without = solve(rows, Loss(targets, torch.ones(150, 1), "classification", offset=prior), 0.1, start, 1e-12)
+    # Nothing holds the bias back: it takes up all of the offset, but for what all classes have in common.
+    apart = (plain - without)[:, -1] - prior
+    assert torch.allclose(plain[:, :-1], without[:, :-1], atol=1e-4)
+    assert torch.allclose(apart - apart.mean(), torch.zeros(3, dtype=torch.float64), atol=1e-4)
+
+
 def test_rows_that_are_held_out_do_not_count():
     raw, labels = rows_like_features(120, 20, 3)
     targets = targets_of(labels, "classification", 3)
@@ -335,6 +349,23 @@ def test_regression_and_several_labels_are_solved_too(tmp_path, capsys):
         assert main(["export", str(tmp_path / name)]) == 0
         assert main(["evaluate", str(tmp_path / name)]) == 0
         assert "out of fold" in capsys.readouterr().out
+
+
+def test_where_classes_are_uneven_a_prior_in_the_loss_finds_more_of_the_rare_ones(tmp_path):
+    """In the loop and in the solved head: the bias of a rare class is higher by about the log of its share."""
+    folder, digits = tmp_path / "data", load_digits()
+    for label in range(4):
+        (folder / str(label)).mkdir(parents=True)
+        for number in (digits.targets == label).nonzero().flatten()[: 80 if label == 0 else 10].tolist():
+            Image.fromarray(digits.images[number, 0].numpy()).save(folder / str(label) / f"{number}.png")
+    shares = {}
+    for kind in ("none", "prior"):
+        made = recipe(str(folder), task=Classification(class_weights=kind), epochs=4)
+        run = run_in(tmp_path / kind, made)
+        for name in ("best", "final"):
+            model = torch.load(run.checkpoints / f"{name}.pt", weights_only=True)["model"]
+            shares[kind, name] = (model["classifier.1.bias"] - model["classifier.1.bias"].mean())[1:].mean().item()
+    assert shares["prior", "best"] > shares["none", "best"] and shares["prior", "final"] > shares["none", "final"] + 0.1
 
 
 def test_the_export_of_a_solved_head_is_a_stock_one(tmp_path, capsys):

@@ -187,7 +187,7 @@ def test_uneven_classes_and_few_that_validate_are_said_with_the_option_that_help
     assert len(lines) == 2
     judged = dataclasses.replace(recipe, stop=Stop(metric="f1"))
     assert "--stop-metric" in lines[0] and "--stop-metric" not in of_labels(data, judged)[0]
-    assert lines[0].startswith("'a' has 160 texts to train on, 'b' 16: --class-weights balanced lets")
+    assert lines[0].startswith("'a' has 160 texts to train on, 'b' 16: --class-weights prior lets")
     assert lines[1].startswith("1 of 2 classes validate with fewer than 10 texts, like 'b' (4): figures of a class")
 
 

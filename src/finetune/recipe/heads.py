@@ -87,7 +87,8 @@ class Training:
         weight_decay: for weight matrices; biases and normalisation layers get none.
         schedule: of the learning rate, after a short warm-up.
         label_smoothing: share of the target that is spread over all classes.
-        class_weights: "balanced" = each class weighs the same, however many samples it has.
+        class_weights: balanced = each class weighs the same, however many samples it has; prior = the head learns to do
+            without how frequent a class is, which is often better.
         clip_norm: the gradient's largest norm; 0 = no clipping.
         accumulate: compute each batch in so many parts, to save memory; the step is the same (here BatchNorm does not
             learn).
@@ -111,7 +112,7 @@ class Training:
     weight_decay: float = 1e-2
     schedule: Literal["cosine", "step", "plateau", "constant"] = "cosine"
     label_smoothing: float = 0.0
-    class_weights: Literal["none", "balanced"] = "none"
+    class_weights: Literal["none", "balanced", "prior"] = "none"
     clip_norm: float = 0.0
     accumulate: int = 1
     patience: int = 0

@@ -59,7 +59,8 @@ class Classification:
 
     Attributes:
         label_smoothing: share of the target that is spread over all classes.
-        class_weights: "none", or "balanced" = each class weighs the same, however many samples it has.
+        class_weights: "none"; "balanced" = each class weighs the same, however many samples it has; "prior" = the loss
+            takes the log of each class's share off the logits, which then do without it.
     """
 
     kind: str = field(default="classification", init=False)
@@ -73,7 +74,8 @@ class MultiLabel:
 
     Attributes:
         label_smoothing: a yes becomes 1 - half of it, a no the other half.
-        class_weights: "none", or "balanced" = within each class, yes and no weigh the same.
+        class_weights: "none"; "balanced" = within each class, yes and no weigh the same; "prior", as of
+            `Classification`.
     """
 
     kind: str = field(default="multi-label", init=False)

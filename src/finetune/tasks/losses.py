@@ -32,11 +32,14 @@ class ClassificationTask:
         class_weights: (classes,) float32 or None.
         label_smoothing: share of the target that is spread over all classes (Szegedy et al., "Rethinking the Inception
             architecture", CVPR 2016).
+        log_prior: (classes,) float32 or None: added to the logits in the loss alone, so that they learn to do without
+            how frequent a class is (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021).
     """
 
     class_count: int
     class_weights: Tensor | None = None
     label_smoothing: float = 0.0
+    log_prior: Tensor | None = None
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The samples' weighted losses, added up. A batch's loss is that over the batch's `weight`.
@@ -45,8 +48,9 @@ class ClassificationTask:
             logits: (batch, classes).
             targets: (batch,) int64, or (batch, classes) shares of mixed images.
         """
+        logits = logits.float() if self.log_prior is None else logits.float() + self.log_prior
         return functional.cross_entropy(
-            logits.float(), targets, self.class_weights, reduction="sum", label_smoothing=self.label_smoothing
+            logits, targets, self.class_weights, reduction="sum", label_smoothing=self.label_smoothing
         )
 
     def sample_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -79,17 +83,20 @@ class MultiLabelTask:
     Attributes:
         class_weights: (classes,) float32 or None: what a sample that has the class weighs in that class's loss.
         label_smoothing: targets become smoothing / 2 and 1 - smoothing / 2.
+        log_prior: (classes,) float32 or None: log odds of each class, as of `ClassificationTask`.
     """
 
     class_count: int
     class_weights: Tensor | None = None
     label_smoothing: float = 0.0
+    log_prior: Tensor | None = None
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The samples' losses, added up. Targets: (batch, classes), 0 to 1."""
         wanted = targets.float() * (1 - self.label_smoothing) + self.label_smoothing / 2
+        logits = logits.float() if self.log_prior is None else logits.float() + self.log_prior
         total = functional.binary_cross_entropy_with_logits(
-            logits.float(), wanted, pos_weight=self.class_weights, reduction="sum"
+            logits, wanted, pos_weight=self.class_weights, reduction="sum"
         )
         return total / self.class_count
 
@@ -203,8 +210,12 @@ def make_task(spec: recipes.Task, outputs: int, scale: Sequence[float] = (), tar
             weights = (samples - counts).clamp(min=1) / counts.clamp(min=1)
         else:  # each class's samples together weigh the same; the mean over samples is 1
             weights = samples / (outputs * counts.clamp(min=1)).float()
+    prior = None
+    if spec.class_weights == "prior" and targets is not None:
+        share = class_counts(targets, outputs).clamp(min=1).float() / max(len(targets), 1)
+        prior = torch.logit(share, eps=1e-6) if isinstance(spec, recipes.MultiLabel) else share.log()
     kind = MultiLabelTask if isinstance(spec, recipes.MultiLabel) else ClassificationTask
-    return kind(outputs, weights, spec.label_smoothing)
+    return kind(outputs, weights, spec.label_smoothing, prior)
 
 
 def scale_of(targets: Tensor, moments: str = recipes.CENTRED) -> list[float]:
@@ -242,9 +253,10 @@ def standardised(targets: Tensor, scale: Sequence[float], dtype: torch.dtype = t
 
 def to_device(task: Task, device: torch.device) -> Task:
     """The task with its weights on `device`."""
-    if not isinstance(task, Classifying) or task.class_weights is None:
+    if not isinstance(task, Classifying):
         return task
-    return dataclasses.replace(task, class_weights=task.class_weights.to(device))
+    weights, prior = (None if one is None else one.to(device) for one in (task.class_weights, task.log_prior))
+    return dataclasses.replace(task, class_weights=weights, log_prior=prior)
 
 
 # What a network returns while it trains: logits, or logits and those of auxiliary heads.

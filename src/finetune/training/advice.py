@@ -42,7 +42,7 @@ def of_labels(data: Data, recipe: Recipe) -> list[str]:
         judges = "" if recipe.best_metric == "f1" else ", --stop-metric f1 judges by each the same"
         lines.append(
             f"{names[large]!r} has {int(train[large]):,} {noun}s to train on, {names[small]!r} {int(train[small]):,}: "
-            f"--class-weights balanced lets each class weigh the same{judges}"
+            f"--class-weights prior lets the head do without that{judges}"
         )
     if none := (judged == 0).nonzero().flatten().tolist():
         lines.append(

@@ -110,13 +110,14 @@ def gather(setup: Setup, feed: Feed, task: Task) -> Stage:
         weights = (targets @ own_weights).unsqueeze(1)
     elif own_weights is not None:
         class_weights = own_weights
+    offset = task.log_prior.cpu() if isinstance(task, Classifying) and task.log_prior is not None else None
     wanted = targets
     if isinstance(task, Classifying) and task.label_smoothing:
         spread = task.label_smoothing / (targets.shape[1] if kind == "classification" else 2)
         wanted = targets * (1 - task.label_smoothing) + spread
     folds, numbers = _folds(setup, samples)
     turned = prepared(rows)
-    return Stage(samples, Held(turned, Loss(wanted, weights, kind, class_weights), targets, folds, numbers))
+    return Stage(samples, Held(turned, Loss(wanted, weights, kind, class_weights, offset), targets, folds, numbers))
 
 
 def _targets(setup: Setup, samples: Tensor) -> Tensor:
@@ -179,8 +180,10 @@ def judge(
     targets = _targets(setup, samples)
     mean, deviation = loop["mean"].double(), loop["deviation"].double()
     theirs = _outputs(feed, samples, loop["weight"].double(), loop["bias"].double(), mean, deviation)
-    theirs /= temperature_of(theirs, targets, kind)
-    solved_losses, loop_losses = (sample_losses(one, targets, kind) for one in (outputs / temperature, theirs))
+    theirs /= temperature_of(theirs, targets, kind, offset=held.loss.offset)
+    solved_losses, loop_losses = (
+        sample_losses(one, targets, kind, held.loss.offset) for one in (outputs / temperature, theirs)
+    )
     judged = Judged(
         solved=solved_losses.mean().item(),
         loop=loop_losses.mean().item(),

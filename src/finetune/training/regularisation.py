@@ -1,5 +1,6 @@
 """How strongly a solved head is held back: by cross-validation, from strong to weak, until that no longer helps."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +50,7 @@ class Held:
     def loss_without(self, fold: int) -> Loss:
         """The loss over all rows but those of a fold."""
         kept = (self.folds != fold).float().unsqueeze(1)
-        return Loss(self.loss.targets, self.loss.weights * kept, self.loss.kind, self.loss.class_weights)
+        return dataclasses.replace(self.loss, weights=self.loss.weights * kept)
 
     def held_out(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows are held out by some fold, and what that fold's head gives of them.
@@ -89,8 +90,8 @@ def try_next(finish: Finish, held: Held, workers: int) -> Tried:
     places, outputs = held.held_out(weights)
     targets, folds, kind = held.targets[places], held.folds[places], held.loss.kind
     shares = held.loss.weights[places].flatten().double()
-    temperature = temperature_of(outputs, targets, kind, shares)
-    losses = sample_losses(outputs / temperature, targets, kind) * shares
+    temperature = temperature_of(outputs, targets, kind, shares, held.loss.offset)
+    losses = sample_losses(outputs / temperature, targets, kind, held.loss.offset) * shares
 
     def mean(chosen: Tensor) -> float:
         return (losses[chosen].sum() / shares[chosen].sum()).item()
@@ -115,9 +116,9 @@ def solve_all(held: Held, finish: Finish) -> Tensor:
     return weight
 
 
-def sample_losses(outputs: Tensor, targets: Tensor, kind: str) -> Tensor:
-    """(samples,) float64: the plain loss of each; targets as of `Loss`."""
-    outputs, targets = outputs.double(), targets.double()
+def sample_losses(outputs: Tensor, targets: Tensor, kind: str, offset: Tensor | None = None) -> Tensor:
+    """(samples,) float64: the loss of each, without weights; arguments as of `Loss`."""
+    outputs, targets = outputs.double() + (0 if offset is None else offset), targets.double()
     if kind == "classification":
         return -(targets * outputs.log_softmax(1)).sum(1)
     if kind == "regression":
@@ -125,7 +126,9 @@ def sample_losses(outputs: Tensor, targets: Tensor, kind: str) -> Tensor:
     return torch.nn.functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
 
 
-def temperature_of(outputs: Tensor, targets: Tensor, kind: str, shares: Tensor | None = None) -> float:
+def temperature_of(
+    outputs: Tensor, targets: Tensor, kind: str, shares: Tensor | None = None, offset: Tensor | None = None
+) -> float:
     """What to divide outputs by for the least log loss (Guo et al., "On calibration of modern neural networks", ICML
     2017); 1 for numbers. By Newton's method for its inverse, in which the loss is convex.
 
@@ -134,6 +137,7 @@ def temperature_of(outputs: Tensor, targets: Tensor, kind: str, shares: Tensor |
 
     Args:
         shares: (samples,) float64: what each sample weighs; None = all the same.
+        offset: (outputs,) added to the quotient; None = nothing.
     """
     if kind == "regression":
         return 1.0
@@ -143,7 +147,7 @@ def temperature_of(outputs: Tensor, targets: Tensor, kind: str, shares: Tensor |
     weights = torch.ones(len(outputs), dtype=torch.float64) if shares is None else shares
     inverse = 1.0
     for _ in range(TEMPERATURE_STEPS):
-        scaled = outputs * inverse
+        scaled = outputs * inverse + (0 if offset is None else offset)
         if kind == "classification":
             likely = scaled.softmax(1)
             mean = (likely * outputs).sum(1)

@@ -94,12 +94,14 @@ class Loss:
         weights: (samples, 1) float32: of each sample; 0 = held out.
         kind: "classification", "multilabel" or "regression".
         class_weights: (outputs,) of the yes of a multi-label class, or None.
+        offset: (outputs,) added to what the head gives, or None.
     """
 
     targets: Tensor
     weights: Tensor
     kind: str
     class_weights: Tensor | None = None
+    offset: Tensor | None = None
 
     @property
     def curvature(self) -> float:
@@ -114,6 +116,7 @@ class Loss:
             outputs: (samples, outputs) float32.
         """
         total = self.weights.sum(dtype=torch.float64).item()
+        outputs = outputs if self.offset is None else outputs + self.offset
         if self.kind == "classification":
             logs = outputs.log_softmax(1)
             value = -(self.targets * logs * self.weights).sum(dtype=torch.float64)
