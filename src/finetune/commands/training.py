@@ -233,7 +233,8 @@ def finish(context: "RunContext", progress: "Progress") -> None:
     from finetune.store.steps import way_on
 
     run, terminal = context.run, context.terminal
-    terminal.say(f"\n{progress.status}: {best_text(progress.best)}")
+    ships = "; the solved head ships" if progress.finish.ships == "final" else ""
+    terminal.say(f"\n{progress.status}: {best_text(progress.best)}{ships}")
     terminal.say("\nnext:")
     recipe, _ = split_config(run.read_recipe().config)
     words, meaning = way_on(recipe, progress, peek(run.latest).data.train_samples)

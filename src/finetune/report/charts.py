@@ -71,7 +71,8 @@ def curve_charts(data: RunData) -> list[Chart]:
                 f"{curve.values[-1]:.4g} in the end."
             )
             charts.append(_chart(data, len(charts), title, [Line(curve, "train")], caption, is_linear=name == "lr"))
-    return charts
+    solved = strength_chart(data)
+    return [*charts, solved] if solved is not None else charts
 
 
 def _chart(
@@ -141,6 +142,30 @@ def _metric_chart(data: RunData, number: int, names: Sequence[str]) -> Chart:
         sentences.append(_course(capitalised(metric_text(name)), curve, lowest, best_step))
     title = capitalised(" and ".join(map(metric_text, names)))
     return _chart(data, number, f"{title}, validation", lines, " ".join(sentences), key if len(key) > 1 else ())
+
+
+def strength_chart(data: RunData) -> Chart | None:
+    """How the loss of rows that were held out depends on the strength of the regularisation; None where no head was
+    solved."""
+    finish = data.checkpoint.progress.finish if data.checkpoint else None
+    if finish is None or len(finish.tried) < 2:
+        return None
+    strengths, losses = ([one[name] for one in finish.tried] for name in ("strength", "log_loss"))
+    best, judged = finish.best, finish.judged
+    sentences = [
+        f"{len(strengths)} strengths were tried in {len(best['fold_losses'])} fold(s); loss was lowest with lambda "
+        f"{best['strength']:.2g}: {number_text(best['log_loss'])} out of fold."
+    ]
+    if judged:
+        better = "the solved head ships" if finish.ships == "final" else "the loop's best ships"
+        sentences.append(
+            f"On the {judged['samples']:,} that validate its loss is {number_text(judged['solved'])}, that of the "
+            f"loop's best {number_text(judged['loop'])}: {better}. As the strength was chosen by these losses, they "
+            f"look better by about {number_text(judged['optimism'])} than they are."
+        )
+    place = losses.index(best["log_loss"])
+    svg = plots.strength_chart("strength", "Line chart: loss over lambda", strengths, losses, place)
+    return Chart("The solved head: loss over lambda", svg, " ".join(sentences))
 
 
 # ---- What the best validation made of its samples -------------------------------------------------------------------

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from finetune.report.curves import Curve
 from finetune.report.data import Event
@@ -185,6 +185,29 @@ def line_chart(
                 _draw_epochs(axes, end, steps_per_epoch, baseline / height)
             else:
                 _draw_events(axes, events, end, baseline / height)
+        return drawing.svg(name, label)
+
+
+def strength_chart(name: str, label: str, strengths: Sequence[float], losses: Sequence[float], best: int) -> str:
+    """Loss over the strength of the regularisation, which is logarithmic.
+
+    Args:
+        name, label: see `_Drawing.svg`.
+        best: place of the one that was chosen.
+    """
+    with matplotlib.rc_context(SETTINGS):
+        drawing = _Drawing(WIDTH, HEIGHT)
+        left, bottom, right, top = MARGINS
+        axes = drawing.axes(left, bottom, WIDTH - left - right, HEIGHT - bottom - top)
+        axes.plot(strengths, losses, color=COLOURS["val"], linewidth=1.7, marker="o", markersize=3)
+        ring: dict[str, Any] = {"marker": "o", "markersize": 7, "markeredgewidth": 1.7}
+        axes.plot(strengths[best], losses[best], color=COLOURS["val"], markerfacecolor=COLOURS["paper"], **ring)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(numticks=6))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _set_heights(axes, logarithmic=False)
+        drawing.label("lambda", bottom - TICKS_BELOW)
         return drawing.svg(name, label)
 
 
