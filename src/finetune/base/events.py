@@ -16,6 +16,7 @@ class Best(TypedDict, total=False):
         step, epoch: where it was; the first epoch is 1.
         loss: of the same validation, where that decides between equals.
         samples: that validated; runs of before have neither.
+        temperature: that what the network gave is best divided by, where that is done.
     """
 
     metric: str
@@ -24,6 +25,7 @@ class Best(TypedDict, total=False):
     epoch: int
     loss: NotRequired[float]
     samples: NotRequired[int]
+    temperature: NotRequired[float]
 
 
 @dataclass(frozen=True)

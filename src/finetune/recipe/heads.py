@@ -97,6 +97,8 @@ class Training:
             loss (auto), mae or r2. Of equals the one with the lowest loss is.
         finish: after the epochs solve the head, where it is linear and reads kept features: the best regularisation by
             cross-validation; the better of the two heads ships (auto); none = the loop's best ships.
+        calibrate: divide what the head gives by the temperature that makes its probabilities most honest on samples it
+            was not trained on; decisions stay as they are.
         final: what the solved head has seen in the end: all labels, or those of the train part alone.
         validate_every_steps: validate also every so many steps; 0 = each epoch only.
         train_samples: train on so many samples only, each class in its share; 0 = all.
@@ -119,6 +121,7 @@ class Training:
     stop_metric: Literal["auto", "accuracy", "f1", "loss", "mae", "r2"] = "auto"
     finish: Literal["auto", "none"] = "auto"
     final: Literal["all", "train"] = "all"
+    calibrate: bool = True
     validate_every_steps: int = 0
     train_samples: int = 0
     validation_fraction: float = 0.2
@@ -305,7 +308,7 @@ def _head_recipe(
         ),
         schedule=Schedule(name=training.schedule),
         stop=Stop(metric=training.stop_metric, patience=training.patience),
-        finish=Finish(way=training.finish, rows=training.final),
+        finish=Finish(way=training.finish, rows=training.final, calibrate=training.calibrate),
         epochs=epochs,
         batch_size=batch_size,
         validate_every_steps=training.validate_every_steps,

@@ -206,10 +206,12 @@ class Finish:
         way: "auto" = where it can be; "none" = never.
         rows: what the head that ships has seen in the end: "all" = every label but those of a validation or test part
             that the data brings along; "train" = those that the loop was trained on.
+        calibrate: whether what ships is divided by the temperature that fits the samples that validate best.
     """
 
     way: str = named("auto", before="none")
     rows: str = "all"
+    calibrate: bool = named(True, before=False)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network,
     if which not in ("", "best", "latest"):
         raise UsageError(f"--init-from {init_from}: {which!r} is not allowed; give RUN, RUN:best or RUN:latest")
     run = RunFolder(Path(folder))
-    other, state = trained_network(run, which or "best")
+    other, state = trained_network(run, which or "best", calibrated=False)
     backbone = backbone_of_run(run, state)
     if (backbone.name, other.head_kind) != (recipe.model.full_name, recipe.model.head):
         raise RunError(f"--init-from {folder}: another architecture or head; use the same --backbone and --head")
@@ -151,11 +151,12 @@ def shipped(run: RunFolder, which: str) -> str:
         return "best"
 
 
-def trained_network(run: RunFolder, which: str) -> tuple[Network, CheckpointState]:
+def trained_network(run: RunFolder, which: str, *, calibrated: bool = True) -> tuple[Network, CheckpointState]:
     """The network of a run's checkpoint, on the CPU, in eval mode, and the checkpoint.
 
     Args:
         which: "best", "latest" or "final".
+        calibrated: as it ships: what the loop's best gives is divided by its temperature.
     """
     record = run.read_recipe()
     recipe, _ = split_config(record.config)
@@ -168,4 +169,13 @@ def trained_network(run: RunFolder, which: str) -> tuple[Network, CheckpointStat
     check_same_recipe(record.config, state.config, f"{path} is not of the recipe in {run.recipe_file}")
     network = saved_network(run, recipe, state)
     network.module.eval()
+    if calibrated and which == "best" and "temperature" in state.progress.best:
+        _divide(network.last_layer(), state.progress.best["temperature"])
     return network, state
+
+
+def _divide(layer: nn.Module | None, temperature: float) -> None:
+    """Divide what a linear layer gives."""
+    if layer is not None:
+        for value in layer.parameters(recurse=False):
+            value.data /= temperature

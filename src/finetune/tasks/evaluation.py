@@ -10,6 +10,7 @@ from typing import NamedTuple, TypedDict, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from finetune.base.device import autocast, to_device
 from finetune.base.events import Features
@@ -18,6 +19,7 @@ from finetune.base.plain import Fields, Plain
 from finetune.data.batch import Batch
 from finetune.data.source import Source
 from finetune.tasks import bootstrap
+from finetune.tasks.calibration import temperature_of
 from finetune.tasks.losses import Classifying, DistillationTask, Outputs, RegressionTask, Task
 from finetune.tasks.metrics import Calibration, ClassCounts
 from finetune.tasks.tallies import ConfusionTally, MultiLabelTally
@@ -32,6 +34,8 @@ KEPT_MISTAKES = 100
 # Larger ones are sure enough: the interval of an F1 is worked out for so many samples times classes, where a sample has
 # several; where it has one, for so many different pairs of a true class and a predicted one.
 INTERVAL_CELLS, INTERVAL_KINDS = 2_000_000, 20_000
+# One number is known well enough from so many.
+TEMPERATURE_NUMBERS = 2_000_000
 # Of each class: how often it was met in both, in a prediction, in truth.
 COUNTS = ("hits", "predicted", "actual")
 
@@ -153,6 +157,8 @@ class Evaluation:
         self._worst: tuple[Tensor, ...] = ()
         self._best: tuple[Tensor, ...] = ()
         self._losses: list[Tensor] = []
+        # What was given and wanted, as far as a temperature needs it.
+        self._given: list[tuple[Tensor, Tensor]] = []
         # Of several classes a sample: those decided, and those that are true; how many decisions these are.
         self._several: list[tuple[Tensor, Tensor]] = []
         self._cells = 0
@@ -196,6 +202,8 @@ class Evaluation:
         if targets.dim() == 2 and isinstance(self.task, Classifying) and self._cells <= INTERVAL_CELLS:
             self._cells += targets.numel()
             self._several.append((outputs > 0, targets != 0))
+        if isinstance(self.task, Classifying) and self._seen * outputs.shape[1] <= TEMPERATURE_NUMBERS:
+            self._given.append((outputs.float(), targets))
         rows = losses, indices.to(losses.device, non_blocking=True), outputs.float(), targets
         self._worst = _extreme(self._worst, rows, KEPT_WORST, largest=True)
         self._best = _extreme(self._best, rows, KEPT_BEST, largest=False)
@@ -214,6 +222,15 @@ class Evaluation:
     def figures(self) -> dict[str, float]:
         """As they are logged: val/loss, val/accuracy, ..."""
         return {f"val/{name}": value for name, value in self.tally.figures().items()}
+
+    def temperature(self) -> float:
+        """What the outputs are best divided by; 1 where there are no classes. Waits for the device."""
+        if not self._given:
+            return 1.0
+        outputs, targets = (torch.cat(parts).cpu() for parts in zip(*self._given, strict=True))
+        if targets.dim() == 1:
+            return temperature_of(outputs, one_hot(targets, outputs.shape[1]), "classification")
+        return temperature_of(outputs, targets, "multilabel")
 
     def record(self, source: Source) -> EvaluationRecord:
         """All that is known, as plain values. Waits for the device.

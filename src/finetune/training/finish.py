@@ -16,14 +16,11 @@ from finetune.data.order import fold_numbers, key
 from finetune.models.heads import StandardisedLinear
 from finetune.recipe.spec import Classification, MultiLabel, Regression
 from finetune.store.finish_state import Finish, Judged, Tried
+from finetune.tasks.calibration import sample_losses, temperature_of
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.losses import Classifying, Task, make_task
 from finetune.training.phase import Feed
-from finetune.training.regularisation import (
-    Held,
-    sample_losses,
-    temperature_of,
-)
+from finetune.training.regularisation import Held
 from finetune.training.setup import Setup
 from finetune.training.solver import Loss, prepared
 
@@ -168,7 +165,7 @@ def judge(
         The losses of both, and what the solved one makes of the samples.
     """
     held, validation = stage.held, setup.data.split.validation
-    kind, temperature = held.loss.kind, finish.best["temperature"]
+    kind, temperature = held.loss.kind, temperature_of_head(setup, finish)
     places, outputs = held.held_out(finish.best_weights)
     samples = stage.samples[places]
     if torch.isin(validation, stage.samples).any():  # it is trained on in the end: what the folds said of it counts
@@ -180,7 +177,8 @@ def judge(
     targets = _targets(setup, samples)
     mean, deviation = loop["mean"].double(), loop["deviation"].double()
     theirs = _outputs(feed, samples, loop["weight"].double(), loop["bias"].double(), mean, deviation)
-    theirs /= temperature_of(theirs, targets, kind, offset=held.loss.offset)
+    if setup.recipe.finish.calibrate:
+        theirs /= temperature_of(theirs, targets, kind, offset=held.loss.offset)
     solved_losses, loop_losses = (
         sample_losses(one, targets, kind, held.loss.offset) for one in (outputs / temperature, theirs)
     )
@@ -214,6 +212,11 @@ def _optimism(tried: list[Tried]) -> float:
     folds = range(len(best["fold_losses"]))
     gains = [best["fold_losses"][fold] - min(one["fold_losses"][fold] for one in tried) for fold in folds]
     return sum(gains) / len(gains)
+
+
+def temperature_of_head(setup: Setup, finish: Finish) -> float:
+    """What the solved head's outputs are divided by."""
+    return finish.best["temperature"] if setup.recipe.finish.calibrate else 1.0
 
 
 def which_ships(judged: Judged) -> str:

@@ -32,7 +32,17 @@ from finetune.training.advice import CurveAdvice
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_unbroken
 from finetune.training.doubts import DOUBTFUL, csv_of, find_doubts
-from finetune.training.finish import Stage, finish_text, gather, head_state, judge, reason_against, which_ships, workers
+from finetune.training.finish import (
+    Stage,
+    finish_text,
+    gather,
+    head_state,
+    judge,
+    reason_against,
+    temperature_of_head,
+    which_ships,
+    workers,
+)
 from finetune.training.nan_guard import Losses
 from finetune.training.optimizer import learning_rates, load_optimizer_state, optimizer_state
 from finetune.training.phase import Phase, start_phase
@@ -280,7 +290,7 @@ class Session:
     def _say_doubts(self, stage: Stage, held_out: tuple[Tensor, Tensor]) -> None:
         """Write labels.csv, and say how many labels are worth a look."""
         places, outputs = held_out
-        outputs = outputs / self.progress.finish.best["temperature"]
+        outputs = outputs / temperature_of_head(self.setup, self.progress.finish)
         source = self.setup.data.source
         doubts = find_doubts(source, self.recipe.task, stage.samples[places], outputs)
         if not doubts:
@@ -303,7 +313,7 @@ class Session:
     def _save_final(self, stage: Stage, solved: Tensor, figures: dict[str, float]) -> None:
         finish, layer = self.progress.finish, self.setup.network.last_layer()
         assert layer is not None
-        path, temperature = self.setup.network.last_layer_path, finish.best["temperature"]
+        path, temperature = self.setup.network.last_layer_path, temperature_of_head(self.setup, finish)
         state = self.state()
         found = head_state(stage, solved, temperature, layer)
         state.model = state.model | {f"{path}.{name}": value for name, value in found.items()}
@@ -342,6 +352,8 @@ class Session:
         epoch = math.ceil(progress.step / self.steps.per_epoch)
         figures = evaluation.figures()
         best = record_validation(self.recipe, progress, figures, epoch, evaluation.samples)
+        if best and self.recipe.finish.calibrate and self.recipe.task.kind in ("classification", "multi-label"):
+            progress.best["temperature"] = evaluation.temperature()
         if best and self.recipe.finish.way != "none":
             own = self.phase.freeze.changeable()
             self._best_model = {name: value.detach().cpu().clone() for name, value in own.items()}

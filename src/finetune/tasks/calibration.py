@@ -1,0 +1,58 @@
+"""Probabilities that are honest: one number by which everything that a network gives is divided."""
+
+import torch
+from torch import Tensor
+
+# Of Newton's method for a temperature.
+TEMPERATURE_STEPS, WIDEST_STEP = 50, 2.0
+
+
+def sample_losses(outputs: Tensor, targets: Tensor, kind: str, offset: Tensor | None = None) -> Tensor:
+    """(samples,) float64: the loss of each, without weights; arguments as of `Loss`."""
+    outputs, targets = outputs.double() + (0 if offset is None else offset), targets.double()
+    if kind == "classification":
+        return -(targets * outputs.log_softmax(1)).sum(1)
+    if kind == "regression":
+        return (outputs - targets).square().sum(1)
+    return torch.nn.functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
+
+
+def temperature_of(
+    outputs: Tensor, targets: Tensor, kind: str, shares: Tensor | None = None, offset: Tensor | None = None
+) -> float:
+    """What to divide outputs by for the least log loss (Guo et al., "On calibration of modern neural networks", ICML
+    2017); 1 for numbers. By Newton's method for its inverse, in which the loss is convex.
+
+    Of each target one share in samples + 2 is spread over the classes (as in Platt, "Probabilistic outputs for support
+    vector machines", 1999): else, where every sample is right, the least loss would be at zero.
+
+    Args:
+        shares: (samples,) float64: what each sample weighs; None = all the same.
+        offset: (outputs,) added to the quotient; None = nothing.
+    """
+    if kind == "regression":
+        return 1.0
+    spread = 1 / (len(outputs) + 2)
+    outputs = outputs.double()
+    targets = targets.double() * (1 - spread) + spread / (targets.shape[1] if kind == "classification" else 2)
+    weights = torch.ones(len(outputs), dtype=torch.float64) if shares is None else shares
+    inverse = 1.0
+    for _ in range(TEMPERATURE_STEPS):
+        scaled = outputs * inverse + (0 if offset is None else offset)
+        if kind == "classification":
+            likely = scaled.softmax(1)
+            mean = (likely * outputs).sum(1)
+            slope = weights @ (mean - (targets * outputs).sum(1))
+            curve = weights @ ((likely * outputs.square()).sum(1) - mean.square())
+        else:
+            likely = scaled.sigmoid()
+            slope = weights @ ((likely - targets) * outputs).sum(1)
+            curve = weights @ (likely * (1 - likely) * outputs.square()).sum(1)
+        if not curve > 0:
+            break
+        step = (slope / curve).item()
+        new = min(max(inverse - step, inverse / WIDEST_STEP), inverse * WIDEST_STEP)
+        if abs(new - inverse) <= 1e-9 * inverse:
+            break
+        inverse = new
+    return 1 / inverse
