@@ -1,7 +1,7 @@
 """`finetune evaluate`: how good a checkpoint is, on data that it did not train on."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from finetune.base.device import module_to_device, numerics_put_back, pick_devic
 from finetune.base.formatting import number_text, printable
 from finetune.base.halves import freeing, in_halves
 from finetune.base.intervals import worth_text
-from finetune.data.batch import Request
+from finetune.data.batch import Batch, Request
 from finetune.data.contents import Contents
 from finetune.data.images import names_to_indices, without
 from finetune.data.loader import Loader
@@ -36,7 +36,7 @@ from finetune.store.run_folder import RunFolder
 from finetune.store.state import DataFacts, generators_put_back
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.evaluation import evaluate as evaluate_batches
-from finetune.tasks.losses import make_task, standardised
+from finetune.tasks.losses import Task, make_task, standardised
 from finetune.training.dataset import make_pipeline
 from finetune.training.phase import trained_forward
 from finetune.training.setup import count_workers
@@ -106,13 +106,11 @@ def evaluate(
         requests = (Request(batch.tolist(), tolerant=True) for batch in parts)
         with closing(loader):
             batches = loader.batches(requests)
+            if held is not None:
+                return _look_up(batches, *held, task, count)
             return evaluate_batches(forward, batches, task, device, numerics.precision, samples=count)
 
-    if held is not None:
-        evaluation = Evaluation(task, torch.device("cpu"), count)
-        evaluation.add(*held, source.targets[judged.indices])
-    else:
-        evaluation, _ = in_halves(attempt, BATCH_SAMPLES, 0, freeing(device, say))
+    evaluation, _ = in_halves(attempt, BATCH_SAMPLES, 0, freeing(device, say))
     noun = judged.source.noun
     if not evaluation.samples:
         raise RunError(f"--{noun}s {place}: none of {count} {noun}(s) could be read; {evaluation.broken[0]}")
@@ -150,6 +148,18 @@ def _held_out(finish: Finish, judged: _Judged) -> tuple[Tensor, Tensor] | None:
     that were solved without; None = it was not trained on them."""
     here = torch.isin(finish.held_samples, judged.indices)
     return (finish.held_samples[here], finish.held_outputs[here]) if here.any() else None
+
+
+def _look_up(batches: Iterable[Batch], samples: Tensor, outputs: Tensor, task: Task, count: int) -> Evaluation:
+    """What was given of samples before. They are read all the same: that they are what they were then is checked."""
+    evaluation = Evaluation(task, torch.device("cpu"), count)
+    order = samples.argsort()
+    for batch in batches:
+        evaluation.broken += [reason for _, reason in batch.broken]
+        if len(batch.indices):
+            places = order[torch.searchsorted(samples[order], batch.indices)]
+            evaluation.add(batch.indices, outputs[places], batch.targets)
+    return evaluation
 
 
 def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: DataFacts, place: str, table: AnyTable) -> _Judged:
