@@ -22,7 +22,7 @@ def recipe(
     task: Literal["classification", "regression"] = "classification",
     head: Literal["linear", "mlp", "append"] = "linear",
     dropout: float = 0.2,
-    epochs: int = 30,
+    epochs: int = 0,
     batch_size: int = 64,
     lr: float = 3e-3,
     seed: int = 0,

@@ -20,7 +20,7 @@ def recipe(
     augment: Literal["none", "light", "standard"] = "none",
     head: Literal["linear", "mlp", "append"] = "linear",
     dropout: float = 0.0,
-    epochs: int = 15,
+    epochs: int = 0,
     batch_size: int = 64,
     lr: float = 3e-3,
     seed: int = 0,

@@ -24,6 +24,8 @@ from finetune.base.formatting import megabytes_text, number_text, printable, sec
 # Often enough for a bar that moves, seldom enough for a thread that trains.
 LOOKS_A_SECOND = 4
 SECONDS_BETWEEN_BARS = 0.5
+# Of more epochs than that about so many get a line.
+MOST_EPOCH_LINES = 60
 # Below that many columns an epoch's line says the same in less.
 WIDE_COLUMNS = 72
 
@@ -225,6 +227,9 @@ class Terminal:
     def validated(self, validated: Validated) -> None:
         name, value = validated.best["metric"], validated.values[f"val/{validated.best['metric']}"]
         self._metric = name, value
+        every = -(-validated.epochs // MOST_EPOCH_LINES)
+        if validated.epoch % every and validated.epoch not in (1, validated.epochs):
+            return
         is_wide = self.console.width >= WIDE_COLUMNS
         number = f"{validated.epoch:>{len(str(validated.epochs))}}/{validated.epochs}"
         parts = [f"epoch {number}" if is_wide else number]

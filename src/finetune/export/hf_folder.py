@@ -124,6 +124,11 @@ def _check_possible(trained: Trained) -> None:
     if not trained.backbone.reads_texts:
         raise UsageError("--format hf: is for runs on texts; give pt, safetensors or onnx")
     head, pooling = trained.recipe.model.head, trained.backbone.options["pooling"]
+    if trained.recipe.model.unit_rows:
+        raise UsageError(
+            "--format hf: no class of transformers divides features by their norm; train without --unit-rows, or "
+            "export a .pt and load it with finetune.load"
+        )
     if trained.apart:
         raise UsageError(
             f"--format hf: what {', '.join(trained.apart)} reads deviates so little from its mean that no weight of "

@@ -68,7 +68,7 @@ def rebuild(description: dict[str, Any], tensors: dict[str, Tensor], source: str
         model = backbone.build(architecture["old_classes"])
         for path in replaced_layers(head_paths, architecture["head"]):
             plain_head(model, path, architecture["head"], architecture["outputs"], architecture["head_width"])
-        take_apart(model, architecture.get("standardised", []))
+        take_apart(model, architecture.get("standardised", []), bool(architecture.get("unit_rows", False)))
         missing, extra = load_state(model, tensors, getattr(tensors, "_metadata", None), source)
     except UsageError as error:
         raise BadFile(str(error)) from None

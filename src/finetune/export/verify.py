@@ -81,7 +81,7 @@ class Trained:
             folded layers, and in all, which a runtime with other kernels does.
         folded_scale: mean and deviation of the numbers to predict where those were folded in; else [].
         scale: likewise where the weights could not hold them.
-        apart: paths of the layers whose standardisation the weights could not hold.
+        apart: paths of the layers whose standardisation, or division by norms, the weights could not hold.
         own: None where the run itself computed in fp32, or in what this machine cannot.
     """
 
@@ -150,7 +150,7 @@ def trained_tensors(run: RunFolder, which: str, dtype: torch.dtype = torch.float
     recipe, numerics = split_config(state.config)
     backbone = backbone_of_run(run, state)
     own_tensors = network.module.state_dict()
-    apart = layers_apart(own_tensors)
+    apart = layers_apart(own_tensors, recipe.model.unit_rows)
     tensors = folded_state(network.module, apart)
     losses = {path: lost for path, (lost, _) in lost_by_folding(own_tensors).items()}
     lost = sum(value for path, value in losses.items() if path not in apart), sum(losses.values())

@@ -128,6 +128,7 @@ def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
             "old_classes": network.old_class_count,
             "stock": is_stock(recipe, backbone) and not trained.apart,
             **({"standardised": trained.apart} if trained.apart else {}),
+            **({"unit_rows": True} if recipe.model.unit_rows else {}),
         },
         # Mean and deviation of the numbers that it gives, where the weights could not hold them.
         **({"scale": trained.scale} if trained.scale else {}),

@@ -16,10 +16,13 @@ from typing import Any
 from finetune.base.events import Best
 from finetune.base.files import BadFile
 from finetune.base.lock import LOCK_FILE, OWNER_FILE, Owner, is_held, owner_from_text
-from finetune.errors import RunError, UsageError
+from finetune.errors import FinetuneError, RunError, UsageError
+from finetune.recipe.execution import split_config
 from finetune.recipe.serialize import flatten
 from finetune.store.comparison import is_comparison
 from finetune.store.run_folder import RunFolder, RunRecord, peek
+from finetune.store.state import CheckpointState
+from finetune.store.steps import count_steps
 
 STATES = ("running", "resumable", "new", "damaged", "stopped early", "finished")
 LARGEST_RECIPE_BYTES, LARGEST_OWNER_LETTERS = 1 << 24, 1 << 12
@@ -157,9 +160,7 @@ def describe(path: Path) -> FoundRun:
         values["seconds"] = training_seconds(run.metrics_file)
         record = _read_recipe(run)
         values["options"] = flatten(record.config) | flatten(record.settings) | {"init_from": record.init_from}
-        epochs = record.config.get("epochs")
-        values["epochs"] = epochs if isinstance(epochs, int) and epochs > 0 else None
-        values |= _progress(run, record.id, values["epochs"])
+        values |= _progress(run, record)
     except (RunError, OSError, RecursionError) as error:
         values |= {"state": "damaged", "note": _why(error)}
         if run.begun_file.exists():  # until its recipe is there
@@ -185,7 +186,7 @@ def _read_recipe(run: RunFolder) -> RunRecord:
     return run.read_recipe()
 
 
-def _progress(run: RunFolder, run_id: str, epochs: int | None) -> dict[str, Any]:
+def _progress(run: RunFolder, record: RunRecord) -> dict[str, Any]:
     """How far it is, of its newest checkpoint.
 
     Raises:
@@ -196,12 +197,12 @@ def _progress(run: RunFolder, run_id: str, epochs: int | None) -> dict[str, Any]
     newest = max(((int(match[1]), path) for match, path in numbered if match), default=(0, run.latest))[1]
     path = run.latest if run.latest.exists() else newest
     if not path.is_file():
-        return {"epochs_done": 0}
+        return {"epochs_done": 0, "epochs": _epochs(record)}
     try:
         state = peek(path)
     except BadFile as error:
         raise RunError(f"{error}; an older checkpoint may be good: finetune resume {run}") from None
-    if state.run_id != run_id:
+    if state.run_id != record.id:
         raise RunError(f"{path} is of another run than recipe.json says; restore it from a copy")
     progress = state.progress
     status = {"running": "resumable"}.get(progress.status, progress.status)
@@ -211,11 +212,20 @@ def _progress(run: RunFolder, run_id: str, epochs: int | None) -> dict[str, Any]
         "state": status,
         "step": progress.step,
         "epochs_done": progress.epoch,
-        "epochs": progress.extensions[-1]["epochs"] if progress.extensions else epochs,
+        "epochs": _epochs(record, state),
         "best": progress.best,
         "fingerprint": state.data.fingerprint,
         "frozen_sha256": state.frozen.sha256,
     }
+
+
+def _epochs(record: RunRecord, state: CheckpointState | None = None) -> int | None:
+    """How many are to be done; None = not known."""
+    if state is not None and state.data.train_samples:
+        with suppress(FinetuneError):  # of another version, or edited
+            return count_steps(split_config(record.config)[0], state.data.train_samples, state.progress).epochs
+    epochs = record.config.get("epochs")
+    return epochs if isinstance(epochs, int) and epochs > 0 else None
 
 
 NOBODY_KNOWN = Owner(0, "", "", "")

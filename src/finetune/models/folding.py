@@ -56,26 +56,32 @@ def lost_by_folding(tensors: Mapping[str, Tensor]) -> dict[str, tuple[float, flo
     return found
 
 
-def layers_apart(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Paths of the layers whose standardisation of features float32 cannot hold folded in.
+def layers_apart(tensors: Mapping[str, Tensor], unit_rows: bool) -> list[str]:
+    """Paths of the layers whose standardisation of features no plain layer can hold folded in.
 
     Args:
         tensors: of a network as it trains, by name.
+        unit_rows: whether its head divides by norms, which no weight does.
     """
+    if unit_rows:
+        return list(lost_by_folding(tensors))
     most = ROUNDING_SHARES[torch.float32]
     # torchvision's auxiliary heads help to train and are computed nowhere else: what they lose nobody sees.
     used = {path: lost for path, lost in lost_by_folding(tensors).items() if not path.lower().startswith("aux")}
     return [path for path, (_, share) in used.items() if not share <= most]
 
 
-def take_apart(model: nn.Module, paths: Iterable[str]) -> None:
+def take_apart(model: nn.Module, paths: Iterable[str], unit_rows: bool = False) -> None:
     """Give a stock `model` layers that standardise their features themselves, where these were not folded in.
+
+    Args:
+        unit_rows: see `heads.StandardisedLinear`.
 
     Raises:
         UsageError: a path is of no layer that could.
     """
     for path in paths:
-        model.set_submodule(path, standardised_like(model.get_submodule(path), path))
+        model.set_submodule(path, standardised_like(model.get_submodule(path), path, unit_rows))
 
 
 def is_scale(value: object) -> bool:

@@ -16,7 +16,7 @@ from torchvision.models import GoogLeNet, Inception3
 from finetune.base.moments import Moments
 from finetune.errors import UsageError
 from finetune.models.shapes import build_shapes
-from finetune.recipe.spec import CENTRED, PLAIN
+from finetune.recipe.spec import BY_ROWS, PLAIN
 
 HEADS = ("linear", "mlp", "append")
 # No head at all: the network gives what the head would read.
@@ -25,6 +25,8 @@ NO_HEAD = "none"
 # of the type that it is computed in, and what sums in float32 add to it. The floor is for features that are all zero.
 FLOAT32_ROUNDINGS = 16
 SMALLEST_DEVIATION = 1e-12
+# With fewer rows a feature one deviation is measured for all: that of each by itself would be known too badly.
+ROWS_A_FEATURE = 50
 # The plain way: where it deviates by less than this share of its mean.
 SMALLEST_DEVIATION_SHARE = 1e-3
 
@@ -37,27 +39,39 @@ class StandardisedLinear(nn.Linear):
 
     Args:
         measured: whether its features are measured at all: not those that come from a layer which itself trains.
+        unit_rows: whether each sample's features are divided by their norm first. No plain layer does that.
     """
 
     mean: Tensor
     deviation: Tensor
 
     def __init__(
-        self, in_features: int, out_features: int, dropout: float, bias: bool = True, *, measured: bool = True
+        self,
+        in_features: int,
+        out_features: int,
+        dropout: float,
+        bias: bool = True,
+        *,
+        measured: bool = True,
+        unit_rows: bool = False,
     ):
         super().__init__(in_features, out_features, bias)
         self.dropout = dropout
         self.measured = measured
+        self.unit_rows = unit_rows
         self.register_buffer("mean", torch.zeros(in_features))
         self.register_buffer("deviation", torch.ones(in_features))
 
     def forward(self, features: Tensor) -> Tensor:
+        if self.unit_rows:
+            features = functional.normalize(features, dim=-1)
         features = (features - self.mean) / self.deviation
         return super().forward(functional.dropout(features, self.dropout, self.training))
 
     def by_feature(self, inputs: Tensor) -> Tensor:
-        """(..., in_features) to (rows, in_features)."""
-        return inputs.flatten(0, -2)
+        """(..., in_features) to (rows, in_features), as they are standardised."""
+        rows = inputs.flatten(0, -2)
+        return functional.normalize(rows) if self.unit_rows else rows
 
     def plain(self) -> nn.Linear:
         """A plain layer of the same shape."""
@@ -71,21 +85,32 @@ class StandardisedConv2d(nn.Conv2d):
     deviation: Tensor
 
     def __init__(
-        self, in_features: int, out_features: int, dropout: float, bias: bool = True, *, measured: bool = True
+        self,
+        in_features: int,
+        out_features: int,
+        dropout: float,
+        bias: bool = True,
+        *,
+        measured: bool = True,
+        unit_rows: bool = False,
     ):
         super().__init__(in_features, out_features, kernel_size=1, bias=bias)
         self.dropout = dropout
         self.measured = measured
+        self.unit_rows = unit_rows
         self.register_buffer("mean", torch.zeros(in_features))
         self.register_buffer("deviation", torch.ones(in_features))
 
     def forward(self, features: Tensor) -> Tensor:
+        if self.unit_rows:
+            features = functional.normalize(features, dim=1)
         features = (features - self.mean.view(-1, 1, 1)) / self.deviation.view(-1, 1, 1)
         return super().forward(functional.dropout(features, self.dropout, self.training))
 
     def by_feature(self, inputs: Tensor) -> Tensor:
-        """(batch, in_features, height, width) to (rows, in_features)."""
-        return inputs.movedim(1, -1).flatten(0, -2)
+        """(batch, in_features, height, width) to (rows, in_features), as they are standardised."""
+        rows = inputs.movedim(1, -1).flatten(0, -2)
+        return functional.normalize(rows) if self.unit_rows else rows
 
     def plain(self) -> nn.Conv2d:
         """A plain layer of the same shape."""
@@ -122,31 +147,40 @@ def replaced_layers(head_paths: list[str], kind: str) -> list[str]:
     return head_paths[-1:] if kind == "append" else head_paths
 
 
-def _like(old: nn.Module, path: str, out_features: int, dropout: float, measured: bool) -> Standardised:
+def _like(
+    old: nn.Module, path: str, out_features: int, dropout: float, measured: bool = True, unit_rows: bool = False
+) -> Standardised:
     """A new layer in place of `old`."""
     has_bias = getattr(old, "bias", None) is not None
     if isinstance(old, nn.Linear):
-        return StandardisedLinear(old.in_features, out_features, dropout, has_bias, measured=measured)
+        return StandardisedLinear(
+            old.in_features, out_features, dropout, has_bias, measured=measured, unit_rows=unit_rows
+        )
     if isinstance(old, nn.Conv2d) and old.kernel_size == (1, 1):
-        return StandardisedConv2d(old.in_channels, out_features, dropout, has_bias, measured=measured)
+        return StandardisedConv2d(
+            old.in_channels, out_features, dropout, has_bias, measured=measured, unit_rows=unit_rows
+        )
     raise UsageError(f"the head {path} is a {type(old).__name__}; only a linear layer or a 1 x 1 convolution will do")
 
 
-def standardised_like(old: nn.Module, path: str) -> Standardised:
+def standardised_like(old: nn.Module, path: str, unit_rows: bool = False) -> Standardised:
     """A layer of the shape of `old` that standardises its features; it has no dropout.
+
+    Args:
+        unit_rows: see `StandardisedLinear`.
 
     Raises:
         UsageError: it is neither a linear layer nor a 1 x 1 convolution.
     """
     outputs = old.out_channels if isinstance(old, nn.Conv2d) else getattr(old, "out_features", 0)
-    return _like(old, path, outputs, 0.0, True)
+    return _like(old, path, outputs, 0.0, unit_rows=unit_rows)
 
 
 def renew_layer(model: nn.Module, path: str, dropout: float) -> None:
     """Give a layer without pretrained weights standardised features and dropout, if it is linear; its shape stays."""
     old = model.get_submodule(path)
     if isinstance(old, nn.Linear):
-        model.set_submodule(path, _like(old, path, old.out_features, dropout, True))
+        model.set_submodule(path, _like(old, path, old.out_features, dropout))
 
 
 def attach_head(
@@ -158,6 +192,7 @@ def attach_head(
     width: int,
     *,
     measured: bool = True,
+    unit_rows: bool = False,
 ) -> None:
     """Replace one layer of `model` by a new, randomly initialised head.
 
@@ -168,6 +203,7 @@ def attach_head(
         dropout: probability that a feature is zeroed while training, before each new linear layer.
         width: hidden features of "mlp".
         measured: whether what it reads is standardised.
+        unit_rows: see `StandardisedLinear`.
 
     Raises:
         UsageError: unknown kind, or a head that is neither a linear layer nor a 1 x 1 convolution.
@@ -175,16 +211,17 @@ def attach_head(
     old = model.get_submodule(path)
     head: nn.Module
     if kind == "linear":
-        head = _like(old, path, class_count, dropout, measured)
+        head = _like(old, path, class_count, dropout, measured, unit_rows)
     elif kind == "mlp":
-        first = _like(old, path, width, dropout, measured)
+        first = _like(old, path, width, dropout, measured, unit_rows)
         plain = nn.Conv2d(width, class_count, 1) if isinstance(first, nn.Conv2d) else nn.Linear(width, class_count)
         head = nn.Sequential(first, nn.ReLU(), nn.Dropout(dropout), plain)
     elif kind == "append":
         # Of a linear layer, whoever made it: what a module has besides its own is of no known type.
         old_classes = old.out_channels if isinstance(old, nn.Conv2d) else cast(int, old.out_features)
         last = StandardisedConv2d if isinstance(old, nn.Conv2d) else StandardisedLinear
-        head = nn.Sequential(old, last(old_classes, class_count, dropout, measured=measured))
+        new = last(old_classes, class_count, dropout, measured=measured, unit_rows=unit_rows)
+        head = nn.Sequential(old, new)
     elif kind == NO_HEAD:
         head = nn.Identity()
     else:
@@ -228,10 +265,11 @@ class _Centred:
 
     Args:
         dtype: that the features are computed in.
+        by_rows: see `recipe.spec.Model.standardisation`.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._moments = Moments(torch.device("cpu"))
+    def __init__(self, dtype: torch.dtype, by_rows: bool) -> None:
+        self._moments, self._by_rows = Moments(torch.device("cpu")), by_rows
         self._share = max(torch.finfo(dtype).eps, FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps)
 
     def add(self, features: Tensor) -> None:
@@ -242,6 +280,8 @@ class _Centred:
         if not is_centred:
             deviation = torch.hypot(middle, deviation)
         varies = deviation > (self._share * middle.abs()).clamp(min=SMALLEST_DEVIATION)
+        if self._by_rows and varies.any() and self._moments.count < ROWS_A_FEATURE * len(deviation):
+            deviation = torch.where(varies, deviation[varies].square().mean().sqrt(), 0.0)
         return middle if is_centred else torch.zeros_like(middle), torch.where(varies, deviation, 1.0)
 
 
@@ -251,7 +291,7 @@ def standardise(
     batches: Iterable[Tensor],
     forward: Callable[[Tensor], object] | None = None,
     *,
-    way: str = CENTRED,
+    way: str = BY_ROWS,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Measure mean and deviation of what enters each standardised layer, and store them in its buffers.
@@ -273,7 +313,7 @@ def standardise(
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             features = layers[path].by_feature(inputs[0].cpu().double())  # MPS has no float64
             if path not in found:
-                found[path] = _Squares() if way == PLAIN else _Centred(dtype)
+                found[path] = _Squares() if way == PLAIN else _Centred(dtype, way == BY_ROWS)
             found[path].add(features)
 
         return add

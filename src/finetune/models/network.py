@@ -95,6 +95,7 @@ def build_network(
     seed: int,
     old_class_count: int = 0,
     new_paths: Sequence[str] | None = None,
+    unit_rows: bool = False,
 ) -> Network:
     """Build the architecture, load pretrained tensors, put the head on.
 
@@ -105,6 +106,7 @@ def build_network(
         class_count: numbers that the network gives for a sample.
         old_class_count: classes of the old layer under an appended head; 0 = as `state` has.
         new_paths: see `Network`; None = what `state` lacks.
+        unit_rows: see `heads.StandardisedLinear`.
 
     Raises:
         UsageError: the weights do not fit, or "append" without weights.
@@ -133,7 +135,9 @@ def build_network(
             renew_layer(module, path, dropout)
         for path in replaced_layers(head_paths, head):
             # Behind a layer that itself trains there is nothing to measure.
-            attach_head(module, path, head, class_count, dropout, head_width, measured=not new_paths)
+            attach_head(
+                module, path, head, class_count, dropout, head_width, measured=not new_paths, unit_rows=unit_rows
+            )
     return Network(module, head_paths, head, old_class_count, new_paths)
 
 

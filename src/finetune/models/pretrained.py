@@ -80,6 +80,7 @@ def new_network(
         class_count=output_count,
         dropout=recipe.model.dropout,
         head_width=recipe.model.head_width,
+        unit_rows=recipe.model.unit_rows,
         seed=recipe.seed,
     )
     network.freeze_map(recipe.trainable).check()

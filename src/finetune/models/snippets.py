@@ -12,7 +12,8 @@ from finetune.recipe.spec import Recipe
 
 def is_stock(recipe: Recipe, backbone: Backbone) -> bool:
     """Whether a stock class takes the weights."""
-    return recipe.model.head in ("linear", "keep") and backbone.options.get("pooling", "stock") == "stock"
+    folds = recipe.model.head in ("linear", "keep") and not recipe.model.unit_rows
+    return folds and backbone.options.get("pooling", "stock") == "stock"
 
 
 def loading_lines(file: Path, description: Mapping[str, Any]) -> str:
@@ -33,7 +34,9 @@ def loading_lines(file: Path, description: Mapping[str, Any]) -> str:
     if not architecture["stock"]:
         pooling = options.get("pooling", "stock")
         what = f"Pooling {pooling!r}" if pooling != "stock" else f"A head of kind {architecture['head']!r}"
-        if architecture.get("standardised"):
+        if architecture.get("unit_rows"):
+            what = "A head that divides features by their norm (--unit-rows)"
+        elif architecture.get("standardised"):
             what = f"What {', '.join(architecture['standardised'])} reads deviates so little from its mean that it"
         also = "from transformers import AutoTokenizer\n" if text_lines else ""
         return (

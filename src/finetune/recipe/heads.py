@@ -21,6 +21,9 @@ from finetune.recipe.spec import (
     Texts,
 )
 
+# Passes over the data, unless somebody asks for others: but at least so many steps, which few samples need too.
+IMAGE_EPOCHS, TEXT_EPOCHS, LEAST_STEPS = 15, 30, 300
+
 
 @dataclass(frozen=True)
 class Table:
@@ -95,6 +98,8 @@ class Training:
         patience: stop after so many validations without a new best; 0 = never.
         stop_metric: of the validation set; decides which checkpoint is best: accuracy (auto), f1 or loss; of numbers
             loss (auto), mae or r2. Of equals the one with the lowest loss is.
+        unit_rows: divide the features of each sample by their norm; often better with few labels. Stock libraries then
+            do not load the export.
         finish: after the epochs solve the head, where it is linear and reads kept features: the best regularisation by
             cross-validation; the better of the two heads ships (auto); none = the loop's best ships.
         calibrate: divide what the head gives by the temperature that makes its probabilities most honest on samples it
@@ -119,6 +124,7 @@ class Training:
     accumulate: int = 1
     patience: int = 0
     stop_metric: Literal["auto", "accuracy", "f1", "loss", "mae", "r2"] = "auto"
+    unit_rows: bool = False
     finish: Literal["auto", "none"] = "auto"
     final: Literal["all", "train"] = "all"
     calibrate: bool = True
@@ -159,7 +165,7 @@ def image_head(
     augment: str = "none",
     head: str = "linear",
     dropout: float = 0.0,
-    epochs: int = 15,
+    epochs: int = 0,
     batch_size: int = 64,
     lr: float = 3e-3,
     seed: int = 0,
@@ -181,7 +187,7 @@ def image_head(
             flip, RandAugment.
         head: one linear layer; a small mlp; or a linear layer behind the old head.
         dropout: probability that a feature is zeroed while training.
-        epochs: passes over the training data.
+        epochs: passes over the training data; 0 = 15, or as many as 300 steps take, whichever is more.
         batch_size: samples an optimizer step.
         lr: learning rate at its peak.
         seed: of the split, the order, the head's first weights, dropout and augmentation.
@@ -213,6 +219,7 @@ def image_head(
         batch_size=batch_size,
         lr=lr,
         seed=seed,
+        usual_epochs=IMAGE_EPOCHS,
     )
 
 
@@ -227,7 +234,7 @@ def text_head(
     task: str = "classification",
     head: str = "linear",
     dropout: float = 0.2,
-    epochs: int = 30,
+    epochs: int = 0,
     batch_size: int = 64,
     lr: float = 3e-3,
     seed: int = 0,
@@ -250,7 +257,7 @@ def text_head(
         task: classification (of several labels with --separator), or regression: the label column holds numbers.
         head: one linear layer; a small mlp; or a linear layer behind the old head.
         dropout: probability that a feature is zeroed while training.
-        epochs: passes over the training data.
+        epochs: passes over the training data; 0 = 30, or as many as 300 steps take, whichever is more.
         batch_size: samples an optimizer step.
         lr: learning rate at its peak.
         seed: of the split, the order, the head's first weights and dropout.
@@ -270,7 +277,9 @@ def text_head(
         without=training.without,
     )
     goal = _text_task(task, table, training)
-    return _head_recipe(model, data, goal, training, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    return _head_recipe(
+        model, data, goal, training, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, usual_epochs=TEXT_EPOCHS
+    )
 
 
 def _text_task(task: str, table: TextTable, training: Training) -> Task:
@@ -292,11 +301,20 @@ def _text_task(task: str, table: TextTable, training: Training) -> Task:
 
 
 def _head_recipe(
-    model: Model, data: Data, task: Task, training: Training, *, epochs: int, batch_size: int, lr: float, seed: int
+    model: Model,
+    data: Data,
+    task: Task,
+    training: Training,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    usual_epochs: int,
 ) -> Recipe:
     """What recipes for images and for texts share."""
     return Recipe(
-        model=model,
+        model=dataclasses.replace(model, unit_rows=training.unit_rows),
         data=data,
         task=task,
         optimizer=Optimizer(
@@ -309,7 +327,8 @@ def _head_recipe(
         schedule=Schedule(name=training.schedule),
         stop=Stop(metric=training.stop_metric, patience=training.patience),
         finish=Finish(way=training.finish, rows=training.final, calibrate=training.calibrate),
-        epochs=epochs,
+        epochs=epochs or usual_epochs,
+        least_steps=0 if epochs else LEAST_STEPS,
         batch_size=batch_size,
         validate_every_steps=training.validate_every_steps,
         seed=seed,

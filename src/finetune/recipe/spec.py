@@ -16,7 +16,11 @@ from finetune.recipe.data_spec import data_rules
 from finetune.recipe.named import named
 
 # How mean and deviation are computed: see `Model` and `Regression`.
-CENTRED, PLAIN = "centred", "plain"
+BY_ROWS, CENTRED, PLAIN = "by rows", "centred", "plain"
+
+
+# Heads whose first new layer can divide features by their norm.
+UNIT_ROWS_HEADS = ("linear", "mlp", "append")
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,12 @@ class Model:
         head_width: hidden features of an "mlp" head.
         revision: of a text encoder on the hub; "" = its newest.
         pooling: how a text encoder's tokens become one feature vector: "auto", "stock", "mean" or "cls".
-        standardisation: how the head's features are measured: "centred" = in the arithmetic of the run, about their
-            mean; one counts as constant where rounding hides how it deviates. "plain" = in float32 where features are
-            not kept, by their squares; one counts as constant that deviates by less than a thousandth of its mean.
+        standardisation: how the head's features are measured: "by rows" = as "centred", but where there are few rows
+            a feature, one deviation is measured for all of them together. "centred" = in the arithmetic of the run,
+            about their mean; one counts as constant where rounding hides how it deviates. "plain" = in float32 where
+            features are not kept, by their squares; one counts as constant that deviates by less than a thousandth of
+            its mean.
+        unit_rows: whether the head divides the features of each sample by their norm before it standardises them.
     """
 
     backbone: str
@@ -45,7 +52,8 @@ class Model:
     head_width: int = 256
     revision: str = ""
     pooling: str = "auto"
-    standardisation: str = named(CENTRED, before=PLAIN)
+    standardisation: str = named(BY_ROWS, before=PLAIN)
+    unit_rows: bool = False
 
     @property
     def full_name(self) -> str:
@@ -220,6 +228,7 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training data; 0 = as many as `max_steps` need.
+        least_steps: more epochs where these are fewer optimizer steps than so many.
         max_steps: end after so many optimizer steps even within an epoch; 0 = no limit.
         validate_every_steps: validate also every so many steps; 0 = at the end of each epoch only.
         last_batch: of an epoch, where one sample is left over and BatchNorm may learn, which needs two: "fold" = it
@@ -235,6 +244,7 @@ class Recipe:
     stop: Stop = Stop()
     finish: Finish = Finish()
     epochs: int = 15
+    least_steps: int = 0
     max_steps: int = 0
     batch_size: int = 64
     validate_every_steps: int = 0
@@ -265,6 +275,7 @@ def check_ranges(recipe: Recipe) -> None:
     metrics = METRICS[recipe.task.kind]
     rules: list[tuple[str, float | str, bool, str]] = [
         ("epochs", recipe.epochs, recipe.epochs >= (0 if recipe.max_steps else 1), "1 or more"),
+        ("least-steps", recipe.least_steps, recipe.least_steps >= 0, "0 or more"),
         ("max-steps", recipe.max_steps, recipe.max_steps >= 0, "0 (no limit) or more"),
         ("batch-size", recipe.batch_size, recipe.batch_size >= 1, "1 or more"),
         ("validate-every-steps", recipe.validate_every_steps, recipe.validate_every_steps >= 0, "0 or more"),
@@ -286,8 +297,12 @@ def check_ranges(recipe: Recipe) -> None:
     if isinstance(recipe.task, Classification | MultiLabel):
         share = recipe.task.label_smoothing
         rules.append(("label-smoothing", share, 0 <= share < 1, "0 up to, not including, 1"))
-    ways = {"standardisation": recipe.model.standardisation, "moments": getattr(recipe.task, "moments", CENTRED)}
-    rules += [(name, way, way in (CENTRED, PLAIN), f"{CENTRED} or {PLAIN}") for name, way in ways.items()]
+    standardisation, moments = recipe.model.standardisation, getattr(recipe.task, "moments", CENTRED)
+    ways = (BY_ROWS, CENTRED, PLAIN)
+    rules.append(("standardisation", standardisation, standardisation in ways, f"{', '.join(ways[:2])} or {PLAIN}"))
+    rules.append(("moments", moments, moments in ways[1:], f"{CENTRED} or {PLAIN}"))
+    unit_rows, head = recipe.model.unit_rows, recipe.model.head
+    rules.append(("unit-rows", f"with --head {head}", not unit_rows or head in UNIT_ROWS_HEADS, "another --head"))
     rules += data_rules(data, isinstance(recipe.task, MultiLabel))
     for name, value, allowed, range_text in rules:
         if not allowed:

@@ -10,6 +10,8 @@ from finetune.data.order import count_batches
 from finetune.recipe.effects import check_effects
 from finetune.recipe.spec import Recipe
 from finetune.rehearse.part import EPOCH_STEPS, Part, epochs_of, thaws_of
+from finetune.store.state import Progress
+from finetune.store.steps import count_steps
 
 # Of each class: one to train on, one to validate with.
 CLASS_SAMPLES = 2
@@ -113,7 +115,7 @@ def extent_of(recipe: Recipe, chosen: frozenset[str]) -> Extent:
     asked = recipe.data.train_samples
     train_samples = asked if samples and asked < len(few.train) else 0
     short = _counts(train_samples or len(few.train), len(few.validation), recipe)
-    whole_epochs = recipe.epochs or math.ceil(recipe.max_steps / max(whole.steps, 1))
+    whole_epochs = count_steps(recipe, len(split.train), Progress()).epochs
     return Extent(samples, train_samples, epochs, whole, short, whole_epochs, bool(thaws_of(recipe)), source.noun)
 
 

@@ -60,6 +60,7 @@ class Part:
             stop=dataclasses.replace(recipe.stop, patience=0),
             epochs=self.epochs,
             max_steps=0,
+            least_steps=0,
             validate_every_steps=min(recipe.validate_every_steps, EPOCH_STEPS // 2),
         )
 

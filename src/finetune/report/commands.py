@@ -128,6 +128,7 @@ def _description(data: RunData, checkpoint: Checkpoint) -> dict[str, object]:
             "outputs": checkpoint.outputs,
             "stock": _is_stock(data),
             "standardised": checkpoint.apart,
+            "unit_rows": Fields(data.config, "config").fields("model").plain.get("unit_rows", False),
         },
         "scale": checkpoint.scale,
         "preprocessing": backbone["preprocessing"],

@@ -82,7 +82,7 @@ def _checkpoint_of(state: CheckpointState, run_id: str) -> Checkpoint:
         data.classes,
         data.outputs,
         scale_beside(data.scale),
-        layers_apart(state.model),
+        layers_apart(state.model, _unit_rows(state.config)),
         data.fingerprint,
         data.train_samples,
         data.validation_samples,
@@ -92,6 +92,11 @@ def _checkpoint_of(state: CheckpointState, run_id: str) -> Checkpoint:
         state.network.backbone,
         {name: str(value) for name, value in state.versions.items() if value != ""},
     )
+
+
+def _unit_rows(config: Plain) -> bool:
+    model = config.get("model")
+    return isinstance(model, dict) and model.get("unit_rows") is True
 
 
 def _events(history: Sequence[Plain]) -> list[Event]:

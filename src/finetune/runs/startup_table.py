@@ -38,7 +38,7 @@ def facts_of(run: str, setup: Setup, phase: Phase) -> dict[str, str]:
 NAMED_ELSEWHERE = {
     "model.backbone", "model.weights", "model.revision", "data.images", "data.texts", "data.image_size",
     "data.max_length", "data.augment", "data.mixup", "data.cutmix", "data.separator", "optimizer.name", "optimizer.lr",
-    "batch_size", "seed", "epochs", "task.kind",
+    "batch_size", "seed", "epochs", "least_steps", "task.kind",
 }  # fmt: skip
 
 

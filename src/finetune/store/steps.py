@@ -23,7 +23,7 @@ class Steps(NamedTuple):
 def count_steps(recipe: Recipe, train_samples: int, progress: Progress) -> Steps:
     """Of a recipe, as far as it was extended."""
     steps_per_epoch = count_batches(train_samples, recipe.batch_size, recipe.folds)
-    horizon = recipe.epochs * steps_per_epoch
+    horizon = max(recipe.epochs, -(-recipe.least_steps // steps_per_epoch)) * steps_per_epoch
     if recipe.max_steps:
         horizon = min(horizon, recipe.max_steps) if horizon else recipe.max_steps
     end = progress.extensions[-1]["epochs"] * steps_per_epoch if progress.extensions else horizon

@@ -97,8 +97,7 @@ class Stage:
 def gather(setup: Setup, feed: Feed, task: Task) -> Stage:
     """Read the rows, and say which are held out when."""
     samples = _rows_to_use(setup)
-    assert feed.features is not None
-    rows = torch.cat([feed.features.read(part, None).float() for part in samples.split(READ_ROWS)])
+    rows = torch.cat([_read(setup, feed, part) for part in samples.split(READ_ROWS)])
     targets = _targets(setup, samples)
     kind = KINDS[type(setup.recipe.task)]
     weights, class_weights = torch.ones(len(samples), 1), None
@@ -115,6 +114,13 @@ def gather(setup: Setup, feed: Feed, task: Task) -> Stage:
     folds, numbers = _folds(setup, samples)
     turned = prepared(rows)
     return Stage(samples, Held(turned, Loss(wanted, weights, kind, class_weights, offset), targets, folds, numbers))
+
+
+def _read(setup: Setup, feed: Feed, samples: Tensor) -> Tensor:
+    """(samples, features) float32, as the head standardises them."""
+    layer = setup.network.last_layer()
+    assert feed.features is not None and isinstance(layer, StandardisedLinear)
+    return layer.by_feature(feed.features.read(samples, None).float())
 
 
 def _targets(setup: Setup, samples: Tensor) -> Tensor:
@@ -173,10 +179,13 @@ def judge(
         samples, outputs = samples[here], outputs[here]
     else:
         weight, bias = held.rows.head(solved)
-        samples, outputs = validation, _outputs(feed, validation, weight, bias, held.rows.mean, held.rows.deviation)
+        samples, outputs = (
+            validation,
+            _outputs(setup, feed, validation, weight, bias, held.rows.mean, held.rows.deviation),
+        )
     targets = _targets(setup, samples)
     mean, deviation = loop["mean"].double(), loop["deviation"].double()
-    theirs = _outputs(feed, samples, loop["weight"].double(), loop["bias"].double(), mean, deviation)
+    theirs = _outputs(setup, feed, samples, loop["weight"].double(), loop["bias"].double(), mean, deviation)
     if setup.recipe.finish.calibrate:
         theirs /= temperature_of(theirs, targets, kind, offset=held.loss.offset)
     solved_losses, loop_losses = (
@@ -196,11 +205,10 @@ def judge(
 
 
 def _outputs(
-    feed: Feed, samples: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, deviation: Tensor | float
+    setup: Setup, feed: Feed, samples: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, deviation: Tensor | float
 ) -> Tensor:
-    assert feed.features is not None
     parts = samples.split(READ_ROWS)
-    found = [(feed.features.read(part, None).double() - mean) / deviation @ weight.T + bias for part in parts]
+    found = [(_read(setup, feed, part).double() - mean) / deviation @ weight.T + bias for part in parts]
     return torch.cat(found).float()
 
 
