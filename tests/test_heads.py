@@ -8,6 +8,7 @@ from finetune.data.batch import Request
 from finetune.models.backbones import find_backbone
 from finetune.models.bundled import BUNDLED, bundled_weights
 from finetune.models.heads import (
+    ROWS_A_FEATURE,
     StandardisedConv2d,
     StandardisedLinear,
     find_head,
@@ -41,11 +42,23 @@ def test_standardised_features_have_mean_zero_and_deviation_one_and_constant_one
     batches = [
         torch.randn(50, 4) * torch.tensor([1.0, 10.0, 0.1, 0.0]) + torch.tensor([5.0, -3.0, 0.0, 7.0]) for _ in range(3)
     ]
-    standardise(layer, batches)
+    standardise(layer, batches, way="centred")
     features = (torch.cat(batches) - layer.mean) / layer.deviation
     # Sums are in float64; what is left is float32's rounding of the features themselves.
     torch.testing.assert_close(features.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(features.std(0, correction=0), torch.tensor([1.0, 1, 1, 0]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("rows", "is_one"), [(ROWS_A_FEATURE * 4 - 1, True), (ROWS_A_FEATURE * 4, False)])
+def test_of_few_rows_a_feature_one_deviation_is_measured_for_all_that_vary(rows, is_one):
+    torch.manual_seed(0)
+    layer = StandardisedLinear(4, 2, dropout=0.0)
+    features = torch.randn(rows, 4) * torch.tensor([1.0, 10.0, 0.1, 0.0]) + torch.tensor([5.0, -3.0, 0.0, 7.0])
+    standardise(layer, features.split(50))
+    variances = features[:, :3].var(0, correction=0)
+    expected = variances.mean().expand(3) if is_one else variances
+    torch.testing.assert_close(layer.deviation, torch.cat([expected.sqrt(), torch.ones(1)]))
+    torch.testing.assert_close(layer.mean, features.mean(0))
 
 
 def test_a_convolution_as_head_is_standardised_by_channel_and_folds_into_a_plain_one():

@@ -17,6 +17,8 @@ class Best(TypedDict, total=False):
         loss: of the same validation, where that decides between equals.
         samples: that validated; runs of before have neither.
         temperature: that what the network gave is best divided by, where that is done.
+        thresholds: of several classes a sample: from which probability on, after that, each applies; where they are
+            not one half.
     """
 
     metric: str
@@ -26,6 +28,7 @@ class Best(TypedDict, total=False):
     loss: NotRequired[float]
     samples: NotRequired[int]
     temperature: NotRequired[float]
+    thresholds: NotRequired[list[float]]
 
 
 @dataclass(frozen=True)

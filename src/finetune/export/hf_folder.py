@@ -21,7 +21,7 @@ from finetune.export.verify import Trained, hold_against, trained_tensors
 from finetune.export.weights import describe
 from finetune.models import hub, text_encoders
 from finetune.models.heads import NO_HEAD
-from finetune.models.snippets import folder_lines, is_stock
+from finetune.models.snippets import folder_lines, is_stock, threshold_lines
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import generators_put_back
 
@@ -51,13 +51,15 @@ class FolderReport:
     folder: Path
     largest_difference: float
     trained: Trained
+    thresholds: list[float]
 
     def text(self) -> str:
         size_bytes = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         has_head = self.trained.recipe.model.head != NO_HEAD
         checked = self.trained.checked("loaded by transformers' from_pretrained", self.largest_difference)
+        lines = [checked, *threshold_lines(self.thresholds, self.folder / RECORD_FILE)]
         return (
-            f"{self.folder}: {size_bytes:,} bytes: config, weights, tokenizer\n{checked}\n\n"
+            f"{self.folder}: {size_bytes:,} bytes: config, weights, tokenizer\n" + "\n".join(lines) + "\n\n"
             f"{folder_lines(self.folder, has_head, self.trained.scale)}"
         )
 
@@ -95,12 +97,13 @@ def export_folder(run: RunFolder, which: str, output: Path, half: bool) -> Folde
 
         tolerance = HALF_TOLERANCE if half else 0.0
         difference = hold_against(f"export {output}", trained, model, compute, tolerance, dtype)
-        write_json(folder / RECORD_FILE, describe(run, which, trained))
+        description = describe(run, which, trained)
+        write_json(folder / RECORD_FILE, description)
         if output.exists():
             output.replace(Path(place) / "earlier")
         folder.replace(output)
         sync_folder(output.parent)
-    return FolderReport(output, difference, trained)
+    return FolderReport(output, difference, trained, description.get("thresholds", []))
 
 
 def _check_output(output: Path) -> None:

@@ -40,6 +40,7 @@ def read_description(file: Path) -> dict[str, Any]:
         fields.text("sha256"), fields.values("files", str)
         classes, task = fields.items("classes", str), fields.text("task")
         good = needed <= set(description) and task in TASKS and len(set(classes)) == len(classes)
+        good &= "thresholds" not in description or len(fields.items("thresholds", float)) == len(classes)
         good &= "scale" not in description or is_scale(description["scale"])
     except BadFile:
         good = False

@@ -26,8 +26,6 @@ from finetune.tasks.losses import Classifying, MultiLabelTask, RegressionTask, T
 
 # Classes that are listed unless another number is given.
 TOP_K = 3
-# Of several labels, those with a probability above this apply.
-THRESHOLD = 0.5
 
 
 @numerics_put_back()
@@ -61,6 +59,7 @@ def predict(
         raise UsageError(f"{file}: is an encoder without a head, which predicts nothing; train one: finetune bert_head")
     # The scale of numbers is folded into the weights, or stands beside them.
     task = make_task(TASKS[description["task"]](), len(classes), description.get("scale", ()))
+    thresholds = torch.tensor(description.get("thresholds") or [0.5] * len(classes))
     preprocessing = prepared(file, description)
     if isinstance(task, RegressionTask) and top_k != TOP_K:
         raise UsageError(f"--top-k {top_k}: has no effect, {file} predicts a number and no classes; leave it out")
@@ -90,7 +89,7 @@ def predict(
                     failed += 1
                     write(where | {"error": error})
                 else:
-                    write(where | prediction(next(outputs), classes, top_k, task))
+                    write(where | prediction(next(outputs), classes, top_k, task, thresholds))
             sys.stdout.flush()
             bar.advance(shown, len(batch.where))
     if failed:
@@ -130,8 +129,12 @@ def _decided(outputs: Tensor, task: Task) -> Tensor:
     return task.probabilities(outputs).cpu()
 
 
-def prediction(output: Tensor, classes: list[str], top_k: int, task: Task) -> dict[str, object]:
-    """What is predicted of a sample, as a value."""
+def prediction(output: Tensor, classes: list[str], top_k: int, task: Task, thresholds: Tensor) -> dict[str, object]:
+    """What is predicted of a sample, as a value.
+
+    Args:
+        thresholds: (classes,): of several labels those apply whose probability is larger.
+    """
     if not isinstance(task, Classifying):
         return {"value": output.item()}
     values, numbers = output.topk(min(top_k, len(classes)))
@@ -140,7 +143,7 @@ def prediction(output: Tensor, classes: list[str], top_k: int, task: Task) -> di
         for value, number in zip(values.tolist(), numbers.tolist(), strict=True)
     ]
     if isinstance(task, MultiLabelTask):
-        labels = [name for name, value in zip(classes, output.tolist(), strict=True) if value > THRESHOLD]
+        labels = [name for name, applies in zip(classes, output > thresholds, strict=True) if applies]
         return {"labels": labels, "top": top}
     return {**top[0], "top": top}
 

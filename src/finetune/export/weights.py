@@ -22,9 +22,10 @@ from finetune.errors import RunError, UsageError
 from finetune.export.load import SCHEMA_VERSION, read_description, rebuild
 from finetune.export.onnx import write_onnx
 from finetune.export.verify import Trained, hold_against, trained_tensors
-from finetune.models.snippets import is_stock, loading_lines
+from finetune.models.snippets import is_stock, loading_lines, threshold_lines
 from finetune.models.weights import read_weights
 from finetune.store.checkpoint import read_checkpoint
+from finetune.store.restore import shipped_thresholds
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import generators_put_back
 
@@ -64,6 +65,7 @@ class ExportReport:
             f"{self.file.with_suffix('.json')}: classes, preprocessing, architecture",
             *([f"{tokenizer_folder(self.file)}: tokenizer"] if "pooling" in self._options else []),
             self.trained.checked(where, self.largest_difference, "; finetune.load and finetune predict do that"),
+            *threshold_lines(self.description.get("thresholds", []), self.file.with_suffix(".json")),
             "",
         ]
         return "\n".join(lines) + self.stock_lines
@@ -130,6 +132,8 @@ def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
             **({"standardised": trained.apart} if trained.apart else {}),
             **({"unit_rows": True} if recipe.model.unit_rows else {}),
         },
+        # From which probability on each class applies.
+        **({"thresholds": thresholds} if (thresholds := shipped_thresholds(which, state)) else {}),
         # Mean and deviation of the numbers that it gives, where the weights could not hold them.
         **({"scale": trained.scale} if trained.scale else {}),
         "preprocessing": preprocessing.to_plain(),

@@ -11,18 +11,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.base.events import Best
 from finetune.base.files import BadFile
 from finetune.base.lock import LOCK_FILE, OWNER_FILE, Owner, is_held, owner_from_text
 from finetune.errors import FinetuneError, RunError, UsageError
-from finetune.recipe.execution import split_config
 from finetune.recipe.serialize import flatten
 from finetune.store.comparison import is_comparison
 from finetune.store.run_folder import RunFolder, RunRecord, peek
-from finetune.store.state import CheckpointState
-from finetune.store.steps import count_steps
+
+if TYPE_CHECKING:
+    from finetune.store.state import CheckpointState
 
 STATES = ("running", "resumable", "new", "damaged", "stopped early", "finished")
 LARGEST_RECIPE_BYTES, LARGEST_OWNER_LETTERS = 1 << 24, 1 << 12
@@ -219,9 +219,12 @@ def _progress(run: RunFolder, record: RunRecord) -> dict[str, Any]:
     }
 
 
-def _epochs(record: RunRecord, state: CheckpointState | None = None) -> int | None:
+def _epochs(record: RunRecord, state: "CheckpointState | None" = None) -> int | None:
     """How many are to be done; None = not known."""
     if state is not None and state.data.train_samples:
+        from finetune.recipe.execution import split_config
+        from finetune.store.steps import count_steps
+
         with suppress(FinetuneError):  # of another version, or edited
             return count_steps(split_config(record.config)[0], state.data.train_samples, state.progress).epochs
     epochs = record.config.get("epochs")

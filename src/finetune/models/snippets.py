@@ -59,6 +59,21 @@ def _unit_line(numbers: str, scale: Sequence[float] | None) -> str:
     return f"\nvalues = {numbers} * {scale[1]!r} + {scale[0]!r}" if scale else ""
 
 
+def threshold_lines(thresholds: Sequence[float], file: Path) -> list[str]:
+    """What to know where a class does not apply from one half on.
+
+    Args:
+        file: the JSON that holds them.
+    """
+    if not thresholds:
+        return []
+    low, high = min(thresholds), max(thresholds)
+    return [
+        f"a class applies where its probability is above its own threshold ({low:.2g} to {high:.2g}): thresholds in "
+        f"{file}"
+    ]
+
+
 def folder_lines(folder: Path, has_head: bool, scale: Sequence[float] = ()) -> str:
     """Lines of Python that load the folder without this kit.
 

@@ -92,6 +92,8 @@ class Training:
         label_smoothing: share of the target that is spread over all classes.
         class_weights: balanced = each class weighs the same, however many samples it has; prior = the head learns to do
             without how frequent a class is, which is often better.
+        thresholds: of several labels a sample: from which probability on a label applies: for each the best for its F1,
+            on samples that were not trained on; or one half.
         clip_norm: the gradient's largest norm; 0 = no clipping.
         accumulate: compute each batch in so many parts, to save memory; the step is the same (here BatchNorm does not
             learn).
@@ -120,6 +122,7 @@ class Training:
     schedule: Literal["cosine", "step", "plateau", "constant"] = "cosine"
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced", "prior"] = "none"
+    thresholds: Literal["f1", "half"] = "f1"
     clip_norm: float = 0.0
     accumulate: int = 1
     patience: int = 0
@@ -194,7 +197,6 @@ def image_head(
         table: the options of images that a file lists.
         training: the options that every recipe for a new head shares.
     """
-    task = MultiLabel if table.separator else Classification
     return _head_recipe(
         Model(backbone=backbone, weights=weights, head=head, dropout=dropout),
         Images(
@@ -213,7 +215,7 @@ def image_head(
             drop_duplicates=training.drop_duplicates,
             without=training.without,
         ),
-        task(label_smoothing=training.label_smoothing, class_weights=training.class_weights),
+        _classes(table, training),
         training,
         epochs=epochs,
         batch_size=batch_size,
@@ -289,6 +291,7 @@ def _text_task(task: str, table: TextTable, training: Training) -> Task:
         UsageError: options of classes where there are none.
     """
     if task == "regression":
+        _check_thresholds(training, False)
         if training.label_smoothing or training.class_weights != "none":
             raise UsageError("--task regression: has no classes; leave --label-smoothing and --class-weights out")
         if table.missing_labels == "class":
@@ -296,8 +299,23 @@ def _text_task(task: str, table: TextTable, training: Training) -> Task:
                 "--missing-labels class: --task regression has no classes; give leave-out, or leave it out"
             )
         return Regression()
-    kind = MultiLabel if table.separator else Classification
-    return kind(label_smoothing=training.label_smoothing, class_weights=training.class_weights)
+    return _classes(table, training)
+
+
+def _classes(table: TrainingTable, training: Training) -> Classification | MultiLabel:
+    _check_thresholds(training, bool(table.separator))
+    smoothing, weights = training.label_smoothing, training.class_weights
+    if table.separator:
+        return MultiLabel(label_smoothing=smoothing, class_weights=weights, thresholds=training.thresholds)
+    return Classification(label_smoothing=smoothing, class_weights=weights)
+
+
+def _check_thresholds(training: Training, has_several: bool) -> None:
+    if training.thresholds != "f1" and not has_several:
+        raise UsageError(
+            f"--thresholds {training.thresholds}: has no effect, each sample has one label; leave it out, or give "
+            "--separator"
+        )
 
 
 def _head_recipe(

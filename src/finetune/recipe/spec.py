@@ -84,11 +84,14 @@ class MultiLabel:
         label_smoothing: a yes becomes 1 - half of it, a no the other half.
         class_weights: "none"; "balanced" = within each class, yes and no weigh the same; "prior", as of
             `Classification`.
+        thresholds: from which probability on a class applies in what ships: "f1" = for each class that with the best
+            F1; "half" = one half.
     """
 
     kind: str = field(default="multi-label", init=False)
     label_smoothing: float = 0.0
     class_weights: str = "none"
+    thresholds: str = named("f1", before="half")
 
 
 @dataclass(frozen=True)
@@ -297,6 +300,9 @@ def check_ranges(recipe: Recipe) -> None:
     if isinstance(recipe.task, Classification | MultiLabel):
         share = recipe.task.label_smoothing
         rules.append(("label-smoothing", share, 0 <= share < 1, "0 up to, not including, 1"))
+    if isinstance(recipe.task, MultiLabel):
+        way = recipe.task.thresholds
+        rules.append(("thresholds", way, way in ("f1", "half"), "f1 or half"))
     standardisation, moments = recipe.model.standardisation, getattr(recipe.task, "moments", CENTRED)
     ways = (BY_ROWS, CENTRED, PLAIN)
     rules.append(("standardisation", standardisation, standardisation in ways, f"{', '.join(ways[:2])} or {PLAIN}"))

@@ -31,12 +31,13 @@ from finetune.recipe.heads import AnyTable
 from finetune.recipe.serialize import spec_from_plain
 from finetune.recipe.spec import Data, Distillation, Recipe, Regression
 from finetune.store.finish_state import Finish
-from finetune.store.restore import backbone_of_run, trained_network
+from finetune.store.restore import backbone_of_run, shipped_thresholds, trained_network
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import DataFacts, generators_put_back
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.evaluation import evaluate as evaluate_batches
-from finetune.tasks.losses import Task, make_task, standardised
+from finetune.tasks.losses import MultiLabelTask, Task, make_task, standardised
+from finetune.tasks.thresholds import cross_fitted_cuts
 from finetune.training.dataset import make_pipeline
 from finetune.training.phase import trained_forward
 from finetune.training.setup import count_workers
@@ -96,9 +97,12 @@ def evaluate(
     # Figures of today, by whatever way the run itself went.
     kind = Regression() if isinstance(recipe.task, Regression) else recipe.task
     task = make_task(kind, state.data.outputs, state.data.scale)
-    held = _held_out(state.progress.finish, judged) if judged.is_own else None
+    thresholds = shipped_thresholds(which, state)
+    held = _held_out(state.progress.finish, judged, bool(thresholds)) if judged.is_own else None
     if held is not None:
-        judged = judged._replace(indices=held[0])
+        judged = judged._replace(indices=held.samples)
+    elif thresholds and isinstance(task, MultiLabelTask):
+        task = dataclasses.replace(task, cuts=torch.tensor(thresholds).logit())
     count = len(judged.indices)
 
     def attempt(halvings: int) -> Evaluation:
@@ -107,7 +111,7 @@ def evaluate(
         with closing(loader):
             batches = loader.batches(requests)
             if held is not None:
-                return _look_up(batches, *held, task, count)
+                return _look_up(batches, held, task, count)
             return evaluate_batches(forward, batches, task, device, numerics.precision, samples=count)
 
     evaluation, _ = in_halves(attempt, BATCH_SAMPLES, 0, freeing(device, say))
@@ -121,6 +125,9 @@ def evaluate(
         f"{noun}s": place or recipe.data.place,
         "part": judged.part,
         "out_of_fold": held is not None,
+        # The loop's best was chosen, and its thresholds were, by the samples that validate.
+        "chosen_by_these": which == "best" and judged.is_own and judged.part == "validation",
+        **({"thresholds": thresholds} if thresholds else {}),
         "samples": record.samples,
         **record.figures,
         "intervals": record.intervals,
@@ -143,22 +150,35 @@ class _Judged(NamedTuple):
     is_own: bool = False
 
 
-def _held_out(finish: Finish, judged: _Judged) -> tuple[Tensor, Tensor] | None:
-    """Samples that are to be judged on and that the solved head was trained on in the end, and what heads gave of them
-    that were solved without; None = it was not trained on them."""
-    here = torch.isin(finish.held_samples, judged.indices)
-    return (finish.held_samples[here], finish.held_outputs[here]) if here.any() else None
+class _Held(NamedTuple):
+    """Samples that are to be judged on and that the solved head was trained on in the end; what heads gave of them that
+    were solved without; from which output on each class applies, found without them."""
+
+    samples: Tensor
+    outputs: Tensor
+    cuts: Tensor | None
 
 
-def _look_up(batches: Iterable[Batch], samples: Tensor, outputs: Tensor, task: Task, count: int) -> Evaluation:
+def _held_out(finish: Finish, judged: _Judged, has_thresholds: bool) -> _Held | None:
+    """None = the head was not trained on them."""
+    samples, outputs = finish.held_samples, finish.held_outputs
+    here = torch.isin(samples, judged.indices)
+    if not here.any():
+        return None
+    cuts = cross_fitted_cuts(outputs, judged.source.targets[samples])[here] if has_thresholds else None
+    return _Held(samples[here], outputs[here], cuts)
+
+
+def _look_up(batches: Iterable[Batch], held: _Held, task: Task, count: int) -> Evaluation:
     """What was given of samples before. They are read all the same: that they are what they were then is checked."""
     evaluation = Evaluation(task, torch.device("cpu"), count)
-    order = samples.argsort()
+    order = held.samples.argsort()
     for batch in batches:
         evaluation.broken += [reason for _, reason in batch.broken]
         if len(batch.indices):
-            places = order[torch.searchsorted(samples[order], batch.indices)]
-            evaluation.add(batch.indices, outputs[places], batch.targets)
+            places = order[torch.searchsorted(held.samples[order], batch.indices)]
+            cuts = None if held.cuts is None else held.cuts[places]
+            evaluation.add(batch.indices, held.outputs[places], batch.targets, cuts)
     return evaluation
 
 
@@ -229,6 +249,9 @@ def show(figures: dict[str, Any], console: Console) -> None:
     )
     if figures["out_of_fold"]:
         console.print(Text("out of fold: each was judged by a head that was solved without it"))
+    if figures["chosen_by_these"]:
+        what = "this checkpoint and its thresholds were" if "thresholds" in figures else "this checkpoint was"
+        console.print(Text(f"{what} chosen by these very {noun}: on others it may be less good"))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in ("loss", "accuracy", "f1", "calibration_error", "mae", "r2"):
         if name in figures:

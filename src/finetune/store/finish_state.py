@@ -56,6 +56,7 @@ class Finish:
         judged: of both heads.
         held_samples, held_outputs: (samples,) int64, (samples, outputs) float32: samples that the solved head is
             trained on, and what the heads gave of them that were solved without; of final.pt alone.
+        thresholds: as of `Best`; of final.pt alone.
         ships: which checkpoint is the better one: "best" or "final".
     """
 
@@ -82,6 +83,9 @@ class Finish:
     held_outputs: Tensor = field(
         default_factory=lambda: torch.zeros(0),
         metadata=stored("held_outputs", writer="finish", reader="evaluate", may_lack=True),
+    )
+    thresholds: list[float] = field(
+        default_factory=list, metadata=stored("thresholds", writer="finish", reader="export, evaluate", may_lack=True)
     )
     ships: str = field(
         default="best", metadata=stored("ships", writer="finish", reader="export, evaluate, report", may_lack=True)

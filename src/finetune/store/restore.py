@@ -176,6 +176,18 @@ def trained_network(run: RunFolder, which: str, *, calibrated: bool = True) -> t
     return network, state
 
 
+def shipped_thresholds(which: str, state: CheckpointState) -> list[float]:
+    """From which probability on each class applies; [] = one half.
+
+    Args:
+        which: of the state: "best", "latest" or "final".
+    """
+    progress = state.progress
+    if which == "final":
+        return progress.finish.thresholds
+    return progress.best.get("thresholds", []) if which == "best" else []
+
+
 def _divide(layer: nn.Module | None, temperature: float) -> None:
     """Divide what a linear layer gives."""
     if layer is not None:

@@ -20,7 +20,7 @@ from finetune.data.batch import Batch
 from finetune.data.source import Source
 from finetune.tasks import bootstrap
 from finetune.tasks.calibration import temperature_of
-from finetune.tasks.losses import Classifying, DistillationTask, Outputs, RegressionTask, Task
+from finetune.tasks.losses import Classifying, DistillationTask, MultiLabelTask, Outputs, RegressionTask, Task
 from finetune.tasks.metrics import Calibration, ClassCounts
 from finetune.tasks.tallies import ConfusionTally, MultiLabelTally
 
@@ -186,25 +186,33 @@ class Evaluation:
         finally:
             handle.remove()
 
-    def add(self, indices: Tensor, outputs: Tensor, targets: Tensor) -> None:
+    def add(self, indices: Tensor, outputs: Tensor, targets: Tensor, cuts: Tensor | None = None) -> None:
         """Take a batch.
 
         Args:
             indices: (batch,) int64: the samples.
             outputs: (batch, outputs) of the network.
             targets: as the task's `loss_sum` takes them.
+            cuts: (batch, classes) of these samples, in place of the task's; see `MultiLabelTask`.
         """
-        self.tally.add(outputs, targets)
+        task = self.task
+        if isinstance(task, MultiLabelTask) and isinstance(self.tally, MultiLabelTally):
+            task = task if cuts is None else dataclasses.replace(task, cuts=cuts)
+            self.tally.add(outputs, targets, task.decided(outputs))
+        else:
+            self.tally.add(outputs, targets)
         if isinstance(self.task, Classifying):
             self.calibration.add(*self.task.decisions(outputs, targets))
         losses = self.task.sample_losses(outputs, targets)
         self._losses.append(losses)
         if targets.dim() == 2 and isinstance(self.task, Classifying) and self._cells <= INTERVAL_CELLS:
             self._cells += targets.numel()
-            self._several.append((outputs > 0, targets != 0))
+            assert isinstance(task, MultiLabelTask)
+            self._several.append((task.decided(outputs), targets != 0))
         if isinstance(self.task, Classifying) and self._seen * outputs.shape[1] <= TEMPERATURE_NUMBERS:
             self._given.append((outputs.float(), targets))
-        rows = losses, indices.to(losses.device, non_blocking=True), outputs.float(), targets
+        decided = task.decided(outputs) if isinstance(task, MultiLabelTask) else torch.zeros_like(losses)
+        rows = losses, indices.to(losses.device, non_blocking=True), outputs.float(), targets, decided
         self._worst = _extreme(self._worst, rows, KEPT_WORST, largest=True)
         self._best = _extreme(self._best, rows, KEPT_BEST, largest=False)
         if self._heard is not None and len(self._heard) == len(indices):
@@ -223,11 +231,16 @@ class Evaluation:
         """As they are logged: val/loss, val/accuracy, ..."""
         return {f"val/{name}": value for name, value in self.tally.figures().items()}
 
+    def given(self) -> tuple[Tensor, Tensor]:
+        """What the network gave of some samples, and what is true of them; on the CPU."""
+        outputs, targets = (torch.cat(parts).cpu() for parts in zip(*self._given, strict=True))
+        return outputs, targets
+
     def temperature(self) -> float:
         """What the outputs are best divided by; 1 where there are no classes. Waits for the device."""
         if not self._given:
             return 1.0
-        outputs, targets = (torch.cat(parts).cpu() for parts in zip(*self._given, strict=True))
+        outputs, targets = self.given()
         if targets.dim() == 1:
             return temperature_of(outputs, one_hot(targets, outputs.shape[1]), "classification")
         return temperature_of(outputs, targets, "multilabel")
@@ -277,8 +290,8 @@ class Evaluation:
     def _samples(self, rows: tuple[Tensor, ...], source: Source) -> list[Sample]:
         if not rows:
             return []
-        losses, indices, outputs, targets = (part.cpu() for part in rows)
-        described = _describe(self.task, outputs, targets)
+        losses, indices, outputs, targets, decided = (part.cpu() for part in rows)
+        described = _describe(self.task, outputs, targets, decided)
         return [
             {"index": index, "name": source.name(index), "loss": loss, **one}
             for index, loss, one in zip(indices.tolist(), losses.tolist(), described, strict=True)
@@ -322,14 +335,19 @@ def _extreme(kept: tuple[Tensor, ...], rows: tuple[Tensor, ...], count: int, lar
     return tuple(part[chosen] for part in both)
 
 
-def _describe(task: Task, outputs: Tensor, targets: Tensor) -> list[Decision]:
-    """What is true of each sample, and what was predicted, as plain values."""
+def _describe(task: Task, outputs: Tensor, targets: Tensor, decided: Tensor) -> list[Decision]:
+    """What is true of each sample, and what was predicted, as plain values.
+
+    Args:
+        decided: of several classes a sample: which apply.
+    """
     if isinstance(task, Classifying):
         probabilities = task.probabilities(outputs)
         top = probabilities.topk(min(KEPT_PROBABILITIES, task.class_count), dim=1)
         several = targets.dim() == 2
         true = [row.nonzero().flatten().tolist() for row in targets] if several else targets[:, None].tolist()
-        decided = outputs > 0 if several else torch.zeros_like(outputs).scatter(1, outputs.argmax(1, keepdim=True), 1)
+        if not several:
+            decided = torch.zeros_like(outputs).scatter(1, outputs.argmax(1, keepdim=True), 1)
         return [
             {"true": one, "predicted": row.nonzero().flatten().tolist(), "probabilities": _pairs(classes, values)}
             for one, row, classes, values in zip(true, decided, top.indices, top.values, strict=True)

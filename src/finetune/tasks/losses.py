@@ -84,12 +84,14 @@ class MultiLabelTask:
         class_weights: (classes,) float32 or None: what a sample that has the class weighs in that class's loss.
         label_smoothing: targets become smoothing / 2 and 1 - smoothing / 2.
         log_prior: (classes,) float32 or None: log odds of each class, as of `ClassificationTask`.
+        cuts: (classes,) or (batch, classes) float32: a class applies where its logit is larger; None = than 0.
     """
 
     class_count: int
     class_weights: Tensor | None = None
     label_smoothing: float = 0.0
     log_prior: Tensor | None = None
+    cuts: Tensor | None = None
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The samples' losses, added up. Targets: (batch, classes), 0 to 1."""
@@ -111,8 +113,13 @@ class MultiLabelTask:
         """(batch, classes), each on its own."""
         return logits.float().sigmoid()
 
+    def decided(self, logits: Tensor) -> Tensor:
+        """(batch, classes) bool: which classes apply."""
+        return logits > (0.0 if self.cuts is None else self.cuts.to(logits.device))
+
     def decisions(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Confidence of each yes or no, and whether it was right: (batch * classes,) both."""
+        """Confidence of each likelier yes or no, whatever the cuts, and whether it was right: (batch * classes,)
+        both."""
         probabilities = self.probabilities(logits)
         confidence = torch.where(logits > 0, probabilities, 1 - probabilities)
         return confidence.flatten(), ((logits > 0) == (targets != 0)).flatten()

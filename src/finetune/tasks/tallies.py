@@ -44,7 +44,7 @@ class ConfusionTally:
 
 
 class MultiLabelTally:
-    """Figures of multi-label classification; a class is predicted where its probability is above one half."""
+    """Figures of multi-label classification."""
 
     def __init__(self, loss_sum: LossSum, class_count: int, device: torch.device):
         self._loss_sum_of = loss_sum
@@ -54,9 +54,10 @@ class MultiLabelTally:
         self.exact = torch.zeros((), dtype=torch.int64, device=device)
         self.sample_count = 0
 
-    def add(self, logits: Tensor, targets: Tensor) -> None:
+    def add(self, logits: Tensor, targets: Tensor, predicted: Tensor | None = None) -> None:
+        """Args: predicted: (batch, classes) bool; None = where the probability is above one half."""
         self.loss_sum += self._loss_sum_of(logits, targets)
-        predicted, actual = logits > 0, targets != 0
+        predicted, actual = logits > 0 if predicted is None else predicted, targets != 0
         self.sums += torch.stack([(predicted & actual).sum(0), predicted.sum(0), actual.sum(0)])
         self.exact += (predicted == actual).all(1).sum()
         self.sample_count += len(targets)

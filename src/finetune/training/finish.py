@@ -19,6 +19,7 @@ from finetune.store.finish_state import Finish, Judged, Tried
 from finetune.tasks.calibration import sample_losses, temperature_of
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.losses import Classifying, Task, make_task
+from finetune.tasks.thresholds import best_cuts, cross_fitted_cuts
 from finetune.training.phase import Feed
 from finetune.training.regularisation import Held
 from finetune.training.setup import Setup
@@ -173,11 +174,15 @@ def judge(
     held, validation = stage.held, setup.data.split.validation
     kind, temperature = held.loss.kind, temperature_of_head(setup, finish)
     places, outputs = held.held_out(finish.best_weights)
-    samples = stage.samples[places]
+    samples, cuts = stage.samples[places], None
+    if isinstance(setup.recipe.task, MultiLabel) and setup.recipe.task.thresholds == "f1":
+        cuts = cross_fitted_cuts(outputs / temperature, held.targets[places])
     if torch.isin(validation, stage.samples).any():  # it is trained on in the end: what the folds said of it counts
         here = torch.isin(samples, validation)
-        samples, outputs = samples[here], outputs[here]
+        samples, outputs, cuts = samples[here], outputs[here], None if cuts is None else cuts[here]
     else:
+        if cuts is not None:
+            cuts = best_cuts(outputs / temperature, held.targets[places]).expand(len(validation), -1)
         weight, bias = held.rows.head(solved)
         samples, outputs = (
             validation,
@@ -200,7 +205,7 @@ def judge(
     )
     data, cpu = setup.data, torch.device("cpu")
     evaluation = Evaluation(make_task(setup.recipe.task, data.output_count, data.scale), cpu, len(samples))
-    evaluation.add(samples, outputs / temperature, data.source.targets[samples])
+    evaluation.add(samples, outputs / temperature, data.source.targets[samples], cuts)
     return judged, evaluation
 
 

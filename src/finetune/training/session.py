@@ -28,6 +28,7 @@ from finetune.store.state import (
 )
 from finetune.store.steps import count_steps
 from finetune.tasks.losses import Task
+from finetune.tasks.thresholds import thresholds_of
 from finetune.training.advice import CurveAdvice
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_unbroken
@@ -48,7 +49,7 @@ from finetune.training.optimizer import learning_rates, load_optimizer_state, op
 from finetune.training.phase import Phase, start_phase
 from finetune.training.regularisation import next_strength, solve_all, try_next
 from finetune.training.setup import Setup
-from finetune.training.validation import record_validation, validate
+from finetune.training.validation import adjustments, record_validation, validate
 
 # A validation needs no gradients, so more samples fit at once.
 VALIDATION_BATCHES = 4
@@ -322,6 +323,7 @@ class Session:
         held = dataclasses.replace(
             finish, weights=finish.weights[:0], best_weights=finish.weights[:0],
             held_samples=stage.samples[places], held_outputs=outputs / temperature,
+            thresholds=thresholds_of(self.recipe.task, outputs / temperature, stage.held.targets[places]),
         )  # fmt: skip
         state.progress = dataclasses.replace(self.progress, finish=held, last_validation=figures)
         self.context.save_final(state)
@@ -352,8 +354,8 @@ class Session:
         epoch = math.ceil(progress.step / self.steps.per_epoch)
         figures = evaluation.figures()
         best = record_validation(self.recipe, progress, figures, epoch, evaluation.samples)
-        if best and self.recipe.finish.calibrate and self.recipe.task.kind in ("classification", "multi-label"):
-            progress.best["temperature"] = evaluation.temperature()
+        if best:
+            progress.best |= adjustments(self.recipe, evaluation)
         if best and self.recipe.finish.way != "none":
             own = self.phase.freeze.changeable()
             self._best_model = {name: value.detach().cpu().clone() for name, value in own.items()}

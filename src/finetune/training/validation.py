@@ -10,11 +10,12 @@ from finetune.base.events import Best
 from finetune.base.signals import StopRequest
 from finetune.data.batch import Batch, Request
 from finetune.data.order import batches_from
-from finetune.recipe.spec import LOWER_IS_BETTER, Recipe
+from finetune.recipe.spec import LOWER_IS_BETTER, Classification, MultiLabel, Recipe
 from finetune.store.state import Progress
 from finetune.store.steps import extension_at
 from finetune.tasks.evaluation import Evaluation, evaluate
 from finetune.tasks.losses import Task
+from finetune.tasks.thresholds import thresholds_of
 from finetune.training.phase import Feed
 
 
@@ -59,6 +60,20 @@ def breaks_tie(value: float, loss: float, best: Best) -> bool:
     """Whether a validation is as good as the best one so far, at a lower loss: few samples tie often."""
     before = best.get("loss", -math.inf)
     return bool(best) and value == best["value"] and (loss < before or (math.isnan(before) and not math.isnan(loss)))
+
+
+def adjustments(recipe: Recipe, evaluation: Evaluation) -> Best:
+    """What is done to what the network gives, where it ships: see `Best`."""
+    found = Best()
+    if not isinstance(recipe.task, Classification | MultiLabel):
+        return found
+    temperature = 1.0
+    if recipe.finish.calibrate:
+        temperature = found["temperature"] = evaluation.temperature()
+    outputs, targets = evaluation.given()
+    if thresholds := thresholds_of(recipe.task, outputs / temperature, targets):
+        found["thresholds"] = thresholds
+    return found
 
 
 def record_validation(recipe: Recipe, progress: Progress, values: dict[str, float], epoch: int, samples: int) -> bool:
