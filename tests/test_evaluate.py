@@ -138,7 +138,7 @@ def test_of_many_classes_the_worst_mistakes_are_shown(capsys):
     figures = {
         "run": "r", "checkpoint": {"which": "best", "step": 1}, "images": "i", "part": "all", "samples": 16,
         "loss": 1.0, "accuracy": 0.0, "f1": 0.0, "calibration_error": 0.5, "confusion_matrix": matrix, "broken": [],
-        "intervals": {}, "out_of_fold": False, "mistakes": [[5, 6, 9], [3, 4, 7]],
+        "intervals": {}, "out_of_fold": False, "chosen_by_these": False, "mistakes": [[5, 6, 9], [3, 4, 7]],
         "classes": [{"name": name, "precision": 0, "recall": 0, "f1": 0, "samples": 1} for name in names],
     }  # fmt: skip
     for matrix in (figures["confusion_matrix"], None):  # of very many classes there is none

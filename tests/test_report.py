@@ -25,7 +25,7 @@ from finetune.recipe.heads import TextTable
 from finetune.recipe.scripts import load_recipe_function, shipped_recipes
 from finetune.report.curves import MOST_POINTS, Curve, read_curves
 from finetune.report.data import gather
-from finetune.report.page import STYLE, write_report
+from finetune.report.page import STYLE, Shown, write_report
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.losses import ClassificationTask
@@ -395,7 +395,7 @@ def test_what_ended_a_run_and_how_to_go_on_is_said(trained, tmp_path):
         ("failed: the loss is <b>nan</b>", "Failed: the loss is <b>nan</b>"),
         ("stopped early", "Stopped early, as nothing got better any more"),
     ):
-        write_report(gather(run), run.report_file, [], [], status)
+        write_report(gather(run), run.report_file, Shown(), status)
         page = Page(run.report_file)
         assert words in page.text and f"finetune resume {run}" in page.text and "--epochs" not in page.text
     assert main(["report", str(run)]) == 0 and "Stopped, can be resumed" in Page(run.report_file).text

@@ -35,12 +35,14 @@ class FinishedRun:
     Attributes:
         folder: of the run.
         status: "finished" or "stopped early" (nothing got better any more).
-        best: {"metric", "value", "step", "epoch"} of the best validation.
+        best: {"metric", "value", "step", "epoch"} of the loop's best validation.
+        outcome: how good what ships is, in words: the better of the loop's best and the solved head.
     """
 
     folder: Path
     status: str
     best: Best
+    outcome: str = ""
 
     @property
     def report(self) -> Path:
@@ -93,7 +95,7 @@ class FinishedRun:
 
     def _repr_html_(self) -> str:
         """As a notebook shows it."""
-        rows = {"run": str(self.folder), self.status: best_text(self.best), "report": str(self.report)}
+        rows = {"run": str(self.folder), self.status: self.outcome or best_text(self.best), "report": str(self.report)}
         cells = "".join(
             f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
             f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
@@ -204,4 +206,6 @@ def _conclude(context: "RunContext", progress: "Progress") -> FinishedRun:
         context.say(f"{run}: a copy of it lies in {run.path}")
     if progress.status not in ("finished", "stopped early"):
         raise RunError(f"run {run} is {progress.status} at step {progress.step}; go on with finetune.resume")
-    return FinishedRun(run.path, progress.status, progress.best)
+    from finetune.store.finish_state import outcome_text
+
+    return FinishedRun(run.path, progress.status, progress.best, outcome_text(progress.best, progress.finish))

@@ -52,10 +52,19 @@ def best_text(best: Best) -> str:
     """
     if not best:
         return "nothing was validated yet"
+    return "best " + validation_text(best, f" in epoch {best['epoch']}")
+
+
+def validation_text(best: Best, where: str = "") -> str:
+    """The metric of a validation, and what it is worth.
+
+    Args:
+        where: what stands behind the value.
+    """
     worth = ""
     if best["metric"] == "accuracy" and "samples" in best and math.isfinite(best["value"]):
         worth = f" ({share_text(best['value'], best['samples'])})"
-    return f"best validation {best['metric']} {number_text(best['value'])} in epoch {best['epoch']}{worth}"
+    return f"validation {best['metric']} {number_text(best['value'])}{where}{worth}"
 
 
 def finite(value: object) -> object:

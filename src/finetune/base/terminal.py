@@ -2,6 +2,7 @@
 
 import html
 import io
+import itertools
 import math
 import os
 import sys
@@ -24,10 +25,15 @@ from finetune.base.formatting import megabytes_text, number_text, printable, sec
 # Often enough for a bar that moves, seldom enough for a thread that trains.
 LOOKS_A_SECOND = 4
 SECONDS_BETWEEN_BARS = 0.5
-# Of more epochs than that about so many get a line.
-MOST_EPOCH_LINES = 60
+# Of more epochs than that only every second, fifth, tenth ... gets a line.
+MOST_EPOCH_LINES = 40
 # Below that many columns an epoch's line says the same in less.
 WIDE_COLUMNS = 72
+
+
+def _round_numbers() -> Iterator[int]:
+    """1, 2, 5, 10, 20, 50 ..."""
+    return (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
 
 
 class PatientConsole(Console):
@@ -227,7 +233,7 @@ class Terminal:
     def validated(self, validated: Validated) -> None:
         name, value = validated.best["metric"], validated.values[f"val/{validated.best['metric']}"]
         self._metric = name, value
-        every = -(-validated.epochs // MOST_EPOCH_LINES)
+        every = next(n for n in _round_numbers() if validated.epochs <= n * MOST_EPOCH_LINES)
         if validated.epoch % every and validated.epoch not in (1, validated.epochs):
             return
         is_wide = self.console.width >= WIDE_COLUMNS

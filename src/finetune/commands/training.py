@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from finetune.base.formatting import best_text, json_line, parse_size, printable
+from finetune.base.formatting import json_line, parse_size, printable
 from finetune.base.signals import StopRequest, listen_for_signals
 from finetune.base.terminal import Terminal, make_console
 from finetune.errors import UsageError, reader_is_gone
@@ -230,11 +230,11 @@ def resume(
 
 def finish(context: "RunContext", progress: "Progress") -> None:
     """Say how it ended and what to type next. The last line is the run folder, for scripts."""
+    from finetune.store.finish_state import outcome_text
     from finetune.store.steps import way_on
 
     run, terminal = context.run, context.terminal
-    ships = "; the solved head ships" if progress.finish.ships == "final" else ""
-    terminal.say(f"\n{progress.status}: {best_text(progress.best)}{ships}")
+    terminal.say(f"\n{progress.status}: {outcome_text(progress.best, progress.finish)}")
     terminal.say("\nnext:")
     recipe, _ = split_config(run.read_recipe().config)
     words, meaning = way_on(recipe, progress, peek(run.latest).data.train_samples)

@@ -15,7 +15,7 @@ from finetune.report.curves import Curve, read_curves
 from finetune.store.checkpoint import LATEST, newest_good
 from finetune.store.run_folder import RunFolder, RunRecord, peek
 from finetune.store.state import CheckpointState, Progress
-from finetune.tasks.evaluation import ClassRow, EvaluationRecord
+from finetune.tasks.evaluation import Calibrated, ClassRow, EvaluationRecord
 
 EVENTS = ("resume", "extend", "patience", "thaw")
 NOT_AS_WRITTEN = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError)
@@ -154,6 +154,7 @@ class Validation:
         classes: a row a class; [] where there are none.
         mistakes: (true class, predicted class, count), the most frequent first.
         is_solved: of the head that was solved after the loop; else of the loop's best.
+        calibrated: what the temperature does by which outputs are divided where they ship; None = there is none.
     """
 
     step: int
@@ -163,6 +164,7 @@ class Validation:
     classes: list[ClassRow]
     mistakes: list[tuple[str, str, int]]
     is_solved: bool = False
+    calibrated: Calibrated | None = None
 
 
 def _validation_from_plain(plain: Plain, names: Sequence[str] | None) -> Validation:
@@ -183,7 +185,16 @@ def _validation_from_plain(plain: Plain, names: Sequence[str] | None) -> Validat
         rows,
         [(rows[true].name, rows[predicted].name, count) for true, predicted, count in record.mistakes],
         fields.take("is_solved", bool) if "is_solved" in fields else False,
+        _calibrated_from_plain(fields) if plain.get("calibrated") is not None else None,
     )
+
+
+def _calibrated_from_plain(fields: Fields) -> Calibrated:
+    found = fields.fields("calibrated")
+    loss, error = (found.items(name, float) for name in ("loss", "calibration_error"))
+    if len(loss) != 2 or len(error) != 2:
+        raise ValueError("not before and after")
+    return Calibrated(temperature=found.number("temperature"), loss=loss, calibration_error=error)
 
 
 def _best_validation(

@@ -37,8 +37,10 @@ from finetune.report.charts import (
 )
 from finetune.report.commands import commands_of, configured, loading_of
 from finetune.report.data import NOT_AS_WRITTEN, ClassRow, RunData, Validation, gather
+from finetune.report.doubts import Doubtful, doubtful
 from finetune.report.examples import examples_of
 from finetune.store.run_folder import RunFolder
+from finetune.tasks.doubts import DOUBTFUL
 
 TEMPLATE, STYLE = (Path(__file__).with_name(name) for name in ("page.html.j2", "page.css"))
 # Of longer tables those rows are shown that matter most, and it is said how many there are.
@@ -52,18 +54,30 @@ STATUS_TEXTS = {
 }
 
 
-def write_report(data: RunData, output: Path, best: Sequence[Example], worst: Sequence[Example], status: str) -> None:
+class Shown(NamedTuple):
+    """Samples that a report shows.
+
+    Attributes:
+        best, worst: of the best validation, the best and the worst first.
+        doubtful: those whose labels are probably wrong.
+    """
+
+    best: Sequence[Example] = ()
+    worst: Sequence[Example] = ()
+    doubtful: Doubtful = Doubtful()
+
+
+def write_report(data: RunData, output: Path, shown: Shown, status: str) -> None:
     """Write the report of a run.
 
     Args:
         output: the .html file; its folder is made where there is none.
-        best, worst: samples of the best validation, the best and the worst first.
         status: "finished", "stopped early", "stopped", "running" or "failed: ...".
 
     Raises:
         RunError: the file cannot be written.
     """
-    page = render(data, best, worst, status)
+    page = render(data, shown, status)
     try:
         make_folders(output.parent)
         write_atomically(output, lambda stream: stream.write(page.encode()))
@@ -71,8 +85,8 @@ def write_report(data: RunData, output: Path, best: Sequence[Example], worst: Se
         raise RunError(f"--output {output}: cannot be written ({error.strerror}); name another file") from None
 
 
-def best_and_worst(data: RunData, source: Source | None) -> list[list[Example]]:
-    """Samples of the best validation, the best and the worst.
+def samples_to_show(data: RunData, source: Source | None) -> Shown:
+    """Samples of the best validation, and those whose labels are probably wrong.
 
     Args:
         source: of the samples; None = it is not there any more.
@@ -80,17 +94,19 @@ def best_and_worst(data: RunData, source: Source | None) -> list[list[Example]]:
     Raises:
         RunError: validation.json does not fit to it.
     """
+    doubts = doubtful(data.run, source)
     if data.validation is None:
-        return [[], []]
+        return Shown(doubtful=doubts)
     classes = data.checkpoint.classes if data.checkpoint else [row.name for row in data.validation.classes]
     record = data.validation.record
     try:
-        return [examples_of(samples, classes, source) for samples in (record.best, record.worst)]
+        best, worst = (examples_of(samples, classes, source) for samples in (record.best, record.worst))
     except (BadFile, *NOT_AS_WRITTEN) as error:
         raise RunError(
             f"validation of the run {data.run.validation_file} names samples or classes that its data has not "
             f"({one_line(error)}); restore it, or delete it"
         ) from None
+    return Shown(best, worst, doubts)
 
 
 # ---- Out of the files of a run alone --------------------------------------------------------------------------------
@@ -104,7 +120,7 @@ def report_run(run: RunFolder, output: Path, place: str, say: Callable[[str], No
         say: told what of the data could not be found.
 
     Raises:
-        RunError: see `gather`, `best_and_worst` and `write_report`.
+        RunError: see `gather`, `samples_to_show` and `write_report`.
         UsageError: what lies at `place` is not the run's data.
     """
     data = gather(run)
@@ -115,11 +131,11 @@ def report_run(run: RunFolder, output: Path, place: str, say: Callable[[str], No
         if place:
             raise
         say(f"no pictures or texts in the report: {error.args[0]}")
-    best, worst = best_and_worst(data, source)
+    shown = samples_to_show(data, source)
     status = data.checkpoint.progress.status if data.checkpoint else "stopped"
     if status not in ("finished", "stopped early"):
         status = "running" if is_held(run.path) else "stopped"
-    write_report(data, output, best, worst, status)
+    write_report(data, output, shown, status)
 
 
 def _open_data(data: RunData, place: str) -> Source | None:
@@ -148,7 +164,7 @@ def _open_data(data: RunData, place: str) -> Source | None:
 # ---- The page -------------------------------------------------------------------------------------------------------
 
 
-def render(data: RunData, best: Sequence[Example], worst: Sequence[Example], status: str) -> str:
+def render(data: RunData, shown: Shown, status: str) -> str:
     """The page as HTML."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
@@ -172,7 +188,8 @@ def render(data: RunData, best: Sequence[Example], worst: Sequence[Example], sta
         classes=_shown_classes(validation),
         confusion=confusion_chart(validation) if validation else None,
         calibration=calibration_chart(validation) if validation else None,
-        samples=_samples(data, best, worst),
+        samples=_samples(data, shown.best, shown.worst),
+        doubts=_doubts(data, shown.doubtful),
         commands=commands_of(data),
         loading=loading_of(data),
         shown_rows=SHOWN_ROWS,
@@ -298,6 +315,20 @@ def _samples(data: RunData, best: Sequence[Example], worst: Sequence[Example]) -
         "has_texts": any(one.text for one in shown),
         "has_classes": bool(data.validation and data.validation.classes),
         "has_truth": any(one.true for one in shown),
+    }
+
+
+def _doubts(data: RunData, found: Doubtful) -> dict[str, object]:
+    """Labels that are probably wrong, ready for the template."""
+    return {
+        "count": found.count,
+        "labels": found.labels,
+        "samples": [_sample(one) | {"is_marked": one.name in found.marked} for one in found.examples],
+        "marked": len(found.marked),
+        "file": str(data.run.labels_file),
+        "has_data": any(one.picture or one.text for one in found.examples),
+        "has_texts": any(one.text for one in found.examples),
+        "least": f"{DOUBTFUL:.0%}".replace("%", " %"),
     }
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from finetune.base.device import module_to_device, numerics_put_back, pick_device, set_numerics, to_device
 from finetune.base.events import Begun
-from finetune.base.formatting import best_text
 from finetune.base.lock import alone_in_process
 from finetune.base.words import with_option, without_option
 from finetune.data.contents import Contents
@@ -28,6 +27,7 @@ from finetune.recipe.execution import Machine, Numerics, check_precision
 from finetune.recipe.spec import Images, Recipe, located
 from finetune.runs.startup_table import facts_of
 from finetune.store.checkpoint import step_files
+from finetune.store.finish_state import outcome_text
 from finetune.store.restore import network_from_run
 from finetune.store.run_folder import RunFolder, RunRecord, fill_folder, new_run_id, next_folder
 from finetune.store.state import (
@@ -37,11 +37,11 @@ from finetune.store.state import (
     seed_generators,
 )
 from finetune.store.steps import count_steps
+from finetune.tasks.doubts import marked_as_wrong
 from finetune.training.batchnorm import check_parts, lines_on_parts
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_copies, leave_out_broken, look
 from finetune.training.dataset import check_numbers, open_data, survey_pixels
-from finetune.training.doubts import marked_as_wrong
 from finetune.training.loop import train
 from finetune.training.optimizer import check_optimizer, find_optimizer
 from finetune.training.phase import Phase, start_phase
@@ -283,7 +283,7 @@ def run_setup(
             f"fp16: {progress.skipped_steps:,} of {progress.step:,} steps moved nothing, as their gradients were too "
             "large for it; --precision bf16 knows no such limit"
         )
-    context.watch.end(progress.status, f"{progress.status}: {best_text(progress.best)}")
+    context.watch.end(progress.status, f"{progress.status}: {outcome_text(progress.best, progress.finish)}")
     return progress
 
 

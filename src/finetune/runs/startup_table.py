@@ -5,8 +5,10 @@ import torch
 from finetune.data.source import ArraySource, FileSource
 from finetune.data.texts import TextPipeline
 from finetune.recipe.serialize import flatten, to_plain
+from finetune.recipe.spec import Distillation
 from finetune.training.advice import counts_text
 from finetune.training.dataset import without_r2
+from finetune.training.finish import reason_against, rows_to_use
 from finetune.training.phase import Phase
 from finetune.training.setup import CHECKED_FILES, Setup
 
@@ -27,11 +29,25 @@ def facts_of(run: str, setup: Setup, phase: Phase) -> dict[str, str]:
         "training": (
             f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
         ),
+        **_last_stage(setup, phase),
         **({"options": options} if (options := _options(setup)) else {}),
         "device": f"{setup.device}, {_arithmetic(setup)}, {torch.get_num_threads()} threads",
         **({"run folder": run} if run else {}),
         **({"note": "\n".join(notes)} if (notes := notes_on(setup)) else {}),
     }
+
+
+def _last_stage(setup: Setup, phase: Phase) -> dict[str, str]:
+    """Whether the head will be solved; nothing where nobody asked, or where it is not known yet."""
+    recipe = setup.recipe
+    thaws = any(epoch for _, _, epoch in recipe.trainable.rules)
+    if recipe.finish.way == "none" or isinstance(recipe.task, Distillation) or thaws:
+        return {}
+    why_not = reason_against(setup, phase.feed)
+    phase.freeze.modes()
+    if why_not:
+        return {"last stage": f"the head is not solved, because {why_not}"}
+    return {"last stage": f"the head is solved after the epochs, on {len(rows_to_use(setup)):,} labels"}
 
 
 # Named in another row of the table, or where the data is from.

@@ -1,11 +1,13 @@
 """How far the last stage of a run is: a linear head, solved after the loop."""
 
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
+from finetune.base.events import Best
+from finetune.base.formatting import best_text, number_text, validation_text
 from finetune.base.plain import stored
 
 
@@ -34,6 +36,7 @@ class Judged(TypedDict, total=False):
         samples: how many.
         error: standard error of the mean difference of the two.
         optimism: by how much the loss of the chosen strength looks better than it is, as it was chosen by it.
+        metric: what the solved head makes of the samples in the metric that decides which epoch is best.
     """
 
     solved: float
@@ -41,6 +44,7 @@ class Judged(TypedDict, total=False):
     samples: int
     error: float
     optimism: float
+    metric: NotRequired[float]
 
 
 @dataclass
@@ -95,3 +99,17 @@ class Finish:
     def best(self) -> Tried:
         """Of those that were tried."""
         return min(self.tried, key=lambda one: one["log_loss"])
+
+
+def outcome_text(best: Best, finish: Finish) -> str:
+    """What ships of a run, and how good it is.
+
+    Args:
+        best: of the loop.
+    """
+    judged = finish.judged
+    if finish.ships != "final" or "metric" not in judged:
+        return best_text(best)
+    solved = Best(metric=best["metric"], value=judged["metric"], samples=judged["samples"])
+    loop = number_text(best["value"])
+    return f"{validation_text(solved)}, the solved head; the loop's best {loop} in epoch {best['epoch']}"

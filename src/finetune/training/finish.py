@@ -54,7 +54,7 @@ def reason_against(setup: Setup, feed: Feed) -> str:
         return "more than the head trains"
     if not _is_all_that_follows(feed, setup, layer):
         return "something follows the linear layer"
-    work = len(_rows_to_use(setup)) * layer.in_features * layer.out_features
+    work = len(rows_to_use(setup)) * layer.in_features * layer.out_features
     if work > MOST_WORK:
         return f"rows x features x outputs are {work:,}, more than {MOST_WORK:,}"
     return ""
@@ -73,7 +73,7 @@ def _is_all_that_follows(feed: Feed, setup: Setup, layer: StandardisedLinear) ->
     return same
 
 
-def _rows_to_use(setup: Setup) -> Tensor:
+def rows_to_use(setup: Setup) -> Tensor:
     """Sorted samples that the solved head is trained on in the end."""
     data, recipe = setup.data, setup.recipe
     brings_its_own = data.source.parts is not None and bool((data.source.parts == 1).any())
@@ -97,7 +97,7 @@ class Stage:
 
 def gather(setup: Setup, feed: Feed, task: Task) -> Stage:
     """Read the rows, and say which are held out when."""
-    samples = _rows_to_use(setup)
+    samples = rows_to_use(setup)
     rows = torch.cat([_read(setup, feed, part) for part in samples.split(READ_ROWS)])
     targets = _targets(setup, samples)
     kind = KINDS[type(setup.recipe.task)]
@@ -206,6 +206,9 @@ def judge(
     data, cpu = setup.data, torch.device("cpu")
     evaluation = Evaluation(make_task(setup.recipe.task, data.output_count, data.scale), cpu, len(samples))
     evaluation.add(samples, outputs / temperature, data.source.targets[samples], cuts)
+    figures, metric = evaluation.figures(), f"val/{setup.recipe.best_metric}"
+    if metric in figures:
+        judged["metric"] = figures[metric]
     return judged, evaluation
 
 

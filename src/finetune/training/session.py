@@ -27,12 +27,12 @@ from finetune.store.state import (
     restore_generators,
 )
 from finetune.store.steps import count_steps
+from finetune.tasks.doubts import DOUBTFUL, csv_of, find_doubts
 from finetune.tasks.losses import Task
 from finetune.tasks.thresholds import thresholds_of
 from finetune.training.advice import CurveAdvice
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_unbroken
-from finetune.training.doubts import DOUBTFUL, csv_of, find_doubts
 from finetune.training.finish import (
     Stage,
     finish_text,
@@ -284,7 +284,8 @@ class Session:
         self._log.write({"step": progress.step, "epoch": epoch} | ours)
         finish.weights = finish.best_weights = torch.zeros(0, dtype=torch.float64)
         text, ships = finish_text(finish, evaluation), finish.ships == "final"
-        self.context.watch.solved(text, progress.step, epoch, evaluation, ships=ships)
+        temperature = temperature_of_head(self.setup, finish) if self.recipe.finish.calibrate else None
+        self.context.watch.solved(text, progress.step, epoch, evaluation, temperature, ships=ships)
         self._say_doubts(stage, doubted)
         self._save(False)
 

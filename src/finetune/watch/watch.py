@@ -217,7 +217,10 @@ class Watch:
         self._tell(lambda tracker: tracker.validated(validated))
         if validated.is_best and self.subject is not None and self.subject.folder is not None:
             self._guarded(
-                "validation.json", lambda: self._write_validation(validated.step, validated.epoch, evaluation)
+                "validation.json",
+                lambda: self._write_validation(
+                    validated.step, validated.epoch, evaluation, validated.best.get("temperature")
+                ),
             )
         self._evaluation = evaluation
         if self._is_watched and self.subject is not None and self.subject.head is not None:
@@ -230,22 +233,32 @@ class Watch:
             if show is not None:
                 self._tell(show)
 
-    def solved(self, text: str, step: int, epoch: int, evaluation: Evaluation, *, ships: bool) -> None:
+    def solved(
+        self, text: str, step: int, epoch: int, evaluation: Evaluation, temperature: float | None, *, ships: bool
+    ) -> None:
         """The head was solved.
 
         Args:
             text: what came of it.
             evaluation: what it makes of the samples that validate.
+            temperature: that its outputs were divided by; None = by none.
             ships: it is better than the loop's best.
         """
         self.say(text)
         if ships and self.subject is not None and self.subject.folder is not None:
-            self._guarded("validation.json", lambda: self._write_validation(step, epoch, evaluation, is_solved=True))
+            self._guarded(
+                "validation.json",
+                lambda: self._write_validation(step, epoch, evaluation, temperature, is_solved=True),
+            )
 
-    def _write_validation(self, step: int, epoch: int, evaluation: Evaluation, *, is_solved: bool = False) -> None:
+    def _write_validation(
+        self, step: int, epoch: int, evaluation: Evaluation, temperature: float | None, *, is_solved: bool = False
+    ) -> None:
         subject = self.subject
         assert subject is not None and subject.folder is not None
         place = {"run_id": subject.run_id, "step": step, "epoch": epoch, "facts": subject.facts, "is_solved": is_solved}
+        if temperature is not None:
+            place |= {"calibrated": evaluation.calibrated(temperature, is_divided=is_solved)}
         write_json(subject.folder.validation_file, place | evaluation.record(subject.source).to_plain())
 
     def saving(self) -> None:
@@ -328,13 +341,13 @@ def _be_shown(pictures: Pictures, tracker: Tracker) -> None:
 def _report(subject: Subject, folder: RunFolder, status: str) -> list[Example]:
     """Write it; the samples of the best validation with the largest loss."""
     from finetune.report.data import gather
-    from finetune.report.page import best_and_worst, write_report
+    from finetune.report.page import samples_to_show, write_report
 
     data = gather(folder)
-    best, worst = best_and_worst(data, subject.source)
+    shown = samples_to_show(data, subject.source)
     if subject.report:
-        write_report(data, folder.report_file, best, worst, status)
-    return worst
+        write_report(data, folder.report_file, shown, status)
+    return list(shown.worst)
 
 
 def _pictures(subject: Subject, evaluation: Evaluation, step: int, at_end: bool) -> Pictures:

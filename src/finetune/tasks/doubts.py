@@ -31,6 +31,7 @@ class Doubt:
     Attributes:
         probability: of the label.
         likelier: the label that has most; of several labels a sample: the one decision that is most in doubt.
+        is_marked: somebody says that it is wrong.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Doubt:
     probability: float
     likelier_probability: float
     text: str = ""
+    is_marked: bool = False
 
 
 def find_doubts(source: Source, task: Task, samples: Tensor, outputs: Tensor) -> list[Doubt]:
@@ -86,6 +88,26 @@ def csv_of(doubts: list[Doubt]) -> str:
     return stream.getvalue()
 
 
+def read_doubts(file: Path) -> list[Doubt]:
+    """What a labels.csv holds; columns but for wrong and name may be missing.
+
+    Raises:
+        UsageError: it is none.
+    """
+    found = []
+    for line, row in read_rows(file):
+        if not {"wrong", "name"} <= set(row):
+            raise UsageError(f"{file} line {line}: has no columns wrong and name; give a run's labels.csv")
+        words = {name: str(row.get(name) or "") for name in COLUMNS}
+        try:
+            own, other = (float(words[name] or "nan") for name in ("probability", "likelier_probability"))
+        except ValueError:
+            raise UsageError(f"{file} line {line}: its probability is no number; give a run's labels.csv") from None
+        is_marked = bool(words["wrong"].strip())
+        found.append(Doubt(words["name"], words["label"], words["likelier"], own, other, words["text"], is_marked))
+    return found
+
+
 def marked_as_wrong(place: str) -> list[str]:
     """Names of the samples that somebody marked in a labels.csv; [] where none is given.
 
@@ -94,12 +116,10 @@ def marked_as_wrong(place: str) -> list[str]:
     """
     if not place:
         return []
-    names = []
-    for line, row in read_rows(Path(place)):
-        if not {"wrong", "name"} <= set(row):
-            raise UsageError(f"--without {place} line {line}: has no columns wrong and name; give a run's labels.csv")
-        if str(row["wrong"] or "").strip():
-            names.append(str(row["name"]))
+    try:
+        names = [one.name for one in read_doubts(Path(place)) if one.is_marked]
+    except UsageError as error:
+        raise UsageError(f"--without {error}") from None
     if not names:
         raise UsageError(f"--without {place}: no row is marked; write an x into the column wrong of those to leave out")
     return names

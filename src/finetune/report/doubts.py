@@ -1,0 +1,57 @@
+"""Labels that are probably wrong, as a report shows them."""
+
+import math
+from dataclasses import dataclass
+
+from finetune.base.events import Example
+from finetune.data.images import names_to_indices
+from finetune.data.source import Source, TextSource
+from finetune.errors import UsageError
+from finetune.report.examples import TEXT_CHARACTERS, picture_of
+from finetune.store.run_folder import RunFolder
+from finetune.tasks.doubts import DOUBTFUL, Doubt, read_doubts
+
+SHOWN_DOUBTS = 24
+
+
+@dataclass(frozen=True)
+class Doubtful:
+    """What labels.csv of a run says.
+
+    Attributes:
+        count: labels that are less probable than `DOUBTFUL`.
+        labels: all of them.
+        examples: of the most doubtful.
+        marked: names that somebody marked as wrong.
+    """
+
+    count: int = 0
+    labels: int = 0
+    examples: tuple[Example, ...] = ()
+    marked: frozenset[str] = frozenset()
+
+
+def doubtful(run: RunFolder, source: Source | None) -> Doubtful:
+    """The most doubtful labels of a run; none where its labels.csv is missing, or is none any more.
+
+    Args:
+        source: the data, to fetch pictures from; None = it is not there any more, names must do.
+    """
+    try:
+        doubts = read_doubts(run.labels_file)
+    except (UsageError, OSError):
+        return Doubtful()
+    count = sum(one.probability < DOUBTFUL for one in doubts)
+    shown = sorted(doubts, key=lambda one: one.probability)[: min(count, SHOWN_DOUBTS)]
+    indices = {}
+    if source is not None and not isinstance(source, TextSource):
+        indices = {source.name(index): index for index in names_to_indices(source, [one.name for one in shown])}
+    examples = tuple(_example(one, source, indices.get(one.name)) for one in shown)
+    return Doubtful(count, len(doubts), examples, frozenset(one.name for one in doubts if one.is_marked))
+
+
+def _example(doubt: Doubt, source: Source | None, index: int | None) -> Example:
+    chances = (doubt.likelier, doubt.likelier_probability), (doubt.label, doubt.probability)
+    picture = b"" if index is None or source is None or isinstance(source, TextSource) else picture_of(source, index)
+    loss = -math.log(max(doubt.probability, 1e-12))
+    return Example(doubt.name, loss, doubt.label, doubt.likelier, chances, picture, doubt.text[:TEXT_CHARACTERS])
