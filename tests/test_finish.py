@@ -25,7 +25,7 @@ from finetune.tasks.losses import ClassificationTask
 from finetune.training import session as session_module
 from finetune.training.finish import which_ships
 from finetune.training.regularisation import Held, next_strength, solve_all, try_next
-from finetune.training.solver import Loss, prepared, solve
+from finetune.training.solver import Loss, Span, prepared, solve
 
 MACHINE = Machine("cpu", workers=0)
 
@@ -76,7 +76,7 @@ def test_the_minimum_is_that_of_an_optimizer_in_float64(kind, samples, features)
     targets, strength = targets_of(labels, kind, 4), 1e-2
     value = objective(raw, targets, kind, strength)
     rows = prepared(raw.clone())
-    start = torch.zeros(targets.shape[1], rows.rows.shape[1], dtype=torch.float64)
+    start = torch.zeros(targets.shape[1], rows.rows.shape[1] + 1, dtype=torch.float64)
     ours = rows.head(solve(rows, Loss(targets, torch.ones(samples, 1), kind), strength, start, 1e-12))
     weight = torch.zeros(targets.shape[1], features, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(targets.shape[1], dtype=torch.float64, requires_grad=True)
@@ -99,9 +99,11 @@ def test_an_offset_is_what_the_head_need_not_give():
     labels = torch.where(torch.arange(150) < 110, 0, labels)
     targets, prior = targets_of(labels, "classification", 3), labels.bincount().div(150).log()
     rows = prepared(raw.clone())
-    start = torch.zeros(3, rows.rows.shape[1], dtype=torch.float64)
-    plain = solve(rows, Loss(targets, torch.ones(150, 1), "classification"), 0.1, start, 1e-12)
-    without = solve(rows, Loss(targets, torch.ones(150, 1), "classification", offset=prior), 0.1, start, 1e-12)
+    start = torch.zeros(3, rows.rows.shape[1] + 1, dtype=torch.float64)
+    plain = solve(rows, Loss(targets, torch.ones(150, 1), "classification"), [Span(0, 150)], 0.1, start, 1e-12)
+    without = solve(
+        rows, Loss(targets, torch.ones(150, 1), "classification", offset=prior), [Span(0, 150)], 0.1, start, 1e-12
+    )
     # Nothing holds the bias back: it takes up all of the offset, but for what all classes have in common.
     apart = (plain - without)[:, -1] - prior
     assert torch.allclose(plain[:, :-1], without[:, :-1], atol=1e-4)
@@ -110,23 +112,21 @@ def test_an_offset_is_what_the_head_need_not_give():
 
 def test_rows_that_are_held_out_do_not_count():
     raw, labels = rows_like_features(120, 20, 3)
-    targets = targets_of(labels, "classification", 3)
-    kept = torch.ones(120, 1)
-    kept[::4] = 0
-    rows = prepared(raw.clone())
-    start = torch.zeros(3, rows.rows.shape[1], dtype=torch.float64)
-    one = solve(rows, Loss(targets, kept, "classification"), 0.1, start, 1e-12)
+    targets, ones = targets_of(labels, "classification", 3), torch.ones(120, 1)
+    rows, kept = prepared(raw.clone()), [Span(0, 30), Span(60, 120)]
+    start = torch.zeros(3, rows.rows.shape[1] + 1, dtype=torch.float64)
+    one = solve(rows, Loss(targets, ones, "classification"), kept, 0.1, start, 1e-12)
     changed = targets.clone()
-    changed[::4] = changed[::4].roll(1, 1)
-    other = solve(rows, Loss(changed, kept, "classification"), 0.1, start, 1e-12)
-    assert torch.equal(one, other)
+    changed[30:60] = changed[30:60].roll(1, 1)
+    assert torch.equal(one, solve(rows, Loss(changed, ones, "classification"), kept, 0.1, start, 1e-12))
+    assert not torch.equal(one, solve(rows, Loss(targets, ones, "classification"), [Span(0, 120)], 0.1, start, 1e-12))
 
 
 def held(samples: int = 150, classes: int = 3, kind: str = "classification") -> Held:
     raw, labels = rows_like_features(samples, 24, classes)
     targets = targets_of(labels, kind, classes)
-    folds = fold_numbers(labels, None, 5, 0)
-    return Held(prepared(raw), Loss(targets, torch.ones(samples, 1), kind), targets, folds, tuple(range(5)))
+    folds = [Span(start, start + samples // 5) for start in range(0, samples, samples // 5)]
+    return Held(prepared(raw), Loss(targets, torch.ones(samples, 1), kind), targets, folds, Span(0, samples))
 
 
 def searched(data: Held, workers: int) -> State:
@@ -149,8 +149,8 @@ def test_the_search_ends_behind_the_minimum_and_keeps_its_heads():
     losses = [one["log_loss"] for one in state.tried]
     place = losses.index(min(losses))
     assert 0 < place == len(losses) - 3 and losses[-1] > losses[place] < losses[0]
-    places, outputs = held().held_out(state.best_weights)
-    again = sample_losses(outputs / state.best["temperature"], held().targets[places], "classification")
+    outputs = held().outputs_held_out(state.best_weights)
+    again = sample_losses(outputs / state.best["temperature"], held().targets, "classification")
     assert again.mean().item() == pytest.approx(state.best["log_loss"], rel=1e-6)
 
 

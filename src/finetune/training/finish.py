@@ -5,14 +5,14 @@ cross-validation on them. The two heads are compared on the samples that validat
 ones those of the folds that held them out.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from finetune.base.formatting import number_text
-from finetune.data.order import fold_numbers, key
+from finetune.data.order import fold_numbers
 from finetune.models.heads import StandardisedLinear
 from finetune.recipe.spec import Classification, MultiLabel, Regression
 from finetune.store.finish_state import Finish, Judged, Tried
@@ -23,7 +23,7 @@ from finetune.tasks.thresholds import best_cuts, cross_fitted_cuts
 from finetune.training.phase import Feed
 from finetune.training.regularisation import Held
 from finetune.training.setup import Setup
-from finetune.training.solver import Loss, prepared
+from finetune.training.solver import Loss, Span, prepared
 
 # rows x features x classes: a minute or two.
 MOST_WORK = 6_000_000_000
@@ -87,7 +87,7 @@ class Stage:
     """What is solved.
 
     Attributes:
-        samples: (rows,) int64.
+        samples: (rows,) int64, in the order of the rows.
         held: rows, losses, folds to choose the strength by.
     """
 
@@ -96,11 +96,14 @@ class Stage:
 
 
 def gather(setup: Setup, feed: Feed, task: Task) -> Stage:
-    """Read the rows, and say which are held out when."""
-    samples = rows_to_use(setup)
-    rows = torch.cat([_read(setup, feed, part) for part in samples.split(READ_ROWS)])
-    targets = _targets(setup, samples)
-    kind = KINDS[type(setup.recipe.task)]
+    """Read the rows, those that are held out together side by side."""
+    samples, folds, choosing = _in_folds(setup, rows_to_use(setup))
+    layer = setup.network.last_layer()
+    assert isinstance(layer, StandardisedLinear)
+    rows = torch.empty(len(samples), layer.in_features)
+    for part, target in zip(samples.split(READ_ROWS), rows.split(READ_ROWS), strict=True):
+        target.copy_(_read(setup, feed, part))
+    targets, kind = _targets(setup, samples), KINDS[type(setup.recipe.task)]
     weights, class_weights = torch.ones(len(samples), 1), None
     own_weights = task.class_weights.cpu() if isinstance(task, Classifying) and task.class_weights is not None else None
     if own_weights is not None and kind == "classification":
@@ -112,9 +115,8 @@ def gather(setup: Setup, feed: Feed, task: Task) -> Stage:
     if isinstance(task, Classifying) and task.label_smoothing:
         spread = task.label_smoothing / (targets.shape[1] if kind == "classification" else 2)
         wanted = targets * (1 - task.label_smoothing) + spread
-    folds, numbers = _folds(setup, samples)
-    turned = prepared(rows)
-    return Stage(samples, Held(turned, Loss(wanted, weights, kind, class_weights, offset), targets, folds, numbers))
+    loss = Loss(wanted, weights, kind, class_weights, offset)
+    return Stage(samples, Held(prepared(rows), loss, targets, folds, choosing))
 
 
 def _read(setup: Setup, feed: Feed, samples: Tensor) -> Tensor:
@@ -128,32 +130,51 @@ def _targets(setup: Setup, samples: Tensor) -> Tensor:
     """(samples, outputs) float32."""
     targets = setup.data.source.targets[samples]
     if isinstance(setup.recipe.task, Classification):
-        return functional.one_hot(targets, setup.data.output_count).float()
+        return torch.zeros(len(samples), setup.data.output_count).scatter_(1, targets.unsqueeze(1), 1.0)
     return targets.float().view(len(samples), -1)
 
 
-def _folds(setup: Setup, samples: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """See `Held`."""
+def _in_folds(setup: Setup, samples: Tensor) -> tuple[Tensor, list[Span], Span]:
+    """Order samples by the fold that holds them out.
+
+    Args:
+        samples: sorted int64.
+
+    Returns:
+        All samples; the places of each fold; the places of those that choose the strength.
+    """
     source, seed = setup.data.source, setup.recipe.seed
-    targets = source.targets[samples]
-    groups = None if source.groups is None else source.groups[samples]
+
+    def dealt(members: Tensor, count: int) -> Tensor:
+        groups = None if source.groups is None else source.groups[members]
+        return fold_numbers(source.targets[members], groups, max(count, 1), seed)
+
     count = MOST_FOLDS
     if isinstance(setup.recipe.task, Classification):
-        count = min(max(int(targets.bincount(minlength=setup.data.output_count).min()), LEAST_FOLDS), MOST_FOLDS)
-    if groups is not None:
-        count = min(count, max(len(groups.unique()), LEAST_FOLDS))
-    numbers = fold_numbers(targets, groups, count, seed)
+        fewest = int(source.targets[samples].bincount(minlength=setup.data.output_count).min())
+        count = min(max(fewest, LEAST_FOLDS), MOST_FOLDS)
+    if source.groups is not None:
+        count = min(count, max(len(source.groups[samples].unique()), LEAST_FOLDS))
+    numbers = dealt(samples, count)
     if len(samples) <= MOST_ROWS_IN_FOLDS:
-        return numbers, tuple(range(count))
+        parts = [samples[numbers == number] for number in range(count)]
+        parts = [part for part in parts if len(part)]
+        return torch.cat(parts), _places(parts), Span(0, len(samples))
     validates = torch.isin(samples, setup.data.split.validation)
     if validates.any():
         numbers = torch.where(validates, 0, 1)
-    generator = torch.Generator().manual_seed(key("choosing", seed))
-    held_out = (numbers == 0).nonzero().flatten()
-    held_out = held_out[torch.randperm(len(held_out), generator=generator)[: CHOOSING_ROWS // MOST_FOLDS]]
-    folds = torch.full_like(numbers, -1)
-    folds[held_out] = 0
-    return folds, (0,)
+    held_out, others = samples[numbers == 0], samples[numbers != 0]
+    held_rows = CHOOSING_ROWS // MOST_FOLDS
+    chosen = held_out[dealt(held_out, round(len(held_out) / held_rows)) == 0]
+    learnt = others[dealt(others, round(len(others) / (CHOOSING_ROWS - held_rows))) == 0]
+    rest = samples[~torch.isin(samples, torch.cat([chosen, learnt]))]
+    return torch.cat([chosen, learnt, rest]), _places([chosen]), Span(0, len(chosen) + len(learnt))
+
+
+def _places(parts: list[Tensor]) -> list[Span]:
+    """Where each lies when they are put together."""
+    ends = list(itertools.accumulate(map(len, parts)))
+    return [Span(end - len(part), end) for end, part in zip(ends, parts, strict=True)]
 
 
 # ---- Which of the two is better -------------------------------------------------------------------------------------
@@ -173,16 +194,16 @@ def judge(
     """
     held, validation = stage.held, setup.data.split.validation
     kind, temperature = held.loss.kind, temperature_of_head(setup, finish)
-    places, outputs = held.held_out(finish.best_weights)
-    samples, cuts = stage.samples[places], None
+    outputs = held.outputs_held_out(finish.best_weights)
+    samples, cuts = held.held_out.of(stage.samples), None
     if isinstance(setup.recipe.task, MultiLabel) and setup.recipe.task.thresholds == "f1":
-        cuts = cross_fitted_cuts(outputs / temperature, held.targets[places])
+        cuts = cross_fitted_cuts(outputs / temperature, held.held_out.of(held.targets))
     if torch.isin(validation, stage.samples).any():  # it is trained on in the end: what the folds said of it counts
         here = torch.isin(samples, validation)
         samples, outputs, cuts = samples[here], outputs[here], None if cuts is None else cuts[here]
     else:
         if cuts is not None:
-            cuts = best_cuts(outputs / temperature, held.targets[places]).expand(len(validation), -1)
+            cuts = best_cuts(outputs / temperature, held.held_out.of(held.targets)).expand(len(validation), -1)
         weight, bias = held.rows.head(solved)
         samples, outputs = (
             validation,

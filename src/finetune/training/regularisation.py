@@ -1,6 +1,5 @@
 """How strongly a solved head is held back: by cross-validation, from strong to weak, until that no longer helps."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from finetune.store.finish_state import Finish, Tried
 from finetune.tasks.calibration import sample_losses, temperature_of
-from finetune.training.solver import Loss, Rows, solve
+from finetune.training.solver import Loss, Rows, Span, solve
 
 # From strong to weak, in half powers of ten. It ends where the loss has risen so often in a row: the minimum is behind.
 STRONGEST, WEAKEST, STEP = 10.0, 1e-8, math.sqrt(10)
@@ -34,35 +33,34 @@ class Held:
     """Rows, what they are to give, and which are held out when.
 
     Attributes:
-        loss: over all rows alike.
         targets: (samples, outputs) as they are; those of `loss` may be smoothed.
-        folds: (samples,) int64: the fold that holds a row out; -1 = none does.
-        numbers: of the folds.
+        folds: rows that are held out together lie together.
+        choosing: the rows that choose the strength; the others have a part in the last head alone.
     """
 
     rows: Rows
     loss: Loss
     targets: Tensor
-    folds: Tensor
-    numbers: tuple[int, ...]
+    folds: Sequence[Span]
+    choosing: Span
 
-    def loss_without(self, fold: int) -> Loss:
-        """The loss over all rows but those of a fold."""
-        kept = (self.folds != fold).float().unsqueeze(1)
-        return dataclasses.replace(self.loss, weights=self.loss.weights * kept)
+    @property
+    def held_out(self) -> Span:
+        """Rows that are held out by some fold."""
+        return Span(self.folds[0].start, self.folds[-1].stop)
 
-    def held_out(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Which rows are held out by some fold, and what that fold's head gives of them.
+    def without(self, fold: int) -> list[Span]:
+        """The rows that choose, but for those of a fold."""
+        out = self.folds[fold]
+        return [Span(self.choosing.start, out.start), Span(out.stop, self.choosing.stop)]
+
+    def outputs_held_out(self, weights: Tensor) -> Tensor:
+        """(samples, outputs) float32: of the rows of `held_out`, what the heads give that were solved without them.
 
         Args:
             weights: (folds, outputs, directions + 1).
         """
-        places = (self.folds >= 0).nonzero().flatten()
-        outputs = torch.zeros(len(places), weights.shape[1])
-        for number, weight in zip(self.numbers, weights, strict=True):
-            here = self.folds[places] == number
-            outputs[here] = self.rows.rows[places[here]] @ weight.float().T
-        return places, outputs
+        return torch.cat([self.rows.outputs(one, fold) for one, fold in zip(weights, self.folds, strict=True)])
 
 
 def _on_one_core_each(work: Callable[[int], Tensor], items: Sequence[int], workers: int) -> list[Tensor]:
@@ -79,27 +77,26 @@ def try_next(finish: Finish, held: Held, workers: int) -> Tried:
     """Solve every fold at the next strength, from where the one before ended."""
     strength = next_strength(finish)
     assert strength is not None
-    shape = len(held.numbers), held.loss.targets.shape[1], held.rows.rows.shape[1]
+    shape = len(held.folds), held.loss.targets.shape[1], held.rows.rows.shape[1] + 1
     before = finish.weights if len(finish.weights) else torch.zeros(shape, dtype=torch.float64)
 
-    def solve_fold(place: int) -> Tensor:
-        return solve(held.rows, held.loss_without(held.numbers[place]), strength, before[place], FOLD_TOLERANCE)
+    def solve_fold(fold: int) -> Tensor:
+        return solve(held.rows, held.loss, held.without(fold), strength, before[fold], FOLD_TOLERANCE)
 
-    weights = torch.stack(_on_one_core_each(solve_fold, range(len(held.numbers)), workers))
-    places, outputs = held.held_out(weights)
-    targets, folds, kind = held.targets[places], held.folds[places], held.loss.kind
-    shares = held.loss.weights[places].flatten().double()
+    weights = torch.stack(_on_one_core_each(solve_fold, range(len(held.folds)), workers))
+    outputs, targets, kind = held.outputs_held_out(weights), held.held_out.of(held.targets), held.loss.kind
+    shares = held.held_out.of(held.loss.weights).flatten().double()
     temperature = temperature_of(outputs, targets, kind, shares, held.loss.offset)
     losses = sample_losses(outputs / temperature, targets, kind, held.loss.offset) * shares
-
-    def mean(chosen: Tensor) -> float:
-        return (losses[chosen].sum() / shares[chosen].sum()).item()
-
+    sizes = [fold.stop - fold.start for fold in held.folds]
     found = Tried(
         strength=strength,
-        log_loss=mean(places >= 0),
+        log_loss=(losses.sum() / shares.sum()).item(),
         temperature=temperature,
-        fold_losses=[mean(folds == number) for number in held.numbers],
+        fold_losses=[
+            (loss.sum() / share.sum()).item()
+            for loss, share in zip(losses.split(sizes), shares.split(sizes), strict=True)
+        ],
     )
     finish.tried.append(found)
     finish.weights = weights
@@ -110,6 +107,10 @@ def try_next(finish: Finish, held: Held, workers: int) -> Tried:
 
 def solve_all(held: Held, finish: Finish) -> Tensor:
     """(outputs, directions + 1): the head of all rows, at the best strength."""
-    start, strength = finish.best_weights.mean(0), finish.best["strength"]
-    (weight,) = _on_one_core_each(lambda _: solve(held.rows, held.loss, strength, start, LAST_TOLERANCE), [0], 1)
+    start, strength, everything = finish.best_weights.mean(0), finish.best["strength"], Span(0, len(held.targets))
+
+    def solve_last(_: int) -> Tensor:
+        return solve(held.rows, held.loss, [everything], strength, start, LAST_TOLERANCE)
+
+    (weight,) = _on_one_core_each(solve_last, [0], 1)
     return weight

@@ -278,23 +278,22 @@ class Session:
         finish.judged, evaluation = judge(self.setup, feed, stage, finish, solved, self._best_head())
         finish.ships = which_ships(finish.judged)
         finish.status, progress.status = "done", finish.ended
-        figures, doubted = evaluation.figures(), stage.held.held_out(finish.best_weights)
-        self._save_final(stage, solved, figures)
+        figures, held_out = evaluation.figures(), stage.held.outputs_held_out(finish.best_weights)
+        held_out /= temperature_of_head(self.setup, finish)
+        self._save_final(stage, solved, figures, held_out)
         ours = {f"finish/{name.removeprefix('val/')}": value for name, value in figures.items()}
         self._log.write({"step": progress.step, "epoch": epoch} | ours)
         finish.weights = finish.best_weights = torch.zeros(0, dtype=torch.float64)
         text, ships = finish_text(finish, evaluation), finish.ships == "final"
         temperature = temperature_of_head(self.setup, finish) if self.recipe.finish.calibrate else None
         self.context.watch.solved(text, progress.step, epoch, evaluation, temperature, ships=ships)
-        self._say_doubts(stage, doubted)
+        self._say_doubts(stage, held_out)
         self._save(False)
 
-    def _say_doubts(self, stage: Stage, held_out: tuple[Tensor, Tensor]) -> None:
+    def _say_doubts(self, stage: Stage, outputs: Tensor) -> None:
         """Write labels.csv, and say how many labels are worth a look."""
-        places, outputs = held_out
-        outputs = outputs / temperature_of_head(self.setup, self.progress.finish)
         source = self.setup.data.source
-        doubts = find_doubts(source, self.recipe.task, stage.samples[places], outputs)
+        doubts = find_doubts(source, self.recipe.task, stage.held.held_out.of(stage.samples), outputs)
         if not doubts:
             return
         self.context.save_labels(csv_of(doubts))
@@ -312,7 +311,8 @@ class Session:
         model = self._best_model or self.context.read_best().model
         return {name.removeprefix(f"{path}."): value for name, value in model.items() if name.startswith(f"{path}.")}
 
-    def _save_final(self, stage: Stage, solved: Tensor, figures: dict[str, float]) -> None:
+    def _save_final(self, stage: Stage, solved: Tensor, figures: dict[str, float], outputs: Tensor) -> None:
+        """Args: outputs: of the rows that were held out, as they ship."""
         finish, layer = self.progress.finish, self.setup.network.last_layer()
         assert layer is not None
         path, temperature = self.setup.network.last_layer_path, temperature_of_head(self.setup, finish)
@@ -320,11 +320,11 @@ class Session:
         found = head_state(stage, solved, temperature, layer)
         state.model = state.model | {f"{path}.{name}": value for name, value in found.items()}
         self.losses.check_weights(state.model)
-        places, outputs = stage.held.held_out(finish.best_weights)
+        held_out = stage.held.held_out
         held = dataclasses.replace(
             finish, weights=finish.weights[:0], best_weights=finish.weights[:0],
-            held_samples=stage.samples[places], held_outputs=outputs / temperature,
-            thresholds=thresholds_of(self.recipe.task, outputs / temperature, stage.held.targets[places]),
+            held_samples=held_out.of(stage.samples), held_outputs=outputs,
+            thresholds=thresholds_of(self.recipe.task, outputs, held_out.of(stage.held.targets)),
         )  # fmt: skip
         state.progress = dataclasses.replace(self.progress, finish=held, last_validation=figures)
         self.context.save_final(state)
