@@ -37,7 +37,7 @@ from finetune.store.state import DataFacts, generators_put_back
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.evaluation import evaluate as evaluate_batches
 from finetune.tasks.losses import MultiLabelTask, Task, make_task, standardised
-from finetune.tasks.thresholds import cross_fitted_cuts
+from finetune.tasks.thresholds import cross_fitted_cuts, has_thresholds, is_honest
 from finetune.training.dataset import make_pipeline
 from finetune.training.phase import trained_forward
 from finetune.training.setup import count_workers
@@ -98,7 +98,7 @@ def evaluate(
     kind = Regression() if isinstance(recipe.task, Regression) else recipe.task
     task = make_task(kind, state.data.outputs, state.data.scale)
     thresholds = shipped_thresholds(which, state)
-    held = _held_out(state.progress.finish, judged, bool(thresholds)) if judged.is_own else None
+    held = _held_out(state.progress.finish, judged, recipe) if judged.is_own else None
     if held is not None:
         judged = judged._replace(indices=held.samples)
     elif thresholds and isinstance(task, MultiLabelTask):
@@ -159,13 +159,16 @@ class _Held(NamedTuple):
     cuts: Tensor | None
 
 
-def _held_out(finish: Finish, judged: _Judged, has_thresholds: bool) -> _Held | None:
+def _held_out(finish: Finish, judged: _Judged, recipe: Recipe) -> _Held | None:
     """None = the head was not trained on them."""
     samples, outputs = finish.held_samples, finish.held_outputs
     here = torch.isin(samples, judged.indices)
     if not here.any():
         return None
-    cuts = cross_fitted_cuts(outputs, judged.source.targets[samples])[here] if has_thresholds else None
+    cuts = None
+    if has_thresholds(recipe.task):
+        targets = judged.source.targets[samples]
+        cuts = cross_fitted_cuts(outputs, targets, honest=is_honest(recipe.task))[here]
     return _Held(samples[here], outputs[here], cuts)
 
 

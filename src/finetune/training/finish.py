@@ -19,7 +19,7 @@ from finetune.store.finish_state import Finish, Judged, Tried
 from finetune.tasks.calibration import sample_losses, temperature_of
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.losses import Classifying, Task, make_task
-from finetune.tasks.thresholds import best_cuts, cross_fitted_cuts
+from finetune.tasks.thresholds import best_cuts, cross_fitted_cuts, has_thresholds, is_honest
 from finetune.training.phase import Feed
 from finetune.training.regularisation import Held
 from finetune.training.setup import Setup
@@ -196,14 +196,16 @@ def judge(
     kind, temperature = held.loss.kind, temperature_of_head(setup, finish)
     outputs = held.outputs_held_out(finish.best_weights)
     samples, cuts = held.held_out.of(stage.samples), None
-    if isinstance(setup.recipe.task, MultiLabel) and setup.recipe.task.thresholds == "f1":
-        cuts = cross_fitted_cuts(outputs / temperature, held.held_out.of(held.targets))
+    honest = is_honest(setup.recipe.task)
+    if has_thresholds(setup.recipe.task):
+        cuts = cross_fitted_cuts(outputs / temperature, held.held_out.of(held.targets), honest=honest)
     if torch.isin(validation, stage.samples).any():  # it is trained on in the end: what the folds said of it counts
         here = torch.isin(samples, validation)
         samples, outputs, cuts = samples[here], outputs[here], None if cuts is None else cuts[here]
     else:
         if cuts is not None:
-            cuts = best_cuts(outputs / temperature, held.held_out.of(held.targets)).expand(len(validation), -1)
+            cuts = best_cuts(outputs / temperature, held.held_out.of(held.targets), honest=honest)
+            cuts = cuts.expand(len(validation), -1)
         weight, bias = held.rows.head(solved)
         samples, outputs = (
             validation,

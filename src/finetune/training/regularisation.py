@@ -16,7 +16,7 @@ from finetune.training.solver import Loss, Rows, Span, solve
 STRONGEST, WEAKEST, STEP = 10.0, 1e-8, math.sqrt(10)
 RISES = 2
 # How far above its minimum an objective may end: of a fold, of the last head.
-FOLD_TOLERANCE, LAST_TOLERANCE = 1e-6, 1e-9
+FOLD_TOLERANCE, LAST_TOLERANCE = 1e-5, 1e-10
 
 
 def next_strength(finish: Finish) -> float | None:

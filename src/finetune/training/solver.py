@@ -24,7 +24,7 @@ KEPT_SHARE, SHORTER, MOST_TRIALS = 1e-4, 0.5, 12
 HIDDEN_SHARE = 1e-7
 # Rows that are turned at once; bytes of rows that outputs and slopes are computed of at once, as many as a core keeps
 # near itself.
-TURNED_ROWS, BLOCK_BYTES = 8_192, 1 << 20
+TURNED_ROWS, BLOCK_BYTES = 8_192, 1 << 22
 
 
 class Span(NamedTuple):
@@ -85,7 +85,9 @@ def prepared(rows: Tensor) -> Rows:
         rows: (samples, features) float32; overwritten: what comes back lies in their memory.
     """
     samples, features = rows.shape
-    mean = rows.mean(0, dtype=torch.float64)
+    mean = torch.zeros(features, dtype=torch.float64)
+    for block in rows.split(TURNED_ROWS):
+        mean += block.sum(0, dtype=torch.float64) / samples
     for block in rows.split(TURNED_ROWS):
         block -= mean.float()
     if samples < features:
