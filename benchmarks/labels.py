@@ -3,7 +3,8 @@
     pip install '.[bench]'
     python benchmarks/labels.py --fashion /usr/share/datasets/fashion-mnist --minilm FOLDER
 
-Five draws each of 5, 20, 100 labels a class and of all there are. Ours is the command as it comes, files on a disk,
+Five draws each of 5, 20, 100 labels a class and of all there are; of 100 a class with every second class at an eighth of
+that ("1:8", where the kit is also given --class-weights balanced and prior), and with a fifth of the labels wrong. Ours is the command as it comes, files on a disk,
 whole processes: `finetune RECIPE`, then `finetune evaluate` on a test part that nobody trained on. The others read the
 same backbone's features. Digits: bundled/vgg. Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017; Debian's package
 dataset-fashion-mnist; its 10,000 test images): bundled/mobilenet at 96 px. Messages: bundled/bert and, with --minilm,
@@ -38,7 +39,8 @@ from finetune.data.digits import load_digits
 from finetune.data.source import ArraySource
 from finetune.data.texts import open_texts
 
-LABELS = (5, 20, 100, 0)
+LABELS = ("5", "20", "100", "all", "1:8", "20 % wrong")
+UNEVEN_LABELS, UNEVEN_SHARE, WRONG_SHARE = 100, 8, 0.2
 BINS = 15
 
 
@@ -49,8 +51,10 @@ class Options:
     minilm: str = ""
     """Folder of all-MiniLM-L6-v2; "" = without it."""
     draws: int = 5
-    labels: tuple[int, ...] = LABELS
-    """A class; 0 = all."""
+    labels: tuple[str, ...] = LABELS
+    """Labels a class, or what else is drawn."""
+    data: tuple[str, ...] = ()
+    """Names that data must contain; default: all."""
     output: str = ""
     """JSON file; default: benchmarks/results/labels.json."""
 
@@ -68,44 +72,65 @@ class Task:
     targets: np.ndarray
     features: np.ndarray
     test_samples: int
-    write: Callable[[Path, np.ndarray, np.ndarray], list[str]]
+    write: Callable[[Path, "Draw"], list[str]]
 
-    def draw(self, labels: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples to train on, and to test with."""
-        order = np.random.default_rng(seed).permutation(len(self.targets))
+    def draw(self, labels: str, seed: int) -> "Draw":
+        random = np.random.default_rng(seed)
+        order = random.permutation(len(self.targets))
         test, rest = order[: self.test_samples], order[self.test_samples :]
-        if not labels:
-            return rest, test
-        chosen = [rest[self.targets[rest] == label][:labels] for label in np.unique(self.targets)]
-        return np.concatenate(chosen), test
+        classes, said = np.unique(self.targets), self.targets.copy()
+        counts = dict.fromkeys(classes, len(rest) if labels == "all" else UNEVEN_LABELS)
+        if labels.isdigit():
+            counts = dict.fromkeys(classes, int(labels))
+        elif labels == "1:8":
+            counts = {label: UNEVEN_LABELS // (UNEVEN_SHARE if label % 2 else 1) for label in classes}
+        train = np.concatenate([rest[self.targets[rest] == label][: counts[label]] for label in classes])
+        if labels == "20 % wrong":
+            wrong = random.permutation(train)[: round(WRONG_SHARE * len(train))]
+            said[wrong] = (said[wrong] + random.integers(1, len(classes), len(wrong))) % len(classes)
+        wanted = sum(min(count, len(rest)) for count in counts.values())
+        return Draw(train, test, said, labels == "all" or len(train) >= 0.95 * wanted)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Samples to train on, and to test with.
+
+    Attributes:
+        said: by sample: the label that is written, which may be wrong.
+        is_full: there were as many as were wanted.
+    """
+
+    train: np.ndarray
+    test: np.ndarray
+    said: np.ndarray
+    is_full: bool
 
 
 def image_task(name: str, source: ArraySource, features: torch.Tensor, test_samples: int, words: list[str]) -> Task:
-    images, targets = source.images, source.targets
+    images = source.images
 
-    def write(folder: Path, train: np.ndarray, test: np.ndarray) -> list[str]:
-        for part, samples in (("train", train), ("test", test)):
+    def write(folder: Path, draw: Draw) -> list[str]:
+        for part, samples in (("train", draw.train), ("test", draw.test)):
             for number in samples.tolist():
-                where = folder / part / str(int(targets[number]))
+                where = folder / part / str(draw.said[number])
                 where.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(images[number, 0].numpy()).save(where / f"{number:05}.png")
         return [words[0], "--images", str(folder), *words[1:]]
 
-    return Task(name, targets.numpy(), features.numpy(), test_samples, write)
+    return Task(name, source.targets.numpy(), features.numpy(), test_samples, write)
 
 
 def text_task(name: str, words: list[str]) -> Task:
     source = open_texts("messages", "classification")
 
-    def write(folder: Path, train: np.ndarray, test: np.ndarray) -> list[str]:
+    def write(folder: Path, draw: Draw) -> list[str]:
         folder.mkdir(parents=True)
         with open(folder / "t.csv", "w", newline="", encoding="utf-8") as stream:
             rows = csv.writer(stream)
             rows.writerow(["text", "label", "split"])
-            for part, samples in (("train", train), ("test", test)):
-                rows.writerows(
-                    [source.texts[n], source.classes[int(source.targets[n])], part] for n in samples.tolist()
-                )
+            for part, samples in (("train", draw.train), ("test", draw.test)):
+                rows.writerows([source.texts[n], source.classes[draw.said[n]], part] for n in samples.tolist())
         return [words[0], "--texts", str(folder / "t.csv"), "--split-column", "split", *words[1:]]
 
     return Task(name, source.targets.numpy(), text_features(words).float().numpy(), 500, write)
@@ -136,6 +161,7 @@ OTHERS: dict[str, Callable[[int], Any]] = {
     "LDA, shrinkage": lambda _: LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"),
     "nearest class mean": lambda _: NearestCentroid(),
 }
+KEYS = "data", "labels", "draw"
 SLOW_ROWS = 2_000  # LogisticRegressionCV is left out above: it takes minutes
 
 
@@ -149,8 +175,8 @@ def calibration_error(probabilities: np.ndarray, targets: np.ndarray) -> float:
     return 100 * error
 
 
-def ours(task: Task, folder: Path, train: np.ndarray, test: np.ndarray, seed: int) -> dict[str, float]:
-    words = task.write(folder / "data", train, test)
+def ours(task: Task, folder: Path, draw: Draw, seed: int, weights: str) -> dict[str, float]:
+    words = [*task.write(folder / "data", draw), "--class-weights", weights]
     run = folder / "run"
     finished = run_process(
         finetune_command(*words, "--seed", str(seed), "--quiet", "--no-report", "--track", "none", "--run", str(run))
@@ -162,17 +188,16 @@ def ours(task: Task, folder: Path, train: np.ndarray, test: np.ndarray, seed: in
     }  # fmt: skip
 
 
-def theirs(name: str, task: Task, train: np.ndarray, test: np.ndarray) -> dict[str, float]:
-    folds = max(2, min(5, int(np.bincount(task.targets[train]).min())))
-    model, started = OTHERS[name](folds), time.perf_counter()
+def theirs(name: str, task: Task, draw: Draw) -> dict[str, float]:
+    said, rows, truth = draw.said[draw.train], task.features[draw.train], task.targets[draw.test]
+    model, started = OTHERS[name](max(2, min(5, int(np.bincount(said).min())))), time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.fit(task.features[train], task.targets[train])
+        model.fit(rows, said)
         seconds = time.perf_counter() - started
-        predicted = model.predict(task.features[test])
+        predicted = model.predict(task.features[draw.test])
         has_probabilities = hasattr(model, "predict_proba")
-        probabilities = model.predict_proba(task.features[test]) if has_probabilities else None
-    truth = task.targets[test]
+        probabilities = model.predict_proba(task.features[draw.test]) if has_probabilities else None
     return {
         "accuracy": 100 * float((predicted == truth).mean()),
         "f1": 100 * float(f1_score(truth, predicted, average="macro")),
@@ -196,29 +221,55 @@ def tasks(options: Options) -> Iterator[Task]:
 def main(options: Options) -> None:
     rows: list[dict[str, Any]] = []
     for task in tasks(options):
-        for labels in options.labels:
+        for labels in options.labels if not options.data or any(name in task.name for name in options.data) else ():
             for seed in range(options.draws):
-                train, test = task.draw(labels, seed)
-                if labels and len(train) < 0.95 * labels * len(np.unique(task.targets)):
+                draw = task.draw(labels, seed)
+                if not draw.is_full:
                     continue
-                cell = {"data": task.name, "labels": labels or "all", "draw": seed}
-                with workplace() as folder:
-                    rows.append(cell | {"head": "finetune"} | ours(task, folder, train, test, seed))
+                cell = {"data": task.name, "labels": labels, "draw": seed}
+                for weights in ("none", "balanced", "prior") if labels == "1:8" else ("none",):
+                    name = "finetune" if weights == "none" else f"finetune --class-weights {weights}"
+                    with workplace() as folder:
+                        rows.append(cell | {"head": name} | ours(task, folder, draw, seed, weights))
                 for name in OTHERS:
-                    if name == "LogisticRegressionCV" and len(train) > SLOW_ROWS:
+                    if name == "LogisticRegressionCV" and len(draw.train) > SLOW_ROWS:
                         continue
-                    rows.append(cell | {"head": name} | theirs(name, task, train, test))
-            show(rows, task.name, labels or "all")
+                    rows.append(cell | {"head": name} | theirs(name, task, draw))
+            show(rows, task.name, labels)
+    compare(rows)
     report("labels", "Accuracy, macro F1 and ECE in points", rows, options.output, dataclasses.asdict(options))
 
 
-def show(rows: list[dict[str, Any]], data: str, labels: object) -> None:
+def show(rows: list[dict[str, Any]], data: str, labels: str) -> None:
     print(f"\n{data}, {labels} labels a class")
-    for head in ("finetune", *OTHERS):
+    for head in dict.fromkeys(row["head"] for row in rows):
         cells = [row for row in rows if (row["data"], row["labels"], row["head"]) == (data, labels, head)]
         if cells:
             means = {name: np.mean([cell[name] for cell in cells]) for name in ("accuracy", "f1", "ece", "seconds")}
             print(f"  {head:<36}" + "".join(f"{name} {value:7.2f}  " for name, value in means.items()), flush=True)
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Against the best single one of the others over all cells of even, right labels: paired differences by cell."""
+    even = [row for row in rows if row["labels"] in LABELS[:4]]
+    found = {}
+    for name in OTHERS:
+        gaps: dict[tuple[str, str], list[float]] = {}
+        for row in even:
+            if row["head"] == name:
+                key = row["data"], row["labels"], row["draw"]
+                own = next(one for one in even if one["head"] == "finetune" and key == tuple(one[k] for k in KEYS))
+                gaps.setdefault(key[:2], []).append(own["accuracy"] - row["accuracy"])
+        found[name] = gaps
+    whole = max(map(len, found.values()))
+    means = {
+        name: np.mean([np.mean(cell) for cell in gaps.values()]) for name, gaps in found.items() if len(gaps) == whole
+    }
+    best = min(means, key=lambda name: means[name])
+    print(f"\nthe best single one of the others: {best}; accuracy of finetune less its, mean {means[best]:+.2f} points")
+    for (data, labels), cell in found[best].items():
+        error = np.std(cell, ddof=1) / len(cell) ** 0.5 if len(cell) > 1 else float("nan")
+        print(f"  {data}, {labels}: {np.mean(cell):+.2f}, standard error {error:.2f}")
 
 
 if __name__ == "__main__":
