@@ -3,12 +3,13 @@
     pip install '.[bench]'
     python benchmarks/labels.py --fashion /usr/share/datasets/fashion-mnist --minilm FOLDER
 
-Five draws each of 5, 20, 100 labels a class and of all there are; of 100 a class with every second class at an eighth of
-that ("1:8", where the kit is also given --class-weights balanced and prior), and with a fifth of the labels wrong. Ours is the command as it comes, files on a disk,
-whole processes: `finetune RECIPE`, then `finetune evaluate` on a test part that nobody trained on. The others read the
-same backbone's features. Digits: bundled/vgg. Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017; Debian's package
-dataset-fashion-mnist; its 10,000 test images): bundled/mobilenet at 96 px. Messages: bundled/bert and, with --minilm,
-all-MiniLM-L6-v2. ECE: expected calibration error over 15 bins, in points.
+Five draws each of 5, 20, 100 labels a class and of all there are; of 100 a class with every second class at an eighth
+of that ("1:8", where the kit is also given --class-weights balanced and prior), and of 100 a class with a fifth of the
+labels wrong. Ours is the command as it comes, files on a disk, whole processes: `finetune RECIPE`, then `finetune
+evaluate` on a test part that nobody trained on. The others read the same backbone's features. Digits: bundled/vgg.
+Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017; Debian's package dataset-fashion-mnist; its 10,000 test images):
+bundled/mobilenet at 96 px. Messages: bundled/bert and, with --minilm, all-MiniLM-L6-v2. ECE: expected calibration error
+over 15 bins, in points.
 """
 
 import csv

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from finetune.errors import UsageError
 from finetune.recipe.serialize import flatten, to_plain
-from finetune.recipe.spec import Distillation, Images, Recipe
+from finetune.recipe.spec import Distillation, Images, Recipe, Regression
 
 # Of values whose option is not called like their field.
-OPTIONS = {"finish.rows": "final", "finish.way": "finish"}
+OPTIONS = {"finish.rows": "final", "finish.way": "finish", "finish.calibrate": "no-calibrate"}
 # Data that ships with the kit lies in one place, where nothing leads out of.
 SHIPPED_DATA = ("digits", "glyphs", "messages")
 
@@ -60,7 +60,7 @@ def check_effects(recipe: Recipe, names: Collection[str]) -> None:
     for name, has_none, why in _rules(recipe):
         if has_none and name in names:
             field = OPTIONS.get(name, name.rpartition(".")[2])
-            value = "" if given[name] is True else f" {given[name]}"
+            value = "" if isinstance(given[name], bool) else f" {given[name]}"
             said = f"--{field.replace('_', '-')}{value}"
             raise UsageError(f"{said}: has no effect {why}; leave it out")
 
@@ -90,6 +90,8 @@ def _rules(recipe: Recipe) -> list[tuple[str, bool, str]]:
         ("data.drop_duplicates", data.place in ("digits", "glyphs"), f"on {data.place}, which ships with the kit"),
         ("data.fonts", data.place != "glyphs", f"with --images {data.place}: it is of glyphs"),
         ("finish.rows", recipe.finish.way == "none", "with --finish none"),
+        ("finish.rows", model.head != "linear", f"with --head {model.head}, which is not solved"),
+        ("finish.calibrate", isinstance(recipe.task, Regression | Distillation), "where nothing has a probability"),
         ("data.train_samples", data.place == "glyphs", "on glyphs, which are split by font"),
     ]
     return rules
