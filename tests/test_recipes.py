@@ -14,6 +14,8 @@ from finetune.cli import main
 from finetune.recipe.scripts import load_recipe_function, shipped_recipes
 from finetune.recipe.serialize import from_plain, to_plain
 from finetune.store.run_folder import RunFolder
+from finetune.store.state import Progress
+from finetune.store.steps import count_steps
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.py"))
 
@@ -70,3 +72,27 @@ def test_a_recipe_in_the_current_folder_trains_and_is_kept_with_its_run(tmp_path
     said = finish(finetune_process("my.py", "--train-samples", "40", cwd=tmp_path))
     assert said.splitlines()[-1] == "runs/my-1"
     assert sorted(path.name for path in (tmp_path / "runs/my-1/code").iterdir()) == ["helper.py", "my.py"]
+
+
+@pytest.mark.parametrize(
+    ("name", "usual"), [("photo_head", 15), ("vgg_head", 15), ("resnet_head", 15), ("bert_head", 30)]
+)
+def test_few_samples_get_more_epochs_unless_somebody_says_how_many(name, usual):
+    function = load_recipe_function(shipped_recipes()[name])
+    recipe, asked = function(), function(epochs=3)
+    assert (recipe.epochs, recipe.least_steps) == (usual, 300) and (asked.epochs, asked.least_steps) == (3, 0)
+    assert count_steps(recipe, 40, Progress()).epochs == 300
+    assert count_steps(recipe, 65, Progress()).end == 300
+    assert count_steps(recipe, 64_000, Progress()).epochs == usual
+    assert count_steps(asked, 40, Progress()).end == 3
+
+
+def test_what_somebody_asks_for_and_has_no_effect_on_the_last_stage_is_refused(capsys, tmp_path):
+    for words, said in (
+        (["vgg_head", "--final", "train", "--finish", "none"], "--final train: has no effect with --finish none"),
+        (["vgg_head", "--final", "train", "--head", "mlp"], "--final train: has no effect with --head mlp"),
+        (["vgg_head", "--thresholds", "half"], "--thresholds half: has no effect"),
+        (["bert_head", "--texts", str(tmp_path), "--task", "regression", "--no-calibrate"], "--no-calibrate: has no effect"),
+    ):  # fmt: skip
+        assert main(words) == 2
+        assert said in capsys.readouterr().err

@@ -352,3 +352,13 @@ def test_a_resume_told_to_track_otherwise_does_so(tmp_path, monkeypatch):
     resume_in(run, Machine("cpu"), DyingTerminal(), settings={"track": "tensorboard"}, epochs=2, lr=1e-3)
     assert made == [run]
     assert [line["epoch"] for line in metrics_lines(run) if "val/loss" in line] == [1, 2]
+
+
+@pytest.mark.parametrize(("epochs", "every"), [(40, 1), (41, 2), (300, 10), (5_000, 200)])
+def test_of_many_epochs_some_get_a_line(epochs, every):
+    stream = io.StringIO()
+    terminal = Terminal(Console(file=stream, width=120))
+    for epoch in range(1, epochs + 1):
+        terminal.validated(Validated(epoch, epoch, epochs, {"val/accuracy": 0.5}, {"metric": "accuracy"}, True))
+    shown = [int(line.split()[1].partition("/")[0]) for line in stream.getvalue().splitlines()]
+    assert shown == sorted({1, *range(every, epochs + 1, every), epochs})

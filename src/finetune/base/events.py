@@ -121,6 +121,7 @@ class Ended:
         run: as in `Begun`; a run may end before it began.
         best: as in `Validated`; {} before the first validation.
         worst: samples of the best validation with the largest loss, the worst first.
+        ships: which checkpoint does: "best", or "final" with the solved head.
     """
 
     status: str
@@ -128,6 +129,7 @@ class Ended:
     run: str = ""
     best: Best = field(default_factory=Best)
     worst: tuple[Example, ...] = ()
+    ships: str = "best"
 
 
 @dataclass(frozen=True)

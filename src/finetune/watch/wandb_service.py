@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from finetune.base.events import Begun, Best, Example, Validated
+from finetune.base.events import Begun, Example, Validated
 from finetune.base.files import link_or_copy
 from finetune.base.formatting import printable
 from finetune.errors import one_line
@@ -174,42 +174,46 @@ class WandbService:
         if ended.status in ("finished", "stopped early"):
             self._send_row()
         self._write_state()
-        copy: Path | None = None
+        copies = list[Path]()
         try:
             if ended.worst:
                 self._run.summary["worst"] = _table(wandb, ended.worst)
-            copy = self._log_best(wandb, ended.best)
+            copies = self._log_checkpoints(wandb, ended)
             if ended.status == "stopped":
                 self._run.mark_preempting()
         finally:  # whatever fails before: wandb must not show a run that failed as finished
             self._run.finish(exit_code=EXIT_CODES[ended.status])
-            if copy is not None and not self._run.offline:
-                with suppress(OSError):
-                    copy.unlink()
+            if not self._run.offline:
+                for copy in copies:
+                    with suppress(OSError):
+                        copy.unlink()
             wandb.teardown()
 
-    def _log_best(self, wandb: ModuleType, best_validation: Best) -> Path | None:
-        """Hand over the best checkpoint, if there is one; the file that wandb reads.
+    def _log_checkpoints(self, wandb: ModuleType, ended: Ended) -> list[Path]:
+        """Hand over the loop's best checkpoint, and that of the solved head where it ships; the files that wandb reads.
 
         Args:
-            best_validation: it is of this one; {} where that is not known for sure, as of a run that was killed.
+            ended: its `best` is {} where that is not known for sure, as of a run that was killed.
         """
-        best = self._folder / "checkpoints" / "best.pt"
-        # Its own name for it: best.pt may be another file by the time it is sent.
-        copy = Path(self._run.dir).resolve().parent / "best.pt"
-        try:
-            link_or_copy(best, copy)
-        except FileNotFoundError:
-            return None
+        copies = []
+        for name in dict.fromkeys(["best", ended.ships]):
+            # Its own name for it: best.pt may be another file by the time it is sent.
+            copy = Path(self._run.dir).resolve().parent / f"{name}.pt"
+            with suppress(FileNotFoundError):
+                link_or_copy(self._folder / "checkpoints" / f"{name}.pt", copy)
+                copies.append(copy)
+        if not copies:
+            return []
         # Its metadata is JSON, which has no infinity.
         metadata = {
             name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in best_validation.items()
+            for name, value in ended.best.items()
         }
-        artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=metadata)
-        artifact.add_file(str(copy), name="best.pt", policy="immutable", skip_cache=True)
+        artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=metadata | {"ships": ended.ships})
+        for copy in copies:
+            artifact.add_file(str(copy), name=copy.name, policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=["best"])
-        return copy
+        return copies
 
 
 def _table(wandb: ModuleType, examples: tuple[Example, ...]) -> object:

@@ -77,7 +77,7 @@ class Watch:
         self.subject: Subject | None = None
         self._trackers: list[Tracker] = []
         self._said: set[str] = set()
-        self._step, self._best = 0, Best()
+        self._step, self._best, self._ships = 0, Best(), "best"
         self._device = torch.device("cpu")
         self._leak = LeakWatch()
         self._measured: dict[str, float] = {}
@@ -245,6 +245,7 @@ class Watch:
             ships: it is better than the loop's best.
         """
         self.say(text)
+        self._ships = "final" if ships else "best"
         if ships and self.subject is not None and self.subject.folder is not None:
             self._guarded(
                 "validation.json",
@@ -302,7 +303,7 @@ class Watch:
         if is_well and subject is not None and subject.folder is not None and (self._is_watched or subject.report):
             folder = subject.folder
             self._guarded("report.html", lambda: worst.extend(_report(subject, folder, status)))
-        ended = Ended(status, text, str(self.run or ""), self._best, tuple(worst))
+        ended = Ended(status, text, str(self.run or ""), self._best, tuple(worst), self._ships)
         self._tell_named(lambda tracker: tracker.end(ended))
         self._trackers = []
 
