@@ -155,7 +155,7 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], int, list[str]]] = {
     "a fraction for a count": (lambda: ["vgg_head", "--epochs", "1.5"], 2, ["--epochs", "'1.5'"]),
     "a choice that is none": (lambda: ["vgg_head", "--head", "deep"], 2, ["--head", "'deep'", "linear", "mlp", "append"]),
     "a word too many": (lambda: ["vgg_head", "my_photos"], 2, ["my_photos", "vgg_head --help"]),
-    "no epochs": (lambda: ["vgg_head", "--epochs", "0"], 2, ["--epochs 0: not allowed; give 1 or more"]),
+    "no epochs": (lambda: ["vgg_head", "--epochs", "-1"], 2, ["--epochs -1: not allowed; give 1 or more"]),
     "negative epochs": (lambda: ["vgg_head", "--epochs", "-3"], 2, ["--epochs -3: not allowed; give 1 or more"]),
     "no batch": (lambda: ["vgg_head", "--batch-size", "0"], 2, ["--batch-size 0: not allowed; give 1 or more"]),
     "a negative rate": (lambda: ["vgg_head", "--lr", "-1"], 2, ["--lr -1.0: not allowed; give more than 0"]),
@@ -307,11 +307,11 @@ def test_there_are_enough_of_them():
 
 
 def test_debug_shows_where_an_error_came_from(capsys):
-    assert main(["vgg_head", "--epochs", "0"]) == 2
+    assert main(["vgg_head", "--epochs", "-1"]) == 2
     assert "Traceback" not in capsys.readouterr().err
-    assert main(["vgg_head", "--epochs", "0", "--debug"]) == 2
+    assert main(["vgg_head", "--epochs", "-1", "--debug"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("Traceback") and error.splitlines()[-1].startswith("finetune: --epochs 0")
+    assert error.startswith("Traceback") and error.splitlines()[-1].startswith("finetune: --epochs -1")
 
 
 def test_a_fault_of_our_own_is_one_line_too(monkeypatch, capsys):
@@ -353,7 +353,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint_and_names_the_s
 def test_an_error_that_nobody_can_read_keeps_its_exit_code():
     with open("/dev/full", "w") as full:
         found = subprocess.run(
-            [sys.executable, "-m", "finetune.cli", "vgg_head", "--epochs", "0"], stderr=full, stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "finetune.cli", "vgg_head", "--epochs", "-1"], stderr=full, stdout=subprocess.DEVNULL
         )
     assert found.returncode == 2
 

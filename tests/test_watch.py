@@ -252,7 +252,7 @@ def test_a_terminal_of_60_columns_shows_the_table_and_a_bar_with_every_figure(tm
     assert bar, plain[-3000:]
     for figure in ("val accuracy 0.", "samples/s", "memory "):
         assert figure in " ".join(plain.split()), figure
-    assert len(re.findall(r"\d/60 +loss 0\.\d+ +val 0", plain)) > 50
+    assert len(re.findall(r"\d/60 +loss 0\.\d+ +val 0", plain)) >= 30
     assert "\x1b[1m" in written
 
 
