@@ -13,7 +13,7 @@ import pytest
 from conftest import Killed, metrics_lines, resume_run, small_recipe, train_run
 from terminal import ESCAPES, run_in_terminal
 
-from finetune import Optimizer, Stop
+from finetune import Finish, Optimizer, Stop
 from finetune.base.files import link_or_copy, read_json, write_json
 from finetune.base.terminal import PatientConsole
 from finetune.cli import main
@@ -43,8 +43,8 @@ def losses(tmp_path_factory) -> Path:
     """Two runs on the same data whose best is the one with the lowest loss."""
     folder = tmp_path_factory.mktemp("losses")
     for name, lr in (("slow", 1e-4), ("quick", 1e-2)):
-        recipe = small_recipe(augment="none", optimizer=Optimizer(lr=lr), stop=Stop(metric="loss"), epochs=3)
-        train_run(folder / name, recipe)
+        values = {"optimizer": Optimizer(lr=lr), "stop": Stop(metric="loss"), "finish": Finish("none"), "epochs": 3}
+        train_run(folder / name, small_recipe(augment="none", **values))
     return folder
 
 
@@ -64,11 +64,11 @@ def test_each_run_is_shown_in_its_state_with_its_epochs_and_its_best(runs, train
     assert states == {"finished-1": "finished", "killed-1": "resumable", "new-1": "new", "still-1": "stopped early"}
     done = {name: (row["epochs_done"], row["epochs"]) for name, row in found.items()}
     assert done == {"finished-1": (3, 3), "killed-1": (1, 2), "new-1": (0, 2), "still-1": (2, 5)}
-    figures = [line for line in metrics_lines(trained) if "val/accuracy" in line]
-    best = max(figures, key=lambda line: line["val/accuracy"])
+    lines = metrics_lines(trained)
+    best = max((line for line in lines if "val/accuracy" in line), key=lambda line: line["val/accuracy"])
     assert found["finished-1"]["best"] == {
-        "metric": "accuracy", "value": best["val/accuracy"], "step": best["step"], "epoch": best["epoch"],
-        "loss": best["val/loss"], "samples": 359, "temperature": found["finished-1"]["best"]["temperature"],
+        "metric": "accuracy", "value": lines[-1]["finish/accuracy"], "step": best["step"], "epoch": best["epoch"],
+        "loss": lines[-1]["finish/loss"], "samples": 359, "is_solved": True,
     }  # fmt: skip
     assert found["killed-1"]["step"] == 8 and found["new-1"]["best"] is None
     assert found["new-1"]["run"] == str(runs / "new-1")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from finetune.base.events import Best
-from finetune.base.formatting import best_text
 from finetune.base.signals import StopRequest
 from finetune.commands import training
 from finetune.errors import RunError, UsageError
@@ -35,14 +34,15 @@ class FinishedRun:
     Attributes:
         folder: of the run.
         status: "finished" or "stopped early" (nothing got better any more).
-        best: {"metric", "value", "step", "epoch"} of the loop's best validation.
-        outcome: how good what ships is, in words: the better of the loop's best and the solved head.
+        best: {"metric", "value", "step", "epoch", ...} of what ships, on the samples that validate: the loop's best, or
+            the solved head ("is_solved").
+        outcome: the same in words.
     """
 
     folder: Path
     status: str
     best: Best
-    outcome: str = ""
+    outcome: str
 
     @property
     def report(self) -> Path:
@@ -95,7 +95,7 @@ class FinishedRun:
 
     def _repr_html_(self) -> str:
         """As a notebook shows it."""
-        rows = {"run": str(self.folder), self.status: self.outcome or best_text(self.best), "report": str(self.report)}
+        rows = {"run": str(self.folder), self.status: self.outcome, "report": str(self.report)}
         cells = "".join(
             f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
             f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
@@ -206,6 +206,11 @@ def _conclude(context: "RunContext", progress: "Progress") -> FinishedRun:
         context.say(f"{run}: a copy of it lies in {run.path}")
     if progress.status not in ("finished", "stopped early"):
         raise RunError(f"run {run} is {progress.status} at step {progress.step}; go on with finetune.resume")
-    from finetune.store.finish_state import outcome_text
+    from finetune.store.finish_state import outcome_text, shipped_best
 
-    return FinishedRun(run.path, progress.status, progress.best, outcome_text(progress.best, progress.finish))
+    return FinishedRun(
+        run.path,
+        progress.status,
+        shipped_best(progress.best, progress.finish),
+        outcome_text(progress.best, progress.finish),
+    )

@@ -19,6 +19,7 @@ class Best(TypedDict, total=False):
         temperature: that what the network gave is best divided by, where that is done.
         thresholds: of several classes a sample: from which probability on, after that, each applies; where they are
             not one half.
+        is_solved: it is no epoch's, but the solved head's.
     """
 
     metric: str
@@ -29,6 +30,7 @@ class Best(TypedDict, total=False):
     samples: NotRequired[int]
     temperature: NotRequired[float]
     thresholds: NotRequired[list[float]]
+    is_solved: NotRequired[bool]
 
 
 @dataclass(frozen=True)

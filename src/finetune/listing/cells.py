@@ -41,7 +41,8 @@ def best_cell(run: FoundRun, with_metric: bool = True) -> str:
     if not best:
         return "-"
     metric = f"{printable(best['metric'])} " if with_metric else ""
-    return f"{metric}{number_text(best['value'])}, epoch {best['epoch']}"
+    where = "solved head" if best.get("is_solved") else f"epoch {best['epoch']}"
+    return f"{metric}{number_text(best['value'])}, {where}"
 
 
 def epochs_text(run: FoundRun) -> str:

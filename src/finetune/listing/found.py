@@ -204,6 +204,8 @@ def _progress(run: RunFolder, record: RunRecord) -> dict[str, Any]:
         raise RunError(f"{error}; an older checkpoint may be good: finetune resume {run}") from None
     if state.run_id != record.id:
         raise RunError(f"{path} is of another run than recipe.json says; restore it from a copy")
+    from finetune.store.finish_state import shipped_best
+
     progress = state.progress
     status = {"running": "resumable"}.get(progress.status, progress.status)
     if status not in STATES:
@@ -213,7 +215,7 @@ def _progress(run: RunFolder, record: RunRecord) -> dict[str, Any]:
         "step": progress.step,
         "epochs_done": progress.epoch,
         "epochs": _epochs(record, state),
-        "best": progress.best,
+        "best": shipped_best(progress.best, progress.finish),
         "fingerprint": state.data.fingerprint,
         "frozen_sha256": state.frozen.sha256,
     }

@@ -53,7 +53,7 @@ class Row:
     """What came of one.
 
     Attributes:
-        figures: of its best validation, without "val/"; {} where it failed.
+        figures: of what ships, on the samples that validate, without "val/"; {} where it failed.
         run: its folder.
         samples: that validated.
         pass_seconds: of the backbone, once over all samples; 0 = kept from before, None = it ran in every epoch.
@@ -136,15 +136,17 @@ def compare(
 
 def _row(candidate: Candidate, run: RunFolder) -> Row:
     state = peek(run.latest)
-    step, curves = state.progress.best["step"], read_curves(run.metrics_file)
-    figures = {
+    step, curves, finish = state.progress.best["step"], read_curves(run.metrics_file), state.progress.finish
+    solved = finish.judged.get("figures", {}) if finish.ships == "final" else {}
+    figures = solved or {
         name: value
         for name in METRICS[candidate.recipe.task.kind]
         if (curve := curves.get(f"val/{name}")) is not None and (value := curve.at(step)) is not None
     }
     seconds = curves.get(PASS_SECONDS)
     pass_seconds = None if seconds is None else float(seconds.values[0])
-    return Row(candidate, figures, run.path, state.data.validation_samples, pass_seconds)
+    samples = finish.judged["samples"] if solved else state.data.validation_samples
+    return Row(candidate, figures, run.path, samples, pass_seconds)
 
 
 # ---- For people -----------------------------------------------------------------------------------------------------

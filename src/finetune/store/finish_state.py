@@ -36,7 +36,7 @@ class Judged(TypedDict, total=False):
         samples: how many.
         error: standard error of the mean difference of the two.
         optimism: by how much the loss of the chosen strength looks better than it is, as it was chosen by it.
-        metric: what the solved head makes of the samples in the metric that decides which epoch is best.
+        figures: what the solved head makes of the samples: loss, accuracy, ...
     """
 
     solved: float
@@ -44,7 +44,7 @@ class Judged(TypedDict, total=False):
     samples: int
     error: float
     optimism: float
-    metric: NotRequired[float]
+    figures: NotRequired[dict[str, float]]
 
 
 @dataclass
@@ -101,15 +101,28 @@ class Finish:
         return min(self.tried, key=lambda one: one["log_loss"])
 
 
+def shipped_best(best: Best, finish: Finish) -> Best:
+    """The loop's best validation, or, where the solved head ships, what that makes of the same samples.
+
+    Args:
+        best: of the loop.
+    """
+    figures = finish.judged.get("figures", {})
+    if not best or finish.ships != "final" or best["metric"] not in figures:
+        return best
+    value, samples = figures[best["metric"]], finish.judged["samples"]
+    solved = Best(metric=best["metric"], value=value, step=best["step"], epoch=best["epoch"])
+    return solved | Best(loss=figures["loss"], samples=samples, is_solved=True)
+
+
 def outcome_text(best: Best, finish: Finish) -> str:
     """What ships of a run, and how good it is.
 
     Args:
         best: of the loop.
     """
-    judged = finish.judged
-    if finish.ships != "final" or "metric" not in judged:
+    shipped = shipped_best(best, finish)
+    if not shipped.get("is_solved"):
         return best_text(best)
-    solved = Best(metric=best["metric"], value=judged["metric"], samples=judged["samples"])
     loop = number_text(best["value"])
-    return f"{validation_text(solved)}, the solved head; the loop's best {loop} in epoch {best['epoch']}"
+    return f"{validation_text(shipped)}, the solved head; the loop's best {loop} in epoch {best['epoch']}"

@@ -229,9 +229,7 @@ def judge(
     data, cpu = setup.data, torch.device("cpu")
     evaluation = Evaluation(make_task(setup.recipe.task, data.output_count, data.scale), cpu, len(samples))
     evaluation.add(samples, outputs / temperature, data.source.targets[samples], cuts)
-    figures, metric = evaluation.figures(), f"val/{setup.recipe.best_metric}"
-    if metric in figures:
-        judged["metric"] = figures[metric]
+    judged["figures"] = {name.removeprefix("val/"): value for name, value in evaluation.figures().items()}
     return judged, evaluation
 
 
