@@ -1,4 +1,5 @@
-"""Is the head any good? Ours with its default options against scikit-learn's LogisticRegressionCV on the same features.
+"""Is the loop any good? Ours with its default options, but without the last stage (see `labels.py`), against
+scikit-learn's LogisticRegressionCV on the same features.
 
     python benchmarks/quality.py
     python benchmarks/quality.py --weights mobilenet_v2=mobilenet_v2-b0353104.pth
@@ -40,7 +41,7 @@ class Options:
 
 def our_accuracy(folder: Path, words: list[str], seed: int) -> float:
     run = fresh(folder, "run")
-    run_process(finetune_command(*words, "--seed", str(seed), "--quiet", "--run", str(run)))
+    run_process(finetune_command(*words, "--finish", "none", "--seed", str(seed), "--quiet", "--run", str(run)))
     return last_accuracy(run)
 
 

@@ -26,7 +26,7 @@ from finetune.base.formatting import megabytes_text, number_text, printable, sec
 LOOKS_A_SECOND = 4
 SECONDS_BETWEEN_BARS = 0.5
 # Of more epochs than that only every second, fifth, tenth ... gets a line.
-MOST_EPOCH_LINES = 40
+MOST_EPOCH_LINES = 30
 # Below that many columns an epoch's line says the same in less.
 WIDE_COLUMNS = 72
 
