@@ -47,18 +47,21 @@ def test_a_list_that_somebody_marked_is_read_again(tmp_path):
     again = read_doubts(file)
     assert [(one.name, one.label) for one in again] == [(one.name, one.label) for one in doubts]
     with pytest.raises(UsageError, match="no row is marked"):
-        marked_as_wrong(str(file))
+        marked_as_wrong(str(file), source)
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], f"x{lines[1]}", lines[2]]))
-    assert marked_as_wrong(str(file)) == [doubts[0].name] and marked_as_wrong("") == []
-    file.write_text("wrong,name\nX,some.jpg\n")  # the other columns may be gone
-    assert marked_as_wrong(str(file)) == ["some.jpg"]
+    assert marked_as_wrong(str(file), source) == [doubts[0].name] and marked_as_wrong("", source) == []
+    file.write_text(f"wrong,name\nX,{source.name(0)}\n")  # the other columns may be gone
+    assert marked_as_wrong(str(file), source) == [source.name(0)]
+    file.write_text(f"wrong,name\nX,some.jpg\nx,{source.name(0)}\n")
+    with pytest.raises(UsageError, match="1 of its marked images are not in the data, like some"):
+        marked_as_wrong(str(file), source)
     for text, problem in {
         "path,label\na,b\n": "has no columns wrong and name", "wrong,name,probability\nx,a,high\n": "is no number",
     }.items():  # fmt: skip
         file.write_text(text)
         with pytest.raises(UsageError, match=problem):
-            marked_as_wrong(str(file))
+            marked_as_wrong(str(file), source)
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +107,16 @@ def test_planted_labels_come_first_are_shown_and_are_left_out_when_marked(plante
     again = RunFolder(tmp_path / "again")
     kept = read(again)["data"]
     assert kept["train_samples"] + kept["validation_samples"] == 197
-    assert not set(wrong) & {row.name for row in read_doubts(again.labels_file)}
+    # They stay marked in its own list, which may so be given to a third run; so do marks of before at an extension.
+    rows = read_doubts(again.labels_file)
+    assert sorted(row.name for row in rows if row.is_marked) == wrong and len(rows) == 200
+    again.labels_file.write_text(again.labels_file.read_text().replace(f"\n,{rows[0].name}", f"\nx,{rows[0].name}"))
     # What it leaves out is in its own record: the list may go, and the run goes on.
     run.labels_file.unlink()
     resume_run(again, epochs=3)
     assert read(again)["epoch"] == 3
+    marked = sorted(row.name for row in read_doubts(again.labels_file) if row.is_marked)
+    assert marked == sorted([*wrong, rows[0].name])
     capsys.readouterr()
     assert main(["report", str(run.path)]) == 0 and '<section id="doubts"' not in run.report_file.read_text()
     assert main([*words, "--without", str(run.labels_file), "--run", str(tmp_path / "no")]) == 2

@@ -224,7 +224,7 @@ def test_where_classes_are_uneven_a_prior_in_the_loss_finds_more_of_the_rare_one
 
 
 def test_what_ships_of_the_loop_is_calibrated_too_and_decides_the_same(few, tmp_path, capsys):
-    words = ["vgg_head", "--images", few, "--head", "mlp", "--epochs", "6", "--track", "none", "--no-report"]
+    words = ["vgg_head", "--images", few, "--head", "mlp", "--epochs", "2", "--track", "none", "--no-report"]
     found = {}
     for name, more in {"yes": [], "no": ["--no-calibrate"]}.items():
         run = RunFolder(tmp_path / name)

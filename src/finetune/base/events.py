@@ -19,6 +19,7 @@ class Best(TypedDict, total=False):
         temperature: that what the network gave is best divided by, where that is done.
         thresholds: of several classes a sample: from which probability on, after that, each applies; where they are
             not one half.
+        figures: loss, accuracy, ... of the same validation with both, as it ships.
         is_solved: it is no epoch's, but the solved head's.
     """
 
@@ -30,6 +31,7 @@ class Best(TypedDict, total=False):
     samples: NotRequired[int]
     temperature: NotRequired[float]
     thresholds: NotRequired[list[float]]
+    figures: NotRequired[dict[str, float]]
     is_solved: NotRequired[bool]
 
 

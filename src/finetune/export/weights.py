@@ -27,7 +27,7 @@ from finetune.models.weights import read_weights
 from finetune.store.checkpoint import read_checkpoint
 from finetune.store.restore import shipped_thresholds
 from finetune.store.run_folder import RunFolder
-from finetune.store.state import generators_put_back
+from finetune.store.state import CheckpointState, generators_put_back
 
 FORMATS = (".pt", ".safetensors", ".onnx")
 # Another runtime has other kernels: by this share of the outputs' spread it may differ.
@@ -139,11 +139,17 @@ def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
         "preprocessing": preprocessing.to_plain(),
         "preprocessing_text": how,
         "quotes": recipe.data.quotes,
-        "metrics": finite(state.progress.last_validation),
+        "metrics": finite(_metrics(which, state)),
         "checkpoint": {"which": which, "step": state.progress.step},
         "source_run": run.path.resolve().name,
         "precision_trained": trained.numerics.precision,
     }
+
+
+def _metrics(which: str, state: CheckpointState) -> dict[str, float]:
+    """Figures of the validation, as what is exported gives them."""
+    figures = state.progress.best.get("figures", {}) if which == "best" else {}
+    return state.progress.last_validation | {f"val/{name}": value for name, value in figures.items()}
 
 
 def other_formats(output: Path, description: dict[str, Any]) -> dict[str, str]:

@@ -4,12 +4,11 @@ import math
 from dataclasses import dataclass
 
 from finetune.base.events import Example
-from finetune.data.images import names_to_indices
 from finetune.data.source import Source, TextSource
 from finetune.errors import UsageError
 from finetune.report.examples import TEXT_CHARACTERS, picture_of
 from finetune.store.run_folder import RunFolder
-from finetune.tasks.doubts import DOUBTFUL, Doubt, read_doubts
+from finetune.tasks.doubts import Doubt, plain_name, read_doubts
 
 SHOWN_DOUBTS = 24
 
@@ -19,8 +18,8 @@ class Doubtful:
     """What labels.csv of a run says.
 
     Attributes:
-        count: labels that are less probable than `DOUBTFUL`.
-        labels: all of them.
+        count: labels that look wrong.
+        labels: all that were looked at.
         examples: of the most doubtful.
         marked: names that somebody marked as wrong.
     """
@@ -41,13 +40,16 @@ def doubtful(run: RunFolder, source: Source | None) -> Doubtful:
         doubts = read_doubts(run.labels_file)
     except (UsageError, OSError):
         return Doubtful()
-    count = sum(one.probability < DOUBTFUL for one in doubts)
-    shown = sorted(doubts, key=lambda one: one.probability)[: min(count, SHOWN_DOUBTS)]
+    wrong = sorted((one for one in doubts if one.looks_wrong), key=lambda one: one.probability)
+    shown, looked_at = wrong[:SHOWN_DOUBTS], sum(math.isfinite(one.probability) for one in doubts)
     indices = {}
     if source is not None and not isinstance(source, TextSource):
-        indices = {source.name(index): index for index in names_to_indices(source, [one.name for one in shown])}
+        names = {one.name for one in shown}
+        indices = {
+            name: index for index in range(len(source.targets)) if (name := plain_name(source.name(index))) in names
+        }
     examples = tuple(_example(one, source, indices.get(one.name)) for one in shown)
-    return Doubtful(count, len(doubts), examples, frozenset(one.name for one in doubts if one.is_marked))
+    return Doubtful(len(wrong), looked_at, examples, frozenset(one.name for one in doubts if one.is_marked))
 
 
 def _example(doubt: Doubt, source: Source | None, index: int | None) -> Example:

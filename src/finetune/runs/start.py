@@ -17,6 +17,7 @@ from finetune.data.open import check_data_effects
 from finetune.data.order import key
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, StoppedEarly, UsageError
+from finetune.models.backbones import Backbone
 from finetune.models.bundled import knows_glyphs_only
 from finetune.models.heads import reorder, rescale
 from finetune.models.network import store_frozen
@@ -41,7 +42,7 @@ from finetune.tasks.doubts import marked_as_wrong
 from finetune.training.batchnorm import check_parts, lines_on_parts
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_copies, leave_out_broken, look
-from finetune.training.dataset import check_numbers, open_data, survey_pixels
+from finetune.training.dataset import Data, check_numbers, open_data, survey_pixels
 from finetune.training.loop import train
 from finetune.training.optimizer import check_optimizer, find_optimizer
 from finetune.training.phase import Phase, start_phase
@@ -202,7 +203,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     if init_from:
         backbone, network, other = network_from_run(recipe, init_from)
         weights, weights_text, preprocessing_of = None, f"from {init_from}", init_from
-        data = open_data(recipe_here, backbone, marked_as_wrong(recipe.data.without))
+        data = _opened(recipe_here, backbone)
         order = order_of(data.source.classes, other.classes)
         if order is None:
             both = data.source.classes, other.classes
@@ -222,7 +223,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         backbone, weights, begins_with = pretrained(recipe_here)
         weights_text = weights.text if weights else "random: nothing is pretrained"
         preprocessing_of = weights.preprocessing_of if weights else "its default weights"
-        data = open_data(recipe_here, backbone, marked_as_wrong(recipe.data.without))
+        data = _opened(recipe_here, backbone)
         if isinstance(recipe.data, Images):
             is_own = weights is not None and weights.reference == f"bundled:{backbone.name}"
             instead = for_photos(plan) if is_own and knows_glyphs_only(backbone.name) else ""
@@ -242,6 +243,12 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     )  # fmt: skip
     check_parts(setup)
     return setup, weights
+
+
+def _opened(recipe: Recipe, backbone: Backbone) -> Data:
+    """The data without the samples that somebody marked as wrong."""
+    data = open_data(recipe, backbone)
+    return data.leave_out(marked_as_wrong(recipe.data.without, data.source))
 
 
 def for_photos(plan: Plan) -> str:

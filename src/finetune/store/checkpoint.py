@@ -246,7 +246,7 @@ def rewind(folder: Path, path: Path, run_id: str) -> None:
     best_step = progress.best.get("step")
     kept = folder / ".rewind.pt.tmp"
     link_or_copy(path, kept)
-    for file in (folder / LATEST, folder / BEST):
+    for file in (folder / LATEST, folder / BEST, folder / FINAL):
         if not file.exists():
             continue
         try:

@@ -123,6 +123,9 @@ def outcome_text(best: Best, finish: Finish) -> str:
     """
     shipped = shipped_best(best, finish)
     if not shipped.get("is_solved"):
-        return best_text(best)
+        as_it_ships = best.get("figures", {}).get(best["metric"], best["value"]) if best else 0.0
+        has_thresholds = "thresholds" in best and as_it_ships != best["value"]
+        more = f"; {number_text(as_it_ships)} with the thresholds that ship, chosen there" if has_thresholds else ""
+        return best_text(best) + more
     loop = number_text(best["value"])
     return f"{validation_text(shipped)}, the solved head; the loop's best {loop} in epoch {best['epoch']}"

@@ -42,6 +42,10 @@ def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network,
         RunError: that run has another architecture.
     """
     folder, _, which = init_from.partition(":")
+    if which == "final":
+        raise UsageError(
+            f"--init-from {init_from}: the solved head has seen the samples that validate; give {folder}:best"
+        )
     if which not in ("", "best", "latest"):
         raise UsageError(f"--init-from {init_from}: {which!r} is not allowed; give RUN, RUN:best or RUN:latest")
     run = RunFolder(Path(folder))
@@ -49,6 +53,10 @@ def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network,
     backbone = backbone_of_run(run, state)
     if (backbone.name, other.head_kind) != (recipe.model.full_name, recipe.model.head):
         raise RunError(f"--init-from {folder}: another architecture or head; use the same --backbone and --head")
+    has_unit_rows = split_config(state.config)[0].model.unit_rows
+    if has_unit_rows != recipe.model.unit_rows:
+        what = "give --unit-rows, as its head reads features of norm 1" if has_unit_rows else "leave --unit-rows out"
+        raise RunError(f"--init-from {folder}: another head; {what}")
     pooling = backbone.options.get("pooling", "auto")
     if recipe.model.pooling not in ("auto", pooling):
         raise RunError(f"--init-from {folder}: pools by {pooling!r}, not {recipe.model.pooling!r}; leave --pooling out")

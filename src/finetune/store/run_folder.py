@@ -124,6 +124,11 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def loop_validation_file(self) -> Path:
+        """The same of the loop's best, where the solved head ships."""
+        return self.path / "validation-loop.json"
+
+    @property
     def contents_file(self) -> Path:
         """Digests of the image files, as they were when they were first read."""
         return self.path / "contents.bin"
@@ -142,7 +147,13 @@ class RunFolder:
         """Take away what a run that died before its first checkpoint left, to begin anew in its folder."""
         for folder in (self.frozen, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.validation_file, self.report_file, self.labels_file, self.bad_batch_file):
+        for file in (
+            self.validation_file,
+            self.loop_validation_file,
+            self.report_file,
+            self.labels_file,
+            self.bad_batch_file,
+        ):
             with suppress(OSError):
                 file.unlink()
 

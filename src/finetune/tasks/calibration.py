@@ -5,6 +5,8 @@ from torch import Tensor
 
 # Of Newton's method for a temperature.
 TEMPERATURE_STEPS, WIDEST_STEP = 50, 2.0
+# Where outputs say nothing of the targets, or the contrary, the least loss is at infinity.
+LARGEST_TEMPERATURE = 100.0
 
 
 def sample_losses(outputs: Tensor, targets: Tensor, kind: str, offset: Tensor | None = None) -> Tensor:
@@ -23,8 +25,9 @@ def temperature_of(
     """What to divide outputs by for the least log loss (Guo et al., "On calibration of modern neural networks", ICML
     2017); 1 for numbers. By Newton's method for its inverse, in which the loss is convex.
 
-    Of each target one share in samples + 2 is spread over the classes (as in Platt, "Probabilistic outputs for support
-    vector machines", 1999): else, where every sample is right, the least loss would be at zero.
+    Where it is `LARGEST_TEMPERATURE`, outputs say nothing. Of each target one share in samples + 2 is spread over the
+    classes (as in Platt, "Probabilistic outputs for support vector machines", 1999): else, where every sample is right,
+    the least loss would be at zero.
 
     Args:
         shares: (samples,) float64: what each sample weighs; None = all the same.
@@ -52,7 +55,19 @@ def temperature_of(
             break
         step = (slope / curve).item()
         new = min(max(inverse - step, inverse / WIDEST_STEP), inverse * WIDEST_STEP)
+        new = min(max(new, 1 / LARGEST_TEMPERATURE), LARGEST_TEMPERATURE)
         if abs(new - inverse) <= 1e-9 * inverse:
             break
         inverse = new
     return 1 / inverse
+
+
+def temperature_that_helps(
+    outputs: Tensor, targets: Tensor, kind: str, shares: Tensor | None = None, offset: Tensor | None = None
+) -> float:
+    """`temperature_of`, but 1 where that does not lower the loss on these very samples: they are those that chose the
+    network, and may be too few to know better."""
+    found = temperature_of(outputs, targets, kind, shares, offset)
+    weights = torch.ones(len(outputs), dtype=torch.float64) if shares is None else shares
+    before, after = (weights @ sample_losses(one, targets, kind, offset) for one in (outputs, outputs / found))
+    return found if after < before else 1.0

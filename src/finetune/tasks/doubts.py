@@ -6,6 +6,7 @@ estimating uncertainty in dataset labels", JAIR 70, 2021).
 
 import csv
 import io
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from finetune.recipe.spec import Classification, MultiLabel, Task
 
 # A person marks rows in the first column; `--without` reads the first two.
 COLUMNS = ("wrong", "name", "label", "likelier", "probability", "likelier_probability", "text")
-TEXT_LETTERS = 200
-# A label with less than that is one to look at.
-DOUBTFUL = 0.2
+TEXT_LETTERS, MARK = 200, "x"
+# A label with less than that is one to look at, where another one has more than half.
+DOUBTFUL, LIKELIER = 0.2, 0.5
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,15 @@ class Doubt:
     likelier_probability: float
     text: str = ""
     is_marked: bool = False
+
+    @property
+    def looks_wrong(self) -> bool:
+        return self.probability < DOUBTFUL and self.likelier_probability > LIKELIER
+
+
+def plain_name(name: str) -> str:
+    """A sample's name as a file of UTF-8 can hold it."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def find_doubts(source: Source, task: Task, samples: Tensor, outputs: Tensor) -> list[Doubt]:
@@ -77,14 +87,20 @@ def find_doubts(source: Source, task: Task, samples: Tensor, outputs: Tensor) ->
     return found
 
 
-def csv_of(doubts: list[Doubt]) -> str:
-    """labels.csv."""
+def csv_of(doubts: Sequence[Doubt], marked: Collection[str] = (), left_out: Collection[str] = ()) -> str:
+    """labels.csv.
+
+    Args:
+        marked: names that somebody marked before.
+        left_out: names of samples that were not looked at, as somebody marked them for this run: they stay marked.
+    """
     stream = io.StringIO()
     rows = csv.writer(stream, lineterminator="\n")
     rows.writerow(COLUMNS)
     for one in doubts:
-        chances = f"{one.probability:.4f}", f"{one.likelier_probability:.4f}"
-        rows.writerow(["", one.name, one.label, one.likelier, *chances, one.text])
+        chances, name = (f"{one.probability:.4f}", f"{one.likelier_probability:.4f}"), plain_name(one.name)
+        rows.writerow([MARK if name in marked else "", name, one.label, one.likelier, *chances, plain_name(one.text)])
+    rows.writerows([MARK, plain_name(name)] + [""] * (len(COLUMNS) - 2) for name in left_out)
     return stream.getvalue()
 
 
@@ -93,6 +109,9 @@ def read_doubts(file: Path) -> list[Doubt]:
 
     Raises:
         UsageError: it is none.
+
+    Returns:
+        Of samples that were left out, the probabilities are no numbers.
     """
     found = []
     for line, row in read_rows(file):
@@ -108,18 +127,35 @@ def read_doubts(file: Path) -> list[Doubt]:
     return found
 
 
-def marked_as_wrong(place: str) -> list[str]:
+def marked_as_wrong(place: str, source: Source) -> list[str]:
     """Names of the samples that somebody marked in a labels.csv; [] where none is given.
 
     Raises:
-        UsageError: it is no such file, or nothing is marked in it.
+        UsageError: it is no such file, nothing is marked in it, or it is of other data.
     """
     if not place:
         return []
     try:
-        names = [one.name for one in read_doubts(Path(place)) if one.is_marked]
+        marked = {one.name: one for one in read_doubts(Path(place)) if one.is_marked}
     except UsageError as error:
         raise UsageError(f"--without {error}") from None
-    if not names:
+    if not marked:
         raise UsageError(f"--without {place}: no row is marked; write an x into the column wrong of those to leave out")
+    names = []
+    for index in range(len(source.targets)):
+        one = marked.pop(plain_name(source.name(index)), None)
+        if one is None:
+            continue
+        text = source.texts[index][:TEXT_LETTERS] if isinstance(source, TextSource) else ""
+        if one.text and plain_name(text) != one.text:
+            raise UsageError(
+                f"--without {place}: its {one.name} is {one.text[:40]!r}, but here it is {text[:40]!r}; give the "
+                "labels.csv of a run on this data"
+            )
+        names.append(source.name(index))
+    if marked:
+        raise UsageError(
+            f"--without {place}: {len(marked)} of its marked {source.noun}s are not in the data, like "
+            f"{next(iter(marked))}; give the labels.csv of a run on this data"
+        )
     return names

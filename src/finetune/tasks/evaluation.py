@@ -19,7 +19,7 @@ from finetune.base.plain import Fields, Plain
 from finetune.data.batch import Batch
 from finetune.data.source import Source
 from finetune.tasks import bootstrap
-from finetune.tasks.calibration import temperature_of
+from finetune.tasks.calibration import temperature_that_helps
 from finetune.tasks.losses import Classifying, DistillationTask, MultiLabelTask, Outputs, RegressionTask, Task
 from finetune.tasks.metrics import Calibration, ClassCounts
 from finetune.tasks.tallies import ConfusionTally, MultiLabelTally
@@ -250,13 +250,18 @@ class Evaluation:
         return outputs, targets
 
     def temperature(self) -> float:
-        """What the outputs are best divided by; 1 where there are no classes. Waits for the device."""
-        if not self._given:
+        """What the outputs are best divided by, in the loss that the task trains with; 1 where there are no classes,
+        or where it does not help. Waits for the device."""
+        task = self.task
+        if not self._given or not isinstance(task, Classifying):
             return 1.0
         outputs, targets = self.given()
-        if targets.dim() == 1:
-            return temperature_of(outputs, one_hot(targets, outputs.shape[1]), "classification")
-        return temperature_of(outputs, targets, "multilabel")
+        weights, offset = (None if one is None else one.cpu() for one in (task.class_weights, task.log_prior))
+        if targets.dim() == 2:
+            return temperature_that_helps(outputs, targets, "multilabel", None, offset)
+        shares = None if weights is None else weights[targets].double()
+        wanted = one_hot(targets, outputs.shape[1])
+        return temperature_that_helps(outputs, wanted, "classification", shares, offset)
 
     def calibrated(self, temperature: float, *, is_divided: bool) -> Calibrated | None:
         """What a temperature does to what was given; None where there are no classes. Waits for the device.

@@ -13,6 +13,8 @@ from finetune.recipe.spec import MultiLabel, Task
 # Few labels tell less than probabilities that are honest, many tell more: from so many samples of a class on they count
 # for half.
 EVEN_SAMPLES = 100
+# A class that fewer samples have keeps one half; where the probabilities are not honest, labels alone must do.
+LEAST_SAMPLES, LEAST_BY_LABELS = 5, 20
 # Parts of the samples: for each the thresholds are found on the others.
 PARTS = 5
 
@@ -28,6 +30,8 @@ def best_cuts(outputs: Tensor, targets: Tensor, *, honest: bool) -> Tensor:
     cuts = torch.zeros(outputs.shape[1])
     for number, (column, is_true) in enumerate(zip(outputs.double().T, (targets != 0).T, strict=True)):
         count = int(is_true.sum())
+        if count < (LEAST_SAMPLES if honest else LEAST_BY_LABELS):
+            continue
         share = count / (count + EVEN_SAMPLES) if honest else 1.0
         cuts[number] = _best_cut(column, share * is_true + (1 - share) * column.sigmoid())
     return cuts

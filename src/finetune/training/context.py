@@ -1,7 +1,7 @@
 """What of a run reaches beyond its computation, in one place: folder, lock, terminal, watchers, signals, memory."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,12 +11,13 @@ from finetune.base.memory import guard_memory
 from finetune.base.signals import StopRequest, listen_for_signals
 from finetune.base.terminal import Terminal, make_console
 from finetune.data.contents import Contents
-from finetune.errors import one_line
+from finetune.errors import UsageError, one_line
 from finetune.recipe.execution import Settings
 from finetune.store.checkpoint import BEST, check_room, read_checkpoint, write_checkpoint, write_final
 from finetune.store.metrics_log import MetricsFile
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import CheckpointState, LogMark
+from finetune.tasks.doubts import Doubt, csv_of, read_doubts
 from finetune.watch.trackers import HandedIn, watching
 from finetune.watch.watch import Watch
 
@@ -138,9 +139,13 @@ class RunContext:
         if self.writes:
             write_final(self.run.checkpoints, state)
 
-    def save_labels(self, text: str) -> None:
-        """Write labels.csv; that it cannot be written stops no run."""
+    def save_labels(self, doubts: Sequence[Doubt], left_out: Collection[str]) -> None:
+        """Write labels.csv, with the marks that somebody made in it; that it cannot be written stops no run."""
         if self.writes:
+            marked = set[str]()
+            with suppress(UsageError, OSError):  # the first one, or none any more
+                marked = {one.name for one in read_doubts(self.run.labels_file) if one.is_marked}
+            text = csv_of(doubts, marked, left_out)
             try:
                 write_atomically(self.run.labels_file, lambda stream: stream.write(text.encode()))
             except OSError as error:

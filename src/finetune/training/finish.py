@@ -16,7 +16,7 @@ from finetune.data.order import fold_numbers
 from finetune.models.heads import StandardisedLinear
 from finetune.recipe.spec import Classification, MultiLabel, Regression
 from finetune.store.finish_state import Finish, Judged, Tried
-from finetune.tasks.calibration import sample_losses, temperature_of
+from finetune.tasks.calibration import LARGEST_TEMPERATURE, sample_losses, temperature_that_helps
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.losses import Classifying, Task, make_task
 from finetune.tasks.thresholds import best_cuts, cross_fitted_cuts, has_thresholds, is_honest
@@ -54,7 +54,10 @@ def reason_against(setup: Setup, feed: Feed) -> str:
         return "more than the head trains"
     if not _is_all_that_follows(feed, setup, layer):
         return "something follows the linear layer"
-    work = len(rows_to_use(setup)) * layer.in_features * layer.out_features
+    samples, groups = rows_to_use(setup), setup.data.source.groups
+    if len(samples) < LEAST_FOLDS or (groups is not None and len(groups[samples].unique()) < LEAST_FOLDS):
+        return "all samples belong together, so none can be held out"
+    work = len(samples) * layer.in_features * layer.out_features
     if work > MOST_WORK:
         return f"rows x features x outputs are {work:,}, more than {MOST_WORK:,}"
     return ""
@@ -181,7 +184,7 @@ def _places(parts: list[Tensor]) -> list[Span]:
 
 
 def judge(
-    setup: Setup, feed: Feed, stage: Stage, finish: Finish, solved: Tensor, loop: dict[str, Tensor]
+    setup: Setup, feed: Feed, task: Task, stage: Stage, finish: Finish, solved: Tensor, loop: dict[str, Tensor]
 ) -> tuple[Judged, Evaluation]:
     """Judge both heads on the samples that validate.
 
@@ -215,7 +218,10 @@ def judge(
     mean, deviation = loop["mean"].double(), loop["deviation"].double()
     theirs = _outputs(setup, feed, samples, loop["weight"].double(), loop["bias"].double(), mean, deviation)
     if setup.recipe.finish.calibrate:
-        theirs /= temperature_of(theirs, targets, kind, offset=held.loss.offset)
+        shares = None
+        if kind == "classification" and isinstance(task, Classifying) and task.class_weights is not None:
+            shares = targets.double() @ task.class_weights.cpu().double()
+        theirs /= temperature_that_helps(theirs, targets, kind, shares, held.loss.offset)
     solved_losses, loop_losses = (
         sample_losses(one, targets, kind, held.loss.offset) for one in (outputs / temperature, theirs)
     )
@@ -289,4 +295,6 @@ def finish_text(finish: Finish, evaluation: Evaluation) -> str:
     shown = "".join(f", {name} {number_text(figures[f'val/{name}'])}" for name in names)
     losses = f"loss {number_text(judged['solved'])} against {number_text(judged['loop'])} of the loop's best"
     ships = "it ships (final.pt)" if finish.ships == "final" else "the loop's best ships"
+    if best["temperature"] >= LARGEST_TEMPERATURE:
+        ships += "; it tells nothing: the labels have nothing to do with the features"
     return f"solved head: {how}, {losses}{shown}: {ships}"

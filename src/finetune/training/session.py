@@ -14,7 +14,7 @@ from finetune.base.events import Validated
 from finetune.base.halves import free_memory, freeing, in_halves
 from finetune.data.batch import Batch, Request
 from finetune.data.order import batches_from, reading_order
-from finetune.errors import RunError
+from finetune.errors import RunError, one_line
 from finetune.models.freeze import Freeze
 from finetune.store.metrics_log import PASS_SECONDS
 from finetune.store.state import (
@@ -27,7 +27,7 @@ from finetune.store.state import (
     restore_generators,
 )
 from finetune.store.steps import count_steps
-from finetune.tasks.doubts import DOUBTFUL, csv_of, find_doubts
+from finetune.tasks.doubts import find_doubts
 from finetune.tasks.losses import Task
 from finetune.tasks.thresholds import thresholds_of
 from finetune.training.advice import CurveAdvice
@@ -275,8 +275,9 @@ class Session:
             if self.context.settings.save_every_steps or time.monotonic() - self._last_saved > SAVE_SECONDS:
                 self._save(False)
         solved = solve_all(stage.held, finish)
-        finish.judged, evaluation = judge(self.setup, feed, stage, finish, solved, self._best_head())
-        finish.ships = which_ships(finish.judged)
+        loop, is_best = self._best_head()
+        finish.judged, evaluation = judge(self.setup, feed, self.task, stage, finish, solved, loop)
+        finish.ships = which_ships(finish.judged) if is_best else "final"
         finish.status, progress.status = "done", finish.ended
         figures, held_out = evaluation.figures(), stage.held.outputs_held_out(finish.best_weights)
         held_out /= temperature_of_head(self.setup, finish)
@@ -296,20 +297,28 @@ class Session:
         doubts = find_doubts(source, self.recipe.task, stage.held.held_out.of(stage.samples), outputs)
         if not doubts:
             return
-        self.context.save_labels(csv_of(doubts))
-        count = sum(one.probability < DOUBTFUL for one in doubts)
-        if count and self.context.writes:
-            first = doubts[0]
+        self.context.save_labels(doubts, self.setup.data.skipped if self.recipe.data.without else ())
+        wrong = [one for one in doubts if one.looks_wrong]
+        if wrong and self.context.writes:
+            first = wrong[0]
             self.context.watch.say(
-                f"{count:,} of {len(doubts):,} labels look wrong, like {first.name}: {first.label!r}, likelier "
+                f"{len(wrong):,} of {len(doubts):,} labels look wrong, like {first.name}: {first.label!r}, likelier "
                 f"{first.likelier!r}; labels.csv lists them: mark those that are, and train again with --without"
             )
 
-    def _best_head(self) -> dict[str, Tensor]:
-        """Tensors of the last layer, of the loop's best."""
-        path = self.setup.network.last_layer_path
-        model = self._best_model or self.context.read_best().model
-        return {name.removeprefix(f"{path}."): value for name, value in model.items() if name.startswith(f"{path}.")}
+    def _best_head(self) -> tuple[dict[str, Tensor], bool]:
+        """Tensors of the last layer, of the loop's best; where that is gone, of its last step, and False."""
+        path, model, is_best = self.setup.network.last_layer_path, self._best_model, True
+        if not model:
+            try:
+                model = self.context.read_best().model
+            except (RunError, FileNotFoundError) as error:
+                self.context.watch.say(f"the loop's best is gone ({one_line(error)}): the solved head ships")
+                model, is_best = self.phase.freeze.changeable(), False
+        head = {
+            name.removeprefix(f"{path}."): value.cpu() for name, value in model.items() if name.startswith(f"{path}.")
+        }
+        return head, is_best
 
     def _save_final(self, stage: Stage, solved: Tensor, figures: dict[str, float], outputs: Tensor) -> None:
         """Args: outputs: of the rows that were held out, as they ship."""

@@ -1,5 +1,6 @@
 """A validation, and what is taken down of it."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ from finetune.recipe.spec import LOWER_IS_BETTER, Classification, MultiLabel, Re
 from finetune.store.state import Progress
 from finetune.store.steps import extension_at
 from finetune.tasks.evaluation import Evaluation, evaluate
-from finetune.tasks.losses import Task
+from finetune.tasks.losses import MultiLabelTask, Task, make_task
 from finetune.tasks.thresholds import thresholds_of
 from finetune.training.phase import Feed
 
@@ -71,8 +72,14 @@ def adjustments(recipe: Recipe, evaluation: Evaluation) -> Best:
     if recipe.finish.calibrate:
         temperature = found["temperature"] = evaluation.temperature()
     outputs, targets = evaluation.given()
-    if thresholds := thresholds_of(recipe.task, outputs / temperature, targets):
+    outputs, task = outputs / temperature, make_task(recipe.task, outputs.shape[1])
+    if thresholds := thresholds_of(recipe.task, outputs, targets):
         found["thresholds"] = thresholds
+        assert isinstance(task, MultiLabelTask)
+        task = dataclasses.replace(task, cuts=torch.tensor(thresholds).logit())
+    shipped = Evaluation(task, outputs.device, len(outputs))
+    shipped.add(torch.arange(len(outputs)), outputs, targets)
+    found["figures"] = {name.removeprefix("val/"): value for name, value in shipped.figures().items()}
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.base.events import Begun, Best, Ended, Example, Pictures, Tracker, Validated
-from finetune.base.files import write_json
+from finetune.base.files import copy_file, read_json, write_json
 from finetune.base.terminal import Terminal
 from finetune.data.source import Source
 from finetune.errors import in_words
@@ -246,11 +246,20 @@ class Watch:
         """
         self.say(text)
         self._ships = "final" if ships else "best"
-        if ships and self.subject is not None and self.subject.folder is not None:
-            self._guarded(
-                "validation.json",
-                lambda: self._write_validation(step, epoch, evaluation, temperature, is_solved=True),
-            )
+        if self.subject is None or (folder := self.subject.folder) is None:
+            return
+
+        def write() -> None:
+            # The loop's stays beside it: an extension may find that it was the better one.
+            is_solved = folder.validation_file.exists() and read_json(folder.validation_file, "validation")["is_solved"]
+            if ships:
+                if folder.validation_file.exists() and not is_solved:
+                    copy_file(folder.validation_file, folder.loop_validation_file)
+                self._write_validation(step, epoch, evaluation, temperature, is_solved=True)
+            elif is_solved and folder.loop_validation_file.exists():
+                copy_file(folder.loop_validation_file, folder.validation_file)
+
+        self._guarded("validation.json", write)
 
     def _write_validation(
         self, step: int, epoch: int, evaluation: Evaluation, temperature: float | None, *, is_solved: bool = False
