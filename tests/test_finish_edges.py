@@ -104,7 +104,7 @@ def test_a_rewound_run_has_no_solved_head_until_it_is_solved_again_to_the_same_b
         tmp_path / "run", "t", recipe, Numerics(), MACHINE, Settings(save_every_steps=5, keep=9), DyingTerminal()
     )
     whole = RunFolder(shutil.copytree(run.path, tmp_path / "whole"))
-    terminal = DyingTerminal(2)
+    terminal = DyingTerminal(12)
     with pytest.raises(Killed):
         resume_in(run, MACHINE, terminal, settings={}, from_file=run.checkpoints / "step-000010.pt")
     assert not (run.checkpoints / "final.pt").exists()

@@ -300,9 +300,10 @@ class Session:
         self.context.save_labels(doubts, self.setup.data.skipped if self.recipe.data.without else ())
         wrong = [one for one in doubts if one.looks_wrong]
         if wrong and self.context.writes:
-            first = wrong[0]
+            first, count = wrong[0], len(stage.samples)
+            of_all = f" that were looked at, of {count:,}," if len(doubts) < count else ""
             self.context.watch.say(
-                f"{len(wrong):,} of {len(doubts):,} labels look wrong, like {first.name}: {first.label!r}, likelier "
+                f"{len(wrong):,} of {len(doubts):,} labels{of_all} look wrong, like {first.name}: {first.label!r}, likelier "
                 f"{first.likelier!r}; labels.csv lists them: mark those that are, and train again with --without"
             )
 
