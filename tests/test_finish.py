@@ -31,7 +31,7 @@ from finetune.store.restore import shipped
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.losses import ClassificationTask
-from finetune.training import session as session_module
+from finetune.training import last_stage
 from finetune.training.finish import which_ships
 from finetune.training.regularisation import solve_all, try_next
 
@@ -87,7 +87,7 @@ def test_a_loop_that_is_better_ships(few, tmp_path, monkeypatch):
     evaluation = Evaluation(ClassificationTask(10), torch.device("cpu"), 2)
     evaluation.add(torch.arange(2), torch.eye(10)[:2], torch.arange(2))
     judged = {"solved": 2.0, "loop": 1.0, "samples": 2, "error": 0.5, "optimism": 0.0}
-    monkeypatch.setattr(session_module, "judge", lambda *_: (judged, evaluation))
+    monkeypatch.setattr(last_stage, "judge", lambda *_: (judged, evaluation))
     assert which_ships(judged) == "best" and which_ships(judged | {"error": 1.5}) == "final"
     run = run_in(tmp_path / "run", recipe(few))
     assert shipped(run, "auto") == "best" and "is_solved" in json.loads(run.validation_file.read_text())
@@ -110,11 +110,11 @@ def test_a_run_killed_while_its_head_is_solved_ends_with_the_same_bits(few, tmp_
 
     with monkeypatch.context() as patched:
         if moment == "solved":
-            patched.setattr(session_module, "solve_all", dying(solve_all, 0))
+            patched.setattr(last_stage, "solve_all", dying(solve_all, 0))
         elif moment == "saved":
-            patched.setattr(session_module, "finish_text", dying(session_module.finish_text, 0))
+            patched.setattr(last_stage, "finish_text", dying(last_stage.finish_text, 0))
         else:
-            patched.setattr(session_module, "try_next", dying(try_next, moment))
+            patched.setattr(last_stage, "try_next", dying(try_next, moment))
         with pytest.raises(Killed):
             run_in(tmp_path / "killed", recipe(few), save_every_steps=1)
     killed = RunFolder(tmp_path / "killed")

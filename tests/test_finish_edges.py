@@ -16,7 +16,7 @@ from finetune.errors import RunError
 from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.calibration import LARGEST_TEMPERATURE, temperature_of, temperature_that_helps
-from finetune.training import session as session_module
+from finetune.training import last_stage
 from finetune.training.context import RunContext
 
 MACHINE = Machine("cpu", workers=0)
@@ -122,7 +122,7 @@ def test_without_the_loops_best_the_solved_head_ships_and_says_so(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(session_module, "try_next", die)
+        patched.setattr(last_stage, "try_next", die)
         with pytest.raises(KeyboardInterrupt):
             start_in(tmp_path / "run", "t", recipe, Numerics(), MACHINE, Settings(), DyingTerminal())
     run = RunFolder(tmp_path / "run")
@@ -143,7 +143,7 @@ def test_after_an_extension_in_which_the_loop_is_better_the_report_is_of_the_loo
     )
     of_loop = json.loads(run.loop_validation_file.read_text())
     assert json.loads(run.validation_file.read_text())["is_solved"] and not of_loop["is_solved"]
-    monkeypatch.setattr(session_module, "which_ships", lambda _: "best")
+    monkeypatch.setattr(last_stage, "which_ships", lambda _: "best")
     resume_in(run, MACHINE, DyingTerminal(), settings={}, epochs=3, lr=1e-9)
     assert json.loads(run.validation_file.read_text())["is_solved"] is False
     assert main(["report", str(run.path)]) == 0

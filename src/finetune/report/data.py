@@ -15,7 +15,8 @@ from finetune.report.curves import Curve, read_curves
 from finetune.store.checkpoint import LATEST, newest_good
 from finetune.store.run_folder import RunFolder, RunRecord, peek
 from finetune.store.state import CheckpointState, Progress
-from finetune.tasks.evaluation import Calibrated, ClassRow, EvaluationRecord
+from finetune.tasks.calibration import Calibrated
+from finetune.tasks.evaluation import ClassRow, EvaluationRecord
 
 EVENTS = ("resume", "extend", "patience", "thaw")
 NOT_AS_WRITTEN = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError)

@@ -1,7 +1,12 @@
 """Probabilities that are honest: one number by which everything that a network gives is divided."""
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
+
+from finetune.tasks.losses import Classifying
+from finetune.tasks.metrics import Calibration
 
 # Of Newton's method for a temperature.
 TEMPERATURE_STEPS, WIDEST_STEP = 50, 2.0
@@ -71,3 +76,34 @@ def temperature_that_helps(
     weights = torch.ones(len(outputs), dtype=torch.float64) if shares is None else shares
     before, after = (weights @ sample_losses(one, targets, kind, offset) for one in (outputs, outputs / found))
     return found if after < before else 1.0
+
+
+class Calibrated(TypedDict):
+    """What a temperature does.
+
+    Attributes:
+        temperature: that outputs are divided by.
+        loss, calibration_error: before and after.
+    """
+
+    temperature: float
+    loss: list[float]
+    calibration_error: list[float]
+
+
+def calibrated(
+    task: Classifying, outputs: Tensor, targets: Tensor, temperature: float, *, is_divided: bool
+) -> Calibrated:
+    """What a temperature does to outputs.
+
+    Args:
+        is_divided: they are divided by it already.
+    """
+    before = outputs * temperature if is_divided else outputs
+    found = Calibrated(temperature=temperature, loss=[], calibration_error=[])
+    for one in (before, before / temperature):
+        calibration = Calibration(torch.device("cpu"))
+        calibration.add(*task.decisions(one, targets))
+        found["loss"].append(task.sample_losses(one, targets).double().mean().item())
+        found["calibration_error"].append(calibration.error())
+    return found

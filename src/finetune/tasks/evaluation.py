@@ -56,19 +56,6 @@ class Sample(Decision):
     loss: float
 
 
-class Calibrated(TypedDict):
-    """What a temperature does.
-
-    Attributes:
-        temperature: that outputs are divided by.
-        loss, calibration_error: before and after.
-    """
-
-    temperature: float
-    loss: list[float]
-    calibration_error: list[float]
-
-
 class ClassRow(NamedTuple):
     """Figures of a class."""
 
@@ -262,24 +249,6 @@ class Evaluation:
         shares = None if weights is None else weights[targets].double()
         wanted = one_hot(targets, outputs.shape[1])
         return temperature_that_helps(outputs, wanted, "classification", shares, offset)
-
-    def calibrated(self, temperature: float, *, is_divided: bool) -> Calibrated | None:
-        """What a temperature does to what was given; None where there are no classes. Waits for the device.
-
-        Args:
-            is_divided: what was added is divided by it already.
-        """
-        if not isinstance(self.task, Classifying) or not self._given:
-            return None
-        outputs, targets = self.given()
-        before = outputs * temperature if is_divided else outputs
-        found = Calibrated(temperature=temperature, loss=[], calibration_error=[])
-        for one in (before, before / temperature):
-            calibration = Calibration(torch.device("cpu"))
-            calibration.add(*self.task.decisions(one, targets))
-            found["loss"].append(self.task.sample_losses(one, targets).double().mean().item())
-            found["calibration_error"].append(calibration.error())
-        return found
 
     def record(self, source: Source) -> EvaluationRecord:
         """All that is known, as plain values. Waits for the device.

@@ -8,6 +8,7 @@ from finetune.base.halves import freeing, in_halves
 from finetune.models.freeze import learning_statistics
 from finetune.store.state import CheckpointState, Progress
 from finetune.training.context import RunContext
+from finetune.training.last_stage import solve_head
 from finetune.training.optimizer import set_learning_rate
 from finetune.training.phase import Phase
 from finetune.training.schedule import learning_rate
@@ -72,7 +73,7 @@ def train(
                 session.conclude_step(session.save_is_due or was_halved)
                 if not session.goes_on:
                     break
-        session.finish()
+        solve_head(session)
         session.check_frozen()
     finally:
         session.close()

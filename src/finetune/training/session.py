@@ -1,6 +1,5 @@
 """A training under way: where it stands, and what the loop does between two steps."""
 
-import dataclasses
 import itertools
 import math
 import time
@@ -14,7 +13,7 @@ from finetune.base.events import Validated
 from finetune.base.halves import free_memory, freeing, in_halves
 from finetune.data.batch import Batch, Request
 from finetune.data.order import batches_from, reading_order
-from finetune.errors import RunError, one_line
+from finetune.errors import RunError
 from finetune.models.freeze import Freeze
 from finetune.store.metrics_log import PASS_SECONDS
 from finetune.store.state import (
@@ -27,34 +26,21 @@ from finetune.store.state import (
     restore_generators,
 )
 from finetune.store.steps import count_steps
-from finetune.tasks.doubts import find_doubts
 from finetune.tasks.losses import Task
-from finetune.tasks.thresholds import thresholds_of
 from finetune.training.advice import CurveAdvice
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_unbroken
 from finetune.training.finish import (
-    Stage,
-    finish_text,
-    gather,
-    head_state,
-    judge,
     reason_against,
-    temperature_of_head,
-    which_ships,
-    workers,
 )
 from finetune.training.nan_guard import Losses
 from finetune.training.optimizer import learning_rates, load_optimizer_state, optimizer_state
 from finetune.training.phase import Phase, start_phase
-from finetune.training.regularisation import next_strength, solve_all, try_next
 from finetune.training.setup import Setup
 from finetune.training.validation import adjustments, record_validation, validate
 
 # A validation needs no gradients, so more samples fit at once.
 VALIDATION_BATCHES = 4
-# Between two saves while the head is solved.
-SAVE_SECONDS = 5.0
 
 
 def capture_state(
@@ -105,6 +91,7 @@ class Session:
         steps: per epoch, of the schedule's horizon, and of the run's end.
         epochs: in all.
         samples: to train on, in an epoch.
+        best_model: what trains, of the best validation; {} where that was in a process before.
     """
 
     def __init__(
@@ -131,7 +118,7 @@ class Session:
         self.losses = Losses(context.bad_batch_file, self._contents.source.name)
         self._advice = CurveAdvice(setup.recipe)
         self._last_saved = time.monotonic()
-        self._best_model: dict[str, Tensor] = {}
+        self.best_model: dict[str, Tensor] = {}
         self._log = context.open_log(resumed.metrics_file if resumed else None, progress.step)
 
     # ---- The two ends -----------------------------------------------------------------------------------------------
@@ -161,6 +148,11 @@ class Session:
     def close(self) -> None:
         self._log.close()
         self.phase.close()
+
+    def write_log(self, values: dict[str, float]) -> None:
+        """A line of what is told of the step that was done last."""
+        epoch = math.ceil(self.progress.step / self.steps.per_epoch)
+        self._log.write({"step": self.progress.step, "epoch": epoch} | values)
 
     # ---- Before an epoch --------------------------------------------------------------------------------------------
 
@@ -212,9 +204,13 @@ class Session:
         watch.logged(progress.step, values)
 
     @property
+    def seconds_since_save(self) -> float:
+        return time.monotonic() - self._last_saved
+
+    @property
     def save_is_due(self) -> bool:
         """By the count of steps, or by the clock, which changes no number."""
-        settings, minutes = self.context.settings, (time.monotonic() - self._last_saved) / 60
+        settings, minutes = self.context.settings, self.seconds_since_save / 60
         by_count = bool(settings.save_every_steps) and self.progress.step % settings.save_every_steps == 0
         return by_count or bool(settings.save_every_minutes and minutes >= settings.save_every_minutes)
 
@@ -237,7 +233,7 @@ class Session:
                 progress.epoch, progress.position_samples = progress.epoch + 1, 0
                 progress.loss_sum, progress.loss_samples = torch.zeros(()), 0
         if due or save_is_due or stop.requested:
-            self._save(is_best)
+            self.save(is_best)
         if stop.requested and progress.status == "running":
             saved = ", saved" if self.context.writes else ""
             raise stop.stopped(f"at step {progress.step} of {self.steps.end}{saved}")
@@ -251,94 +247,7 @@ class Session:
             finish.status, finish.ended = "due", status
         self.phase.freeze.modes()
 
-    # ---- The last stage ---------------------------------------------------------------------------------------------
-
-    def finish(self) -> None:
-        """Solve the head, if it can be; the better of the two ships.
-
-        Raises:
-            StoppedEarly: asked for; what was tried is saved.
-        """
-        progress, finish, feed = self.progress, self.progress.finish, self.phase.feed
-        if finish.status != "due":
-            return
-        stage = gather(self.setup, feed, self.task)
-        epoch = math.ceil(progress.step / self.steps.per_epoch)
-        while next_strength(finish) is not None:
-            tried = try_next(finish, stage.held, workers())
-            folds = {f"finish/fold/{number}": loss for number, loss in enumerate(tried["fold_losses"])}
-            values = {f"finish/{name}": tried[name] for name in ("strength", "log_loss", "temperature")}
-            self._log.write({"step": progress.step, "epoch": epoch} | values | folds)
-            if self.context.stop.requested:
-                self._save(False)
-                raise self.context.stop.stopped("while the head was solved; what was tried is kept")
-            if self.context.settings.save_every_steps or time.monotonic() - self._last_saved > SAVE_SECONDS:
-                self._save(False)
-        solved = solve_all(stage.held, finish)
-        loop, is_best = self._best_head()
-        finish.judged, evaluation = judge(self.setup, feed, self.task, stage, finish, solved, loop)
-        finish.ships = which_ships(finish.judged) if is_best else "final"
-        finish.status, progress.status = "done", finish.ended
-        figures, held_out = evaluation.figures(), stage.held.outputs_held_out(finish.best_weights)
-        held_out /= temperature_of_head(self.setup, finish)
-        self._save_final(stage, solved, figures, held_out)
-        ours = {f"finish/{name.removeprefix('val/')}": value for name, value in figures.items()}
-        self._log.write({"step": progress.step, "epoch": epoch} | ours)
-        finish.weights = finish.best_weights = torch.zeros(0, dtype=torch.float64)
-        text, ships = finish_text(finish, evaluation), finish.ships == "final"
-        temperature = temperature_of_head(self.setup, finish) if self.recipe.finish.calibrate else None
-        self.context.watch.solved(text, progress.step, epoch, evaluation, temperature, ships=ships)
-        self._say_doubts(stage, held_out)
-        self._save(False)
-
-    def _say_doubts(self, stage: Stage, outputs: Tensor) -> None:
-        """Write labels.csv, and say how many labels are worth a look."""
-        source = self.setup.data.source
-        doubts = find_doubts(source, self.recipe.task, stage.held.held_out.of(stage.samples), outputs)
-        if not doubts:
-            return
-        self.context.save_labels(doubts, self.setup.data.skipped if self.recipe.data.without else ())
-        wrong = [one for one in doubts if one.looks_wrong]
-        if wrong and self.context.writes:
-            first, count = wrong[0], len(stage.samples)
-            of_all = f" that were looked at, of {count:,}," if len(doubts) < count else ""
-            self.context.watch.say(
-                f"{len(wrong):,} of {len(doubts):,} labels{of_all} look wrong, like {first.name}: {first.label!r}, likelier "
-                f"{first.likelier!r}; labels.csv lists them: mark those that are, and train again with --without"
-            )
-
-    def _best_head(self) -> tuple[dict[str, Tensor], bool]:
-        """Tensors of the last layer, of the loop's best; where that is gone, of its last step, and False."""
-        path, model, is_best = self.setup.network.last_layer_path, self._best_model, True
-        if not model:
-            try:
-                model = self.context.read_best().model
-            except (RunError, FileNotFoundError) as error:
-                self.context.watch.say(f"the loop's best is gone ({one_line(error)}): the solved head ships")
-                model, is_best = self.phase.freeze.changeable(), False
-        head = {
-            name.removeprefix(f"{path}."): value.cpu() for name, value in model.items() if name.startswith(f"{path}.")
-        }
-        return head, is_best
-
-    def _save_final(self, stage: Stage, solved: Tensor, figures: dict[str, float], outputs: Tensor) -> None:
-        """Args: outputs: of the rows that were held out, as they ship."""
-        finish, layer = self.progress.finish, self.setup.network.last_layer()
-        assert layer is not None
-        path, temperature = self.setup.network.last_layer_path, temperature_of_head(self.setup, finish)
-        state = self.state()
-        found = head_state(stage, solved, temperature, layer)
-        state.model = state.model | {f"{path}.{name}": value for name, value in found.items()}
-        self.losses.check_weights(state.model)
-        held_out = stage.held.held_out
-        held = dataclasses.replace(
-            finish, weights=finish.weights[:0], best_weights=finish.weights[:0],
-            held_samples=held_out.of(stage.samples), held_outputs=outputs,
-            thresholds=thresholds_of(self.recipe.task, outputs, held_out.of(stage.held.targets)),
-        )  # fmt: skip
-        state.progress = dataclasses.replace(self.progress, finish=held, last_validation=figures)
-        self.context.save_final(state)
-
+    # ---- Validation -------------------------------------------------------------------------------------------------
     def _validation_is_due(self) -> bool:
         progress, every = self.progress, self.recipe.validate_every_steps
         at_end = progress.position_samples >= self.samples or progress.step >= self.steps.end
@@ -369,10 +278,10 @@ class Session:
             progress.best |= adjustments(self.recipe, evaluation)
         if best and self.recipe.finish.way != "none":
             own = self.phase.freeze.changeable()
-            self._best_model = {name: value.detach().cpu().clone() for name, value in own.items()}
+            self.best_model = {name: value.detach().cpu().clone() for name, value in own.items()}
         values, features = {"train/epoch_loss": epoch_loss} | figures, self.phase.feed.features
         times = {PASS_SECONDS: round(features.pass_seconds, 3)} if features is not None and epoch == 1 else {}
-        self._log.write({"step": progress.step, "epoch": epoch} | values | times)
+        self.write_log(values | times)
         rate = learning_rates(self.phase.optimizer)["lr"]
         for line in self._advice.after(epoch, epoch_loss, figures["val/loss"], rate):
             watch.say(line)
@@ -390,7 +299,7 @@ class Session:
             self.setup, self.phase.freeze, frozen, self.progress, optimizer, scaler, mark, run_id, keep
         )
 
-    def _save(self, is_best: bool) -> None:
+    def save(self, is_best: bool) -> None:
         """Raises: RunError: a loss or a weight is no number; nothing is saved then."""
         self.losses.check()
         state = self.state()

@@ -17,7 +17,9 @@ from finetune.data.source import Source
 from finetune.errors import in_words
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import generators_put_back
+from finetune.tasks.calibration import calibrated
 from finetune.tasks.evaluation import MATRIX_CLASSES, Evaluation
+from finetune.tasks.losses import Classifying
 from finetune.watch.devices import device_figures
 from finetune.watch.leak import LeakWatch
 
@@ -267,8 +269,9 @@ class Watch:
         subject = self.subject
         assert subject is not None and subject.folder is not None
         place = {"run_id": subject.run_id, "step": step, "epoch": epoch, "facts": subject.facts, "is_solved": is_solved}
-        if temperature is not None:
-            place |= {"calibrated": evaluation.calibrated(temperature, is_divided=is_solved)}
+        if temperature is not None and isinstance(evaluation.task, Classifying):
+            given = evaluation.given()
+            place |= {"calibrated": calibrated(evaluation.task, *given, temperature, is_divided=is_solved)}
         write_json(subject.folder.validation_file, place | evaluation.record(subject.source).to_plain())
 
     def saving(self) -> None:
