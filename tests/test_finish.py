@@ -76,7 +76,7 @@ def test_the_better_of_the_two_heads_ships_and_says_so(few, tmp_path):
     (line,) = [line for line in terminal.lines if line.startswith("solved head: ")]
     assert line.endswith("it ships (final.pt)") and f"of {len(finish.tried)} tried in 5 fold(s)" in line
     lines = [json.loads(text) for text in run.metrics_file.read_text().splitlines()]
-    strengths = [one["finish/strength"] for one in lines if "finish/strength" in one]
+    strengths = [one["finish/lambda"] for one in lines if "finish/lambda" in one]
     assert strengths == [one["strength"] for one in finish.tried] and "finish/accuracy" in lines[-1]
     # The loop's own checkpoints are what they were.
     assert set(read(run)["model"]) == set(final_of(run)["model"])
@@ -271,7 +271,7 @@ def test_processes_killed_while_they_solve_end_with_the_bits_of_one_that_lived(t
     for goal in (1, 2, 4, 5, 7):
         while process.poll() is None and not run.metrics_file.exists():
             time.sleep(0.005)
-        while process.poll() is None and run.metrics_file.read_text().count("finish/strength") < goal:
+        while process.poll() is None and run.metrics_file.read_text().count("finish/lambda") < goal:
             time.sleep(0.002)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -103,7 +103,8 @@ class Training:
         unit_rows: divide the features of each sample by their norm; often better with few labels. Stock libraries then
             do not load the export.
         finish: after the epochs solve the head, where it is linear and reads kept features: the best regularisation by
-            cross-validation; the better of the two heads ships (auto); none = the loop's best ships.
+            cross-validation; the better of the two heads ships (auto; where rows x features x classes are at most 6
+            thousand million); none = the loop's best ships.
         calibrate: divide what the head gives by the temperature that makes its probabilities most honest on samples it
             was not trained on; decisions stay as they are.
         final: what the solved head has seen in the end: all labels, or those of the train part alone.

@@ -125,6 +125,7 @@ def evaluate(
         f"{noun}s": place or recipe.data.place,
         "part": judged.part,
         "out_of_fold": held is not None,
+        **({"optimism": state.progress.finish.judged["optimism"]} if held is not None else {}),
         # The loop's best was chosen, and its thresholds were, by the samples that validate.
         "chosen_by_these": which == "best" and judged.is_own and judged.part == "validation",
         **({"thresholds": thresholds} if thresholds else {}),
@@ -251,7 +252,10 @@ def show(figures: dict[str, Any], console: Console) -> None:
         )
     )
     if figures["out_of_fold"]:
-        console.print(Text("out of fold: each was judged by a head that was solved without it"))
+        chosen = (
+            f"as lambda was chosen by such losses, the loss looks better by about {number_text(figures['optimism'])}"
+        )
+        console.print(Text(f"out of fold: each was judged by a head that was solved without it; {chosen}"))
     if figures["chosen_by_these"]:
         what = "this checkpoint and its thresholds were" if "thresholds" in figures else "this checkpoint was"
         console.print(Text(f"{what} chosen by these very {noun}: on others it may be less good"))

@@ -40,7 +40,8 @@ def solve_head(session: Session) -> None:
     while next_strength(finish) is not None:
         tried = try_next(finish, stage.held, workers())
         folds = {f"finish/fold/{number}": loss for number, loss in enumerate(tried["fold_losses"])}
-        values = {f"finish/{name}": tried[name] for name in ("strength", "log_loss", "temperature")}
+        values = {f"finish/{name}": tried[name] for name in ("log_loss", "temperature")}
+        values |= {"finish/lambda": tried["strength"]}
         session.write_log(values | folds)
         if session.context.stop.requested:
             session.save(False)
