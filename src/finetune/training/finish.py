@@ -279,7 +279,7 @@ def head_state(stage: Stage, solved: Tensor, temperature: float, layer: nn.Modul
         "deviation": torch.full_like(rows.mean, rows.deviation),
     }
     own = layer.state_dict()
-    return {name: value.to(own[name].dtype).view_as(own[name]) for name, value in state.items()}
+    return {name: value.to(own[name].dtype).contiguous().view_as(own[name]) for name, value in state.items()}
 
 
 def workers() -> int:
