@@ -279,7 +279,11 @@ def head_state(stage: Stage, solved: Tensor, temperature: float, layer: nn.Modul
         "deviation": torch.full_like(rows.mean, rows.deviation),
     }
     own = layer.state_dict()
-    return {name: value.to(own[name].dtype).contiguous().view_as(own[name]) for name, value in state.items()}
+    # Of one number it does not matter how far the next one is, but to who views it as bytes.
+    return {
+        name: value.to(own[name].dtype).clone(memory_format=torch.contiguous_format).view_as(own[name])
+        for name, value in state.items()
+    }
 
 
 def workers() -> int:
