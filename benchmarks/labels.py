@@ -238,7 +238,9 @@ def main(options: Options) -> None:
                     rows.append(cell | {"head": name} | theirs(name, task, draw))
             show(rows, task.name, labels)
     compare(rows)
-    report("labels", "Accuracy, macro F1 and ECE in points", rows, options.output, dataclasses.asdict(options))
+    named = {"fashion": Path(options.fashion).name, "minilm": Path(options.minilm).name}
+    title = "Accuracy, macro F1 and ECE in points"
+    report("labels", title, rows, options.output, options=dataclasses.asdict(options) | named)
 
 
 def show(rows: list[dict[str, Any]], data: str, labels: str) -> None:
