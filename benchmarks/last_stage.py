@@ -27,6 +27,8 @@ from finetune.training.solver import Loss, Span, prepared
 # Rows, features, classes, folds.
 SIZES = [(2_000, 1_280, 10, 5), (10_000, 768, 50, 5), (100_000, 512, 100, 1)]
 INNER_DIRECTIONS = 64
+# Of a class about its centre, where centres lie about one apart: classes overlap, as real ones do.
+SPREAD = 4.0
 
 
 @dataclass
@@ -44,7 +46,7 @@ def rows_like_features(samples: int, features: int, classes: int) -> tuple[torch
     centres, labels = torch.randn(classes, INNER_DIRECTIONS, generator=generator), torch.arange(samples) % classes
     rows = torch.empty(samples, features)
     for places in torch.arange(samples).split(8_192):
-        inner = centres[labels[places]] + 1.5 * torch.randn(len(places), INNER_DIRECTIONS, generator=generator)
+        inner = centres[labels[places]] + SPREAD * torch.randn(len(places), INNER_DIRECTIONS, generator=generator)
         rows[places] = inner @ basis + 0.3 * torch.randn(len(places), features, generator=generator)
     return rows, labels
 

@@ -22,9 +22,9 @@ KEPT_SHARE, SHORTER, MOST_TRIALS = 1e-4, 0.5, 12
 # condition of Hager and Zhang, "A new conjugate gradient method with guaranteed descent and an efficient line search",
 # SIAM Journal on Optimization 16, 2005).
 HIDDEN_SHARE = 1e-7
-# Rows that are turned at once; bytes of rows that outputs and slopes are computed of at once, as many as a core keeps
-# near itself.
-TURNED_ROWS, BLOCK_BYTES = 8_192, 1 << 22
+# Rows that are turned at once; rows x directions x outputs that are computed at once: much beside what a call costs,
+# and few enough to stay near the core.
+TURNED_ROWS, BLOCK_WORK = 8_192, 50_000_000
 
 
 class Span(NamedTuple):
@@ -182,7 +182,7 @@ def solve(rows: Rows, loss: Loss, parts: Sequence[Span], strength: float, start:
         tolerance: how far above the minimum the objective may end, about.
     """
     directions = rows.rows.shape[1]
-    count = max(1, BLOCK_BYTES // (4 * max(directions, 1)))
+    count = max(1, BLOCK_WORK // max(directions * len(start), 1))
     blocks = [block for part in parts for block in part.blocks(count)]
     total = sum(part.of(loss.weights).sum(dtype=torch.float64).item() for part in parts)
     penalty = torch.full((directions + 1,), strength, dtype=torch.float64)
