@@ -3,8 +3,8 @@
     finetune recipes/bert_head.py
     finetune bert_head --texts reviews.csv --backbone sentence-transformers/all-MiniLM-L6-v2
 
-Expected on the customer messages that ship with the kit, with the defaults: 84.8 % (the loop's best epoch: 85.8 %) in 8 s
-on two cores, and in 7 s once the features are kept.
+Expected on the customer messages that ship with the kit, with the defaults: 84.8 % (the loop's best epoch: 85.8 %) in
+8 s on two cores, and in 7 s once the features are kept.
 """
 
 from typing import Literal

@@ -4,8 +4,8 @@
     finetune photo_head --images my_photos --augment standard --views 4
 
 Expected on 300 crops of ten photographs (`python benchmarks/crops.py crops`), with the defaults: 60 of 60 right
-(the loop's best epoch: 59) in 16 s on two cores, and in 10 s once the features are kept. On the digits that ship with the
-kit 96.1 %; for such take `vgg_head`.
+(the loop's best epoch: 59) in 16 s on two cores, and in 10 s once the features are kept. On the digits that ship with
+the kit 96.1 %; for such take `vgg_head`.
 """
 
 from typing import Literal
