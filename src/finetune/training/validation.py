@@ -77,6 +77,8 @@ def adjustments(recipe: Recipe, evaluation: Evaluation) -> Best:
         found["thresholds"] = thresholds
         assert isinstance(task, MultiLabelTask)
         task = dataclasses.replace(task, cuts=torch.tensor(thresholds).logit())
+    elif not recipe.finish.calibrate:  # it ships as it is
+        return found
     shipped = Evaluation(task, outputs.device, len(outputs))
     shipped.add(torch.arange(len(outputs)), outputs, targets)
     found["figures"] = {name.removeprefix("val/"): value for name, value in shipped.figures().items()}

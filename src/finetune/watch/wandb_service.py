@@ -209,7 +209,9 @@ class WandbService:
             name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in ended.best.items()
         }
-        artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=metadata | {"ships": ended.ships})
+        if ended.ships != "best":
+            metadata["ships"] = ended.ships
+        artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=metadata)
         for copy in copies:
             artifact.add_file(str(copy), name=copy.name, policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=["best"])
