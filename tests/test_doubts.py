@@ -123,6 +123,7 @@ def test_planted_labels_come_first_are_shown_and_are_left_out_when_marked(plante
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_what_the_temperature_does_stands_in_the_report(planted, tmp_path):
     folder, _ = planted
     words = ["vgg_head", "--images", str(folder), "--epochs", "2", "--track", "none", "--device", "cpu"]

@@ -94,7 +94,10 @@ def test_a_loop_that_is_better_ships(few, tmp_path, monkeypatch):
     assert json.loads(run.validation_file.read_text())["is_solved"] is False
 
 
-@pytest.mark.parametrize("moment", [0, 1, 4, "solved", "saved"])
+SLOW = [pytest.param(moment, marks=pytest.mark.slow) for moment in (0, 4, "solved")]
+
+
+@pytest.mark.parametrize("moment", [1, "saved", *SLOW])
 def test_a_run_killed_while_its_head_is_solved_ends_with_the_same_bits(few, tmp_path, monkeypatch, moment):
     whole = run_in(tmp_path / "whole", recipe(few), save_every_steps=1)
     calls = []

@@ -37,6 +37,7 @@ def test_a_temperature_has_an_end_and_helps_or_is_one():
     assert temperature_that_helps(3 * right, targets, "classification") == 1.0
 
 
+@pytest.mark.slow
 def test_labels_that_have_nothing_to_do_with_the_texts_are_said_to_and_predictions_still_differ(tmp_path, capsys):
     draw = random.Random(3)
     words = ["red", "late", "small", "cold", "new", "far", "old", "thin"]
@@ -137,6 +138,7 @@ def test_without_the_loops_best_the_solved_head_ships_and_says_so(tmp_path, monk
     assert any(line.startswith("the loop's best is gone (") for line in terminal.lines)
 
 
+@pytest.mark.slow
 def test_after_an_extension_in_which_the_loop_is_better_the_report_is_of_the_loop(tmp_path, monkeypatch):
     run, _ = start_in(
         tmp_path / "run", "t", small_recipe(augment="none"), Numerics(), MACHINE, Settings(), DyingTerminal()

@@ -110,7 +110,7 @@ def test_thresholds_travel_with_the_export_and_decide_in_predict_and_evaluate(tm
 # ---- Unit rows -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("head", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_features_of_norm_one_are_trained_on_and_exported(head, tmp_path, capsys):
     words = ["vgg_head", "--train-samples", "100", "--epochs", "2", "--track", "none", "--no-report", "--device", "cpu"]
     assert main([*words, "--unit-rows", "--head", head, "--run", str(tmp_path / "run")]) == 0
