@@ -69,7 +69,7 @@ def export_folder(run: RunFolder, which: str, output: Path, half: bool) -> Folde
     """Write a checkpoint as a folder for transformers, load it again and compare.
 
     Args:
-        which: "best" or "latest".
+        which: "best", "latest" or "final".
         output: the folder; must not exist, be empty, or be an earlier export.
         half: store numbers of 16 bits.
 

@@ -76,7 +76,7 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
     """Write the weights of a checkpoint for other programs, load them again and compare.
 
     Args:
-        which: "best" or "latest".
+        which: "best", "latest" or "final".
         output: ends in .pt, .safetensors or .onnx; a .json of the same name is written beside it.
 
     Raises:

@@ -12,7 +12,7 @@ from finetune.models.backbones import backbone_from_plain
 from finetune.models.heads import NO_HEAD
 from finetune.models.snippets import folder_lines, is_stock, loading_lines
 from finetune.recipe.execution import split_config
-from finetune.report.data import NOT_AS_WRITTEN, Checkpoint, RunData
+from finetune.report.data import NOT_AS_WRITTEN, Checkpoint, RunData, has_unit_rows
 from finetune.store.steps import way_on
 
 WITH_KIT = "with this kit, after finetune export"
@@ -128,7 +128,7 @@ def _description(data: RunData, checkpoint: Checkpoint) -> dict[str, object]:
             "outputs": checkpoint.outputs,
             "stock": _is_stock(data),
             "standardised": checkpoint.apart,
-            "unit_rows": Fields(data.config, "config").fields("model").plain.get("unit_rows", False),
+            "unit_rows": has_unit_rows(data.config),
         },
         "scale": checkpoint.scale,
         "preprocessing": backbone["preprocessing"],

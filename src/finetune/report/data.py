@@ -83,7 +83,7 @@ def _checkpoint_of(state: CheckpointState, run_id: str) -> Checkpoint:
         data.classes,
         data.outputs,
         scale_beside(data.scale),
-        layers_apart(state.model, _unit_rows(state.config)),
+        layers_apart(state.model, has_unit_rows(state.config)),
         data.fingerprint,
         data.train_samples,
         data.validation_samples,
@@ -95,7 +95,8 @@ def _checkpoint_of(state: CheckpointState, run_id: str) -> Checkpoint:
     )
 
 
-def _unit_rows(config: Plain) -> bool:
+def has_unit_rows(config: Plain) -> bool:
+    """Whether the head divides features by their norm."""
     model = config.get("model")
     return isinstance(model, dict) and model.get("unit_rows") is True
 

@@ -37,7 +37,7 @@ from finetune.store.state import DataFacts, generators_put_back
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.evaluation import evaluate as evaluate_batches
 from finetune.tasks.losses import MultiLabelTask, Task, make_task, standardised
-from finetune.tasks.thresholds import cross_fitted_cuts, has_thresholds, is_honest
+from finetune.tasks.thresholds import cross_fitted_of
 from finetune.training.dataset import make_pipeline
 from finetune.training.phase import trained_forward
 from finetune.training.setup import count_workers
@@ -69,7 +69,7 @@ def evaluate(
 
     Args:
         say: told when fewer samples at once are to do.
-        which: "best" or "latest".
+        which: "best", "latest" or "final".
         place: other data with the same classes; "" = the run's own test part, or where it has none its validation
             part.
         table: of that data, if it is one; what is not given is as in the run.
@@ -166,11 +166,8 @@ def _held_out(finish: Finish, judged: _Judged, recipe: Recipe) -> _Held | None:
     here = torch.isin(samples, judged.indices)
     if not here.any():
         return None
-    cuts = None
-    if has_thresholds(recipe.task):
-        targets = judged.source.targets[samples]
-        cuts = cross_fitted_cuts(outputs, targets, honest=is_honest(recipe.task))[here]
-    return _Held(samples[here], outputs[here], cuts)
+    cuts = cross_fitted_of(recipe.task, outputs, judged.source.targets[samples])
+    return _Held(samples[here], outputs[here], None if cuts is None else cuts[here])
 
 
 def _look_up(batches: Iterable[Batch], held: _Held, task: Task, count: int) -> Evaluation:

@@ -3,6 +3,7 @@
 import re
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, cast
@@ -69,6 +70,29 @@ def write_checkpoint(folder: Path, state: CheckpointState, *, is_best: bool, kee
             link_or_copy(path, folder / BEST)
         link_or_copy(path, folder / LATEST)
 
+    _at_second_attempt(folder, path, attempt)
+    for _, old in step_files(folder)[:-keep]:
+        with suppress(OSError):
+            old.unlink()
+    return path
+
+
+def write_final(folder: Path, state: CheckpointState) -> None:
+    """Write the checkpoint of a solved head beside those of the loop.
+
+    Raises:
+        RunError: it cannot be written, at the second attempt neither.
+    """
+    path = folder / FINAL
+    _at_second_attempt(folder, path, lambda: _write_state(path, state))
+
+
+def _at_second_attempt(folder: Path, path: Path, attempt: Callable[[], None]) -> None:
+    """Write a checkpoint, after a while once more if need be.
+
+    Raises:
+        RunError: neither worked; says which of before is good.
+    """
     try:
         attempt()
     except OSError:
@@ -83,29 +107,6 @@ def write_checkpoint(folder: Path, state: CheckpointState, *, is_best: bool, kee
             raise RunError(
                 f"checkpoint {path} cannot be written, nor at a second attempt ({one_line(error)}); {kept}: make room, "
                 "or put the disk right, then resume"
-            ) from None
-    for _, old in step_files(folder)[:-keep]:
-        with suppress(OSError):
-            old.unlink()
-    return path
-
-
-def write_final(folder: Path, state: CheckpointState) -> None:
-    """Write the checkpoint of a solved head beside those of the loop.
-
-    Raises:
-        RunError: it cannot be written, at the second attempt neither.
-    """
-    try:
-        _write_state(folder / FINAL, state)
-    except OSError:
-        time.sleep(RETRY_AFTER_SECONDS)
-        try:
-            _write_state(folder / FINAL, state)
-        except OSError as error:
-            raise RunError(
-                f"checkpoint {folder / FINAL} cannot be written, nor at a second attempt ({one_line(error)}); make "
-                "room, or put the disk right, then resume"
             ) from None
 
 

@@ -195,23 +195,22 @@ class Evaluation:
             targets: as the task's `loss_sum` takes them.
             cuts: (batch, classes) of these samples, in place of the task's; see `MultiLabelTask`.
         """
-        task = self.task
+        task, losses = self.task, self.task.sample_losses(outputs, targets)
+        decided = torch.zeros_like(losses)
         if isinstance(task, MultiLabelTask) and isinstance(self.tally, MultiLabelTally):
             task = task if cuts is None else dataclasses.replace(task, cuts=cuts)
-            self.tally.add(outputs, targets, task.decided(outputs))
+            decided = task.decided(outputs)
+            self.tally.add(outputs, targets, decided)
         else:
             self.tally.add(outputs, targets)
         if isinstance(self.task, Classifying):
             self.calibration.add(*self.task.decisions(outputs, targets))
-        losses = self.task.sample_losses(outputs, targets)
         self._losses.append(losses)
         if targets.dim() == 2 and isinstance(self.task, Classifying) and self._cells <= INTERVAL_CELLS:
             self._cells += targets.numel()
-            assert isinstance(task, MultiLabelTask)
-            self._several.append((task.decided(outputs), targets != 0))
+            self._several.append((decided, targets != 0))
         if isinstance(self.task, Classifying) and self._seen * outputs.shape[1] <= TEMPERATURE_NUMBERS:
             self._given.append((outputs.float(), targets))
-        decided = task.decided(outputs) if isinstance(task, MultiLabelTask) else torch.zeros_like(losses)
         rows = losses, indices.to(losses.device, non_blocking=True), outputs.float(), targets, decided
         self._worst = _extreme(self._worst, rows, KEPT_WORST, largest=True)
         self._best = _extreme(self._best, rows, KEPT_BEST, largest=False)

@@ -77,6 +77,11 @@ def thresholds_of(spec: Task, outputs: Tensor, targets: Tensor) -> list[float]:
     return best_cuts(outputs, targets, honest=is_honest(spec)).sigmoid().tolist()
 
 
+def cross_fitted_of(spec: Task, outputs: Tensor, targets: Tensor) -> Tensor | None:
+    """`cross_fitted_cuts` where `thresholds_of` gives some; else None."""
+    return cross_fitted_cuts(outputs, targets, honest=is_honest(spec)) if has_thresholds(spec) else None
+
+
 def has_thresholds(spec: Task) -> bool:
     return isinstance(spec, MultiLabel) and spec.thresholds == "f1"
 

@@ -19,7 +19,7 @@ from finetune.store.finish_state import Finish, Judged, Tried
 from finetune.tasks.calibration import LARGEST_TEMPERATURE, sample_losses, temperature_that_helps
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.losses import Classifying, Task, make_task
-from finetune.tasks.thresholds import best_cuts, cross_fitted_cuts, has_thresholds, is_honest
+from finetune.tasks.thresholds import best_cuts, cross_fitted_of, is_honest
 from finetune.training.phase import Feed
 from finetune.training.regularisation import Held
 from finetune.training.setup import Setup
@@ -198,16 +198,14 @@ def judge(
     held, validation = stage.held, setup.data.split.validation
     kind, temperature = held.loss.kind, temperature_of_head(setup, finish)
     outputs = held.outputs_held_out(finish.best_weights)
-    samples, cuts = held.held_out.of(stage.samples), None
-    honest = is_honest(setup.recipe.task)
-    if has_thresholds(setup.recipe.task):
-        cuts = cross_fitted_cuts(outputs / temperature, held.held_out.of(held.targets), honest=honest)
+    samples, wanted = held.held_out.of(stage.samples), held.held_out.of(held.targets)
+    cuts = cross_fitted_of(setup.recipe.task, outputs / temperature, wanted)
     if torch.isin(validation, stage.samples).any():  # it is trained on in the end: what the folds said of it counts
         here = torch.isin(samples, validation)
         samples, outputs, cuts = samples[here], outputs[here], None if cuts is None else cuts[here]
     else:
         if cuts is not None:
-            cuts = best_cuts(outputs / temperature, held.held_out.of(held.targets), honest=honest)
+            cuts = best_cuts(outputs / temperature, wanted, honest=is_honest(setup.recipe.task))
             cuts = cuts.expand(len(validation), -1)
         weight, bias = held.rows.head(solved)
         samples, outputs = (
