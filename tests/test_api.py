@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -161,7 +162,12 @@ def test_the_quickstart_runs_from_top_to_bottom(tmp_path):
     )
     assert "epoch 5/5" in trained and not table
     assert "<iframe" in shown(code[4]) and "calibration" in shown(code[4]).lower()
-    assert "torch.Size([1, 10])" in shown(code[-1])
+    picture, prediction = code[-1].outputs
+    assert "image/png" in picture["data"] and re.match(
+        r"Prediction\(label='\d', probability=\d\.\d+", prediction["data"]["text/plain"]
+    )
+    said = [output for cell in code for output in cell.outputs if output.get("name") == "stderr"]
+    assert not said  # no warning in any cell
     assert (tmp_path / "runs/digits/report.html").is_file()
 
 

@@ -152,7 +152,7 @@ def test_what_is_called_from_python_leaves_the_process_as_it_was(tmp_path, train
 
 
 def test_what_is_imported_at_the_first_call_draws_nothing_that_a_caller_would_miss():
-    words = "import random; random.seed(1); import finetune; finetune._import_unnoticed(); print(random.random())"
+    words = "import random; random.seed(1); import finetune; finetune.fit; print(random.random())"
     found = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
     assert float(found.stdout) == random.Random(1).random()
 

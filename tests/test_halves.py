@@ -24,7 +24,7 @@ from finetune import Trainable
 from finetune.cli import main
 from finetune.data.digits import load_digits
 from finetune.errors import is_out_of_memory
-from finetune.export import predict
+from finetune.export import model
 from finetune.export.weights import export
 from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.runs import evaluate
@@ -184,14 +184,14 @@ def test_predict_halves_and_keeps_the_order(tmp_path, trained, monkeypatch, caps
         Image.fromarray(picture[0].numpy()).save(tmp_path / "digits" / f"{number}.png")
     words = ["predict", str(tmp_path / "model.pt"), str(tmp_path / "digits"), "--batch-size", "8", "--device", "cpu"]
     assert main(words) == 0
-    whole, real = capsys.readouterr().out, predict.to_device
+    whole, real = capsys.readouterr().out, model.to_device
 
     def limited(samples, device):
         if len(samples) > 3:
             raise too_many()
         return real(samples, device)
 
-    monkeypatch.setattr(predict, "to_device", limited)
+    monkeypatch.setattr(model, "to_device", limited)
     assert main(words) == 0
     found = capsys.readouterr()
     assert found.err.splitlines() == [

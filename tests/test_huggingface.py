@@ -93,8 +93,8 @@ def test_a_family_trains_resumes_without_its_folder_and_its_export_loads_into_tr
     assert all(state.model[f"{path}.mean"].abs().max() > 0 for path in heads)
 
     report = export(run, "latest", tmp_path / "model.pt")
-    scope: dict = {}
-    exec(report.stock_lines, scope)  # as printed, for people without this kit
+    scope: dict = {"__name__": "receiver"}
+    exec(report.program, scope)  # as printed, for people without this kit
     assert "ForImageClassification" in type(scope["model"]).__name__
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

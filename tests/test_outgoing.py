@@ -117,7 +117,7 @@ def test_features_of_norm_one_are_trained_on_and_exported(head, tmp_path, capsys
     capsys.readouterr()
     assert main(["export", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().err
-    assert "--unit-rows) has no stock counterpart" in said and "equal the run's bit for bit" in said
+    assert "(--unit-rows) has no stock counterpart" in said and "equal the run's bit for bit" in said
     module = finetune.load(tmp_path / "run" / "model.pt")
     ((_, layer),) = standardised_layers(module)
     rows = torch.rand(3, layer.in_features)

@@ -110,7 +110,18 @@ def test_csv_out_has_a_header_the_top_classes_and_the_error_of_a_broken_file(mod
     (tmp_path / "digits" / "001.png").write_bytes(b"broken")
     assert main(["predict", str(model), str(tmp_path / "digits"), "--csv", "--top-k", "2"]) == 1
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
-    assert list(rows[0]) == ["file", "label", "probability", "label_2", "probability_2", "labels", "error"]
+    columns = [
+        "file",
+        "label",
+        "probability",
+        "label_2",
+        "probability_2",
+        "labels",
+        "distance_percentile",
+        "unsure",
+        "error",
+    ]
+    assert list(rows[0]) == columns
     assert [row["label"] for row in rows] == ["0", "", "2"] and "cannot be decoded" in rows[1]["error"]
     assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"])
 

@@ -1,6 +1,8 @@
 import inspect
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,50 @@ def test_what_somebody_asks_for_and_has_no_effect_on_the_last_stage_is_refused(c
     ):  # fmt: skip
         assert main(words) == 2
         assert said in capsys.readouterr().err
+
+
+# ---- A recipe of one's own -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vgg_head", "resnet_head", "photo_head", "bert_head"])
+def test_new_writes_every_value_out_and_describes_the_very_same_training(name, tmp_path, capsys):
+    assert main(["new", name, str(tmp_path / "mine.py")]) == 0
+    text = (tmp_path / "mine.py").read_text()
+    mine, shipped = load_recipe_function(tmp_path / "mine.py"), load_recipe_function(shipped_recipes()[name])
+    assert mine() == shipped() and mine(epochs=3, lr=1e-4, seed=2) == shipped(epochs=3, lr=1e-4, seed=2)
+    for part in (
+        "model=Model(",
+        "rules=(",
+        '("head", "trainable", 0)',
+        "optimizer=Optimizer(",
+        "weight_decay=0.01",
+        "task=",
+    ):
+        assert part in text
+    values = [line for line in text.splitlines() if re.match(r" {12}\w+=(?!(images|texts|lr|train_samples),)", line)]
+    commented = len(re.findall(r" {12}#.*\n {12}\w+=", text))
+    assert len(values) > 25 and commented == len(values)
+    for command in (
+        ["ruff", "check", "--isolated"],
+        ["ruff", "format", "--isolated", "--line-length", "120", "--check"],
+    ):
+        if shutil.which(command[0]):
+            subprocess.run([*command, str(tmp_path / "mine.py")], check=True, capture_output=True)
+
+
+def test_a_new_recipe_trains_the_same_bits_as_the_shipped_one_and_a_changed_value_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--epochs", "1", "--train-samples", "100", "--device", "cpu", "--track", "none", "--no-report"]
+    assert main(["new", "vgg_head", "mine.py"]) == 0
+    Path("other.py").write_text(Path("mine.py").read_text().replace("weight_decay=0.01", "weight_decay=0.5"))
+    states = []
+    for recipe in ("vgg_head", "mine.py", "other.py"):
+        assert main([recipe, *options, "--run", Path(recipe).stem]) == 0
+        states.append(torch.load(Path(recipe).stem + "/checkpoints/latest.pt", weights_only=True)["model"])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_what_the_author_wrote_out_himself_is_copied_as_it_is(tmp_path):
+    assert main(["new", "distill_bert", str(tmp_path / "mine.py")]) == 0
+    assert (tmp_path / "mine.py").read_text() == shipped_recipes()["distill_bert"].read_text()

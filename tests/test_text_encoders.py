@@ -34,14 +34,17 @@ from encoders import (
     text_recipe,
     write_csv,
 )
+from safetensors.torch import load_file
 
 import finetune
-from finetune import RunError, UsageError
+from finetune import RunError, UsageError, text_head
 from finetune.cli import main
 from finetune.data.tokens import PADDING
 from finetune.export.hf_folder import export_folder
 from finetune.export.weights import export
+from finetune.models.backbones import find_text_backbone
 from finetune.models.pretrained import find_pretrained
+from finetune.models.stock import reason_against_folder
 from finetune.store.restore import trained_network
 from finetune.store.run_folder import RunFolder
 from finetune.training.dataset import open_data
@@ -94,10 +97,13 @@ def test_a_family_trains_resumes_without_its_folder_and_its_export_loads_into_tr
     network, _ = trained_network(run, "latest")
 
     report = export(run, "latest", tmp_path / "model.pt")
-    scope: dict = {}
-    exec(report.stock_lines.replace("['a text']", "['a text', 'my dog was']"), scope)  # as printed
+    scope: dict = {"__name__": "receiver"}
+    exec(report.program, scope)  # as printed
     assert "ForSequenceClassification" in type(scope["model"]).__name__
-    tokens = scope["inputs"]["input_ids"].masked_fill(scope["inputs"]["attention_mask"] == 0, PADDING)
+    inputs = scope["tokenizer"](["a text", "my dog was"], padding=True, return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    tokens = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, PADDING)
+    scope["logits"] = scope["model"](**inputs).logits.detach()
     with torch.inference_mode():
         ours, rebuilt = network.module(tokens), finetune.load(tmp_path / "model.pt")(tokens)
     torch.testing.assert_close(ours, scope["logits"], rtol=0, atol=1e-5)
@@ -214,20 +220,30 @@ def test_training_inside_the_encoder_says_that_nothing_is_kept(tmp_path, folders
     assert any(name.startswith("bert.encoder.layer.1") for name in first["model"])
 
 
-def test_another_pooling_is_refused_for_a_folder_with_the_reason(tmp_path, folders, texts):
+def test_with_another_pooling_the_folder_is_an_encoder_with_its_head_beside_it(tmp_path, folders, texts):
     run = train_run(tmp_path / "run", text_recipe(texts, folders["bert"], pooling="mean", epochs=1))
-    with pytest.raises(UsageError, match=r"classifies by .mean. pooling.*--pooling stock"):
-        export_folder(run, "latest", tmp_path / "hf", half=False)
-    assert not (tmp_path / "hf").exists()
-    report = export(run, "latest", tmp_path / "model.pt")
+    report = export_folder(run, "latest", tmp_path / "hf", half=False)
+    assert report.seen.alike == report.seen.samples == 16 and "SentenceTransformer(" in report.text()
+    kinds = [one["type"] for one in json.loads((tmp_path / "hf" / "modules.json").read_text())]
+    assert kinds == ["sentence_transformers.models.Transformer", "sentence_transformers.models.Pooling"]
+    assert json.loads((tmp_path / "hf" / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"]
+    head, network = load_file(tmp_path / "hf" / "head.safetensors"), trained_network(run, "latest")[0]
+    tokens = torch.tensor([[2, 50, 40, 3]])
+    encoder = transformers.AutoModel.from_pretrained(tmp_path / "hf")
+    with torch.inference_mode():
+        features = encoder(input_ids=tokens).last_hidden_state.mean(1)
+        logits = features @ head["weight"].T + head["bias"]
+        torch.testing.assert_close(logits, network.module(tokens), rtol=0, atol=1e-5)
+    export(run, "latest", tmp_path / "model.pt")
     description = json.loads((tmp_path / "model.json").read_text())
     assert "averaged" in description["preprocessing_text"] and description["architecture"]["stock"] is False
-    scope: dict = {}
-    exec(report.stock_lines.partition("\n\n")[2], scope)
-    network, _ = trained_network(run, "latest")
-    tokens = torch.tensor([[*scope["inputs"]["input_ids"][0].tolist()]])
-    with torch.inference_mode():
-        torch.testing.assert_close(scope["logits"], network.module(tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["mlp", "append"])
+def test_a_head_that_transformers_has_no_class_for_is_refused_for_a_folder_with_the_reason(tmp_path, head):
+    recipe = text_head(texts="messages", backbone="bundled/bert", pooling="stock", head=head)
+    backbone, _ = find_text_backbone("bundled/bert", "stock")
+    assert "no class of transformers has a head of kind" in reason_against_folder(recipe, backbone)
 
 
 @pytest.mark.parametrize(

@@ -191,18 +191,19 @@ def test_numbers_far_from_zero_are_exported_and_predicted_as_exactly_as_any(tmp_
     assert main(["predict", str(tmp_path / "model.pt"), *texts, "--device", "cpu"]) == 0
     animal, tool = (json.loads(line)["value"] for line in capsys.readouterr().out.splitlines())
     assert animal == pytest.approx(1e9 + 1, abs=0.4) and tool == pytest.approx(1e9, abs=0.4)
-    scope: dict = {}
+    scope: dict = {"__name__": "receiver"}
+    exec(report.program, scope)
+    inputs = scope["tokenizer"](texts, padding=True, return_tensors="pt")
     with torch.inference_mode():
-        exec(report.stock_lines.replace("['a text']", repr(texts)).replace('["a text"]', repr(texts)), scope)
-        loaded = finetune.load(tmp_path / "model.pt")(**scope["inputs"])
-    for values in (scope["values"], loaded):
-        assert values.dtype == torch.float64
-        torch.testing.assert_close(values.flatten().tolist(), [animal, tool], rtol=0, atol=1e-5)
+        loaded = finetune.load(tmp_path / "model.pt")(**inputs)
+    assert loaded.dtype == torch.float64 and all(isinstance(scope["predict"](text), float) for text in texts)
+    for values in ([scope["predict"](text) for text in texts], loaded.flatten().tolist()):
+        torch.testing.assert_close(values, [animal, tool], rtol=0, atol=1e-4)  # of batches of other shapes
     words = ["export", str(run.path), "--from", "best", "--format", "hf", "--output", str(tmp_path / "folder")]
     assert main(words) == 0
-    lines = capsys.readouterr().err.partition("\n\n")[2]
-    exec(lines.replace("a text", texts[0]), scope)  # as printed
-    assert scope["value"] == pytest.approx(animal, abs=1e-4)
+    program = capsys.readouterr().err.partition("\nimport json\n")
+    exec(program[1] + program[2], scope)  # as printed
+    assert scope["predict"](texts[0]) == pytest.approx(animal, abs=1e-4)
     # This encoder's features lie too far from zero for 16 bits, and that is measured in deviations too.
     assert main([*words, "--half"]) == 1
     assert (

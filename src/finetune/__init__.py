@@ -1,6 +1,5 @@
 """finetune: train a new head on a frozen, pretrained backbone; lose nothing when the machine dies."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from finetune.base.signals import StopRequest
@@ -23,11 +22,10 @@ from finetune.recipe.spec import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import nn
-
-    from finetune.api import FinishedRun
+    from finetune.api import FinishedRun as FinishedRun
+    from finetune.api import LoadedModel as LoadedModel
+    from finetune.api import Prediction as Prediction
+    from finetune.api import fit, load, resume
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,12 +33,15 @@ __all__ = [
     "Distillation",
     "FinetuneError",
     "Finish",
+    "FinishedRun",
     "ImageTable",
     "ImageTraining",
     "Images",
+    "LoadedModel",
     "Model",
     "MultiLabel",
     "Optimizer",
+    "Prediction",
     "Recipe",
     "Regression",
     "RunError",
@@ -60,47 +61,21 @@ __all__ = [
     "text_head",
 ]
 
-# What follows imports torch when it is called, not before.
+# These import torch when they are first asked for, not before.
+_FROM_API = ("FinishedRun", "LoadedModel", "Prediction", "fit", "load", "resume")
 
 
-def _import_unnoticed() -> None:
-    """Import what is needed: some of it draws from Python's random numbers, which are the caller's."""
+def __getattr__(name: str) -> object:
+    if name not in _FROM_API:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import random
 
     state = random.getstate()
-    from finetune import api  # noqa: F401
-
-    random.setstate(state)
-
-
-def load(path: "str | Path") -> "nn.Module":
-    """The model of an export, rebuilt and in eval mode; see `finetune.export.load.load`."""
-    from finetune.export.load import load as load_export
-
-    return load_export(path)
-
-
-def fit(
-    recipe: Recipe,
-    run: "str | Path" = "",
-    *,
-    name: str = "notebook",
-    trackers: Sequence[object] = (),
-    stop: StopRequest | None = None,
-    **options: object,
-) -> "FinishedRun":
-    """Train a recipe; see `finetune.api.fit`."""
-    _import_unnoticed()
     from finetune import api
 
-    return api.fit(recipe, run, name=name, trackers=trackers, stop=stop, **options)
+    random.setstate(state)  # some of what is imported draws from these numbers, which are the caller's
+    return getattr(api, name)
 
 
-def resume(
-    run: "str | Path" = "", *, trackers: Sequence[object] = (), stop: StopRequest | None = None, **options: object
-) -> "FinishedRun":
-    """Go on with a run; see `finetune.api.resume`."""
-    _import_unnoticed()
-    from finetune import api
-
-    return api.resume(run, trackers=trackers, stop=stop, **options)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FROM_API})

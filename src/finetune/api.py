@@ -2,19 +2,22 @@
 
 import dataclasses
 import difflib
+import functools
 import html
+import inspect
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from finetune.base.events import Best
 from finetune.base.signals import StopRequest
 from finetune.commands import training
 from finetune.errors import RunError, UsageError
+from finetune.export.model import LoadedModel, Prediction, load_model
 from finetune.options import ResumeOptions, RunOptions
 from finetune.recipe.spec import Recipe
 
@@ -24,7 +27,10 @@ if TYPE_CHECKING:
     from finetune.store.state import Progress
     from finetune.training.context import RunContext
 
+__all__ = ["FinishedRun", "LoadedModel", "Prediction", "fit", "load", "resume"]
 Options = TypeVar("Options", RunOptions, ResumeOptions)
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class FinishedRun:
         """The best weights, for `finetune.load` and for stock torchvision or transformers.
 
         Args:
-            output: .pt, .safetensors or .onnx; default: model.pt in the run's folder.
+            output: .pt, .safetensors, .onnx or .pt2; default: model.pt in the run's folder.
 
         Raises:
             FinetuneError: see `finetune export`.
@@ -75,6 +81,45 @@ class FinishedRun:
         run = RunFolder(self.folder)
         export(run, shipped(run, "auto"), path)
         return path
+
+    def load(self) -> LoadedModel:
+        """The model that ships, out of model.pt in the run's folder, which is written where it is not there or old."""
+        from finetune.export.load import is_export_of
+        from finetune.store.restore import shipped
+        from finetune.store.run_folder import RunFolder
+
+        run, path = RunFolder(self.folder), self.folder / "model.pt"
+        if not is_export_of(path, run, shipped(run, "auto")):
+            self.export()
+        return load_model(path)
+
+    def predict(self, inputs: object, **options: Any) -> Any:
+        """Predict with the model that ships; see `LoadedModel.predict`."""
+        return self.load().predict(inputs, **options)
+
+    def evaluate(
+        self, data: str | Path = "", *, device: str = "auto", workers: int | None = None, checkpoint: str = "auto"
+    ) -> dict[str, Any]:
+        """Loss, accuracy, F1 by class, confusion matrix, ..., as `finetune evaluate --json` gives them.
+
+        Args:
+            data: other images or texts with the same classes; default: the run's own test part, else its validation
+                part.
+            device: "auto" (cuda, else mps, else cpu), or a device of torch.
+            workers: processes that read images ahead; None = for image files one a core.
+            checkpoint: "best", "latest", "final", or "auto": what ships.
+
+        Raises:
+            FinetuneError: see `finetune evaluate`.
+        """
+        from finetune.recipe.heads import AnyTable
+        from finetune.runs.evaluate import evaluate
+        from finetune.store.restore import shipped
+        from finetune.store.run_folder import RunFolder
+
+        run = RunFolder(self.folder)
+        which = shipped(run, checkpoint)
+        return evaluate(run, which, str(data), AnyTable(), device, workers)
 
     def show_report(self, height_pixels: int = 600) -> "HTML":
         """The report within the notebook.
@@ -91,7 +136,7 @@ class FinishedRun:
         frame = (
             f"width='100%' height='{height_pixels}' style='border: 0' title='report of {html.escape(str(self.folder))}'"
         )
-        return HTML(f"<iframe srcdoc='{page}' {frame}></iframe>")
+        return HTML(f"<div><iframe srcdoc='{page}' {frame}></iframe></div>")  # of a bare frame IPython warns
 
     def _repr_html_(self) -> str:
         """As a notebook shows it."""
@@ -104,6 +149,23 @@ class FinishedRun:
         return f"<table>{cells}</table>"
 
 
+def _told_of_wrong_names(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """The function, but for a keyword that it does not have the nearest one is named."""
+
+    @functools.wraps(function)
+    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        names = list(inspect.signature(function).parameters)
+        for name in options:
+            if name not in names:
+                nearest = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {nearest[0]}?" if nearest else f"allowed are {', '.join(sorted(names))}"
+                raise UsageError(f"option {name}: unknown; {hint}")
+        return function(*arguments, **options)
+
+    return call
+
+
+@_told_of_wrong_names
 def fit(
     recipe: Recipe,
     run: str | Path = "",
@@ -111,7 +173,28 @@ def fit(
     name: str = "notebook",
     trackers: Sequence[object] = (),
     stop: StopRequest | None = None,
-    **options: object,
+    resume: bool | None = None,
+    init_from: str | Path = "",
+    device: str = "auto",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    backbone_precision: Literal["fp32", "bf16", "fp16"] | None = None,
+    tf32: Literal["none", "convolutions", "all"] = "none",
+    workers: int | None = None,
+    worker_start: Literal["auto", "fork", "forkserver", "spawn"] = "auto",
+    cache: bool = True,
+    cache_limit: str = "",
+    skip_broken: bool = False,
+    save_every_steps: int | None = None,
+    save_every_minutes: float | None = None,
+    keep: int | None = None,
+    track: str | Sequence[str] | None = None,
+    log_every_steps: int = 10,
+    report: bool = True,
+    notify: str | Sequence[str] = (),
+    notify_every_epochs: int | None = None,
+    frozen: Literal["auto", "copy"] = "auto",
+    deterministic: bool = True,
+    quiet: bool = False,
 ) -> FinishedRun:
     """Train a recipe. With `run`, the same call goes on where the last one ended: after a crash, run the cell again.
 
@@ -123,42 +206,106 @@ def fit(
             which are told what happens. What they raise ends the run, which can be resumed, and reaches the caller.
         stop: whoever holds it can ask the run to stop, from any thread: `stop.ask("by the button")`. The step is
             finished, the state saved, and StoppedEarly raised.
-        options: those of `finetune RECIPE --help` that every run has, with _ in place of -: device="cpu",
-            save_every_minutes=5, notify=("slack://...",), cache=False.
+        resume: go on with the run that the folder holds; default: yes, where a folder is given.
+        init_from: RUN, RUN:best or RUN:latest: start from that run's weights.
+        device: "auto" (cuda, mps, cpu), or a device of torch.
+        precision: of the network's arithmetic; fp16 on CUDA only.
+        backbone_precision: of the frozen part alone; default: as `precision`.
+        tf32: what an NVIDIA GPU may compute with 10 of fp32's 23 bits.
+        workers: processes that read and augment images ahead; 0 = none; default: for image files one a core, 8 at most.
+        worker_start: how worker processes start; auto = the platform's way.
+        cache: keep what the frozen backbone computes, so that it runs only once.
+        cache_limit: how much disk new features may take, like "20GB"; default: a quarter of what is free.
+        skip_broken: look at every image or text first, and leave broken ones out.
+        save_every_steps: save also every so many steps; 0 = at the end of each epoch only.
+        save_every_minutes: save also when so many minutes have passed; 0 = never for that.
+        keep: numbered checkpoints to keep, besides latest.pt and best.pt; default: 2.
+        track: who else is told: "tensorboard", "wandb", both, or "none"; default: tensorboard.
+        log_every_steps: steps between two lines in metrics.jsonl.
+        report: write report.html at the end of the run.
+        notify: URLs that messages go to (slack://..., mailto://...).
+        notify_every_epochs: send a message also every so many epochs.
+        frozen: "copy" = keep the frozen weights in the run folder, so that it stands alone.
+        deterministic: deterministic algorithms; without them a resume is not exact on CUDA.
+        quiet: print nothing but what goes wrong.
 
     Raises:
         FinetuneError: as the command line would say it; StoppedEarly when it was interrupted, and saved.
     """
+    given = locals()
     if not isinstance(recipe, Recipe):
         raise UsageError(
             f"fit: {type(recipe).__name__} is no Recipe; call the recipe function, as in fit(recipe(lr=1e-3)), or "
             "image_head(images=..., backbone=...)"
         )
-    given = _given(RunOptions, "RECIPE", run, {"resume": bool(run)} | options)
+    options = _given(RunOptions, "RECIPE", run, given | {"resume": bool(run) if resume is None else resume})
     _check_handed_in(trackers, stop)
-    return training.train(name, (), recipe, given, [], _conclude, trackers=trackers, stop=stop)
+    return training.train(name, (), recipe, options, [], _conclude, trackers=trackers, stop=stop)
 
 
+@_told_of_wrong_names
 def resume(
     run: str | Path = "",
     *,
     trackers: Sequence[object] = (),
     stop: StopRequest | None = None,
-    **options: object,
+    epochs: int = 0,
+    lr: float = 0.0,
+    from_: str | Path = "",
+    images: str | Path = "",
+    texts: str | Path = "",
+    device: str = "auto",
+    workers: int | None = None,
+    worker_start: Literal["auto", "fork", "forkserver", "spawn"] = "auto",
+    cache_limit: str = "",
+    save_every_steps: int | None = None,
+    save_every_minutes: float | None = None,
+    keep: int | None = None,
+    track: str | Sequence[str] | None = None,
+    notify: str | Sequence[str] = (),
+    notify_every_epochs: int | None = None,
+    quiet: bool = False,
 ) -> FinishedRun:
     """Go on with a run as if it had never stopped.
 
     Args:
         run: its folder; default: the newest unfinished below runs/.
         trackers, stop: as of `fit`.
-        options: those of `finetune resume --help`, with _ in place of -: epochs=30, device="cuda", from_="...".
+        epochs: train to so many epochs in all.
+        lr: learning rate of what is added; default: the recipe's final one.
+        from_: rewind to this checkpoint first; later ones move to superseded/.
+        images: where the same images lie now, if they were moved.
+        texts: where the same texts lie now, if they were moved.
+        device, workers, worker_start, cache_limit: as of `fit`.
+        save_every_steps, save_every_minutes, keep, track: as of `fit`; default: as the run has it.
+        notify, notify_every_epochs, quiet: as of `fit`.
 
     Raises:
         FinetuneError: as the command line would say it.
     """
-    given = _given(ResumeOptions, "resume", run, options)
+    given = locals()
+    options = _given(ResumeOptions, "resume", run, given)
     _check_handed_in(trackers, stop)
-    return training.resume(given, _conclude, trackers=trackers, stop=stop)
+    return training.resume(options, _conclude, trackers=trackers, stop=stop)
+
+
+def load(path: str | Path, device: str = "cpu") -> LoadedModel:
+    """Load the model of an export, to predict with: `load("model.pt").predict("photo.jpg")`. Runs no code from it.
+
+    Args:
+        path: the .pt or .safetensors; its .json must lie beside it. Or a run's folder: its model.pt.
+        device: "cpu", "auto" (cuda, else mps, else cpu), or a device of torch.
+
+    Returns:
+        A model that can also be called, like the bare network, which is its `module`: (batch, 3, height, width)
+        float32, prepared as the JSON says, to (batch, classes) logits; of texts called as
+        `model(**tokenizer(texts, padding=True, return_tensors="pt"))`, with the tokenizer that lies beside the file.
+        Numbers come in their own unit: (batch, 1), in float64 where float32 cannot tell them apart.
+
+    Raises:
+        RunError: the files are missing, damaged, or do not belong together.
+    """
+    return load_model(path, device)
 
 
 def _check_handed_in(trackers: object, stop: object) -> None:
@@ -172,24 +319,25 @@ def _check_handed_in(trackers: object, stop: object) -> None:
         raise UsageError(f"stop: {type(stop).__name__} is no finetune.StopRequest; make one: stop=StopRequest()")
 
 
-def _given(kind: type[Options], command: str, run: str | Path, options: dict[str, object]) -> Options:
-    """Options, checked as those of the command line are, and by the same parser."""
+def _given(kind: type[Options], command: str, run: str | Path, values: dict[str, Any]) -> Options:
+    """Options, checked as those of the command line are, and by the same parser.
+
+    Args:
+        values: by name; others among them are none of its options.
+    """
     from finetune.cli import parse
 
-    names = [field.name for field in dataclasses.fields(kind) if field.name != "run"]
     words: list[str] = []
-    for name, value in options.items():
-        if name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"allowed are {', '.join(sorted(names))}"
-            raise UsageError(f"option {name}: unknown; {hint}")
-        option = name.strip("_").replace("_", "-")
-        if isinstance(getattr(kind, name), bool) and not isinstance(value, bool):
-            raise UsageError(f"option {name} {value!r}: give True or False")
+    for field in dataclasses.fields(kind):
+        if field.name == "run" or field.name not in values or values[field.name] == field.default:
+            continue
+        option, value = field.name.strip("_").replace("_", "-"), values[field.name]
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise UsageError(f"option {field.name} {value!r}: give True or False")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
-        elif name == "notify" and isinstance(value, list | tuple):
-            words += [f"--{option}={one}" for one in value]
+        elif field.name == "notify":
+            words += [f"--{option}={one}" for one in ([value] if isinstance(value, str) else value)]
         elif value is not None:
             words.append(f"--{option}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}")
     state = random.getstate()

@@ -5,7 +5,7 @@ import gc
 import importlib
 import io
 import os
-import shutil
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -32,6 +32,7 @@ from finetune.options import (
     DoctorOptions,
     EvaluateOptions,
     ExportOptions,
+    LookOptions,
     PredictOptions,
     RehearseOptions,
     ReportOptions,
@@ -40,7 +41,8 @@ from finetune.options import (
     repeatable,
 )
 from finetune.parsing import parse, parse_recipe
-from finetune.recipe.scripts import find_recipe_file, shipped_recipes
+from finetune.recipe.scripts import find_recipe_file, load_recipe_function, shipped_recipes
+from finetune.recipe.written import is_one_call, recipe_file
 from finetune.rehearse.part import OPTION as PART_OPTION
 from finetune.rehearse.part import Part
 
@@ -50,6 +52,7 @@ finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit fo
   finetune RECIPE [options]              train; RECIPE is a file or a shipped recipe: {recipes}
   finetune photo_head --images FOLDER    the one for photos; --backbone A,B compares several on your own data
   finetune RECIPE --help                 the recipe's own options, with their documentation
+  finetune look RECIPE [options]         see the data before any training: samples, classes, copies, broken files
   finetune rehearse RECIPE [options]     try kill and resume on a sample of the data; time, memory, disk of it all
   finetune resume [RUN] [--epochs N]     go on; without RUN: the newest unfinished below runs/
   finetune export RUN                    weights that stock torchvision or transformers loads, a JSON beside them
@@ -62,7 +65,7 @@ finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit fo
   finetune backbones [WORD]              pretrained networks: size, what is to fetch, accuracy on ImageNet
   finetune cache [clear]                 features that frozen backbones computed: list, or delete
   finetune doctor                        versions, devices, memory, disk: what is missing or wrong on this machine
-  finetune new NAME FILE                 copy a shipped recipe to a file of your own
+  finetune new NAME FILE                 a shipped recipe as a file of your own, every value in it to change
   finetune COMMAND --help                a command's options
   finetune COMMAND ... --debug           where an error came from
 
@@ -70,6 +73,10 @@ Which value holds: the recipe's default, then the command line. At a resume the 
 does not change the result can be given anew (--device, --workers, how often to save, where the data lies).
 Exit codes: 0 done, 2 wrong usage or recipe, 1 failed, 75 stopped early on purpose and worth calling again.
 """
+
+
+# The recipe by whose eyes data is looked at that comes without one.
+LOOKED_AT = {"--images": "photo_head", "--texts": "bert_head"}
 
 
 def import_commands(name: str, with_torch: bool = True) -> ModuleType:
@@ -138,12 +145,27 @@ def command_rehearse(arguments: Sequence[str]) -> int:
     before = sys.dont_write_bytecode
     sys.dont_write_bytecode = True  # nothing is left behind, not beside the recipe either
     try:
-        path, recipe, options, usual, also = parse_recipe(words[0], words[1:], COMMANDS, RehearseOptions)
+        path, recipe, options, usual, also = parse_recipe(words[0], words[1:], COMMANDS, RehearseOptions, "rehearse")
     finally:
         sys.dont_write_bytecode = before
     if part is not None:
         return import_commands("training").rehearse_part(path, recipe, options, part, usual)
     return import_commands("training").rehearse_recipe(path, recipe, options, words, usual, also.json)
+
+
+def command_look(arguments: Sequence[str]) -> int:
+    words = list(arguments)
+    if not words or (words[0].startswith("-") and not {"-h", "--help"} & set(words[:1])):
+        kinds = {word.partition("=")[0] for word in words} & set(LOOKED_AT)
+        if len(kinds) != 1:
+            raise UsageError(
+                "finetune look: needs a recipe, or data, as in: finetune look --images FOLDER; --texts FILE for texts"
+            )
+        words.insert(0, LOOKED_AT[kinds.pop()])
+    if words[0] in ("-h", "--help"):
+        words = ["photo_head", "--help"]
+    path, recipe, options, usual, also = parse_recipe(words[0], words[1:], COMMANDS, LookOptions, "look")
+    return import_commands("reading").look_at_data(path, recipe, options, usual, also.output, words)
 
 
 def command_cache(arguments: Sequence[str]) -> int:
@@ -186,14 +208,19 @@ def command_new(arguments: Sequence[str]) -> int:
         raise UsageError(f"finetune new: {target} must end in .py")
     if target.exists():
         raise UsageError(f"finetune new: {target} exists already; give another name")
+    text = source.read_text(encoding="utf-8")
+    if is_one_call(text):
+        # What the call hides is what people want to change.
+        text = recipe_file(load_recipe_function(source)(), source.stem, shlex.quote(str(target)))
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    target.write_text(text, encoding="utf-8")
     print(f"finetune {target}")
     return 0
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "resume": command_resume,
+    "look": command_look,
     "rehearse": command_rehearse,
     "export": command_export,
     "predict": command_predict,

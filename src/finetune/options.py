@@ -98,6 +98,14 @@ class RehearseOptions:
 
 
 @dataclass(frozen=True)
+class LookOptions:
+    """Options of `finetune look` besides those of the recipe."""
+
+    output: str = "look.html"
+    """The page to write; a .csv of the same name is written beside it."""
+
+
+@dataclass(frozen=True)
 class ResumeOptions(SettingOptions, MachineOptions):
     """Options of `finetune resume`."""
 
@@ -128,8 +136,9 @@ class ExportOptions:
     """Which checkpoint; auto = the better of best (of the loop) and final (the solved head)."""
     output: str = ""
     """The file to write; default: RUN/model.pt."""
-    format: Literal["pt", "safetensors", "onnx", "hf"] | None = None
-    """Of the file; default: as --output ends, else pt. hf = a folder that transformers' from_pretrained loads."""
+    format: Literal["pt", "safetensors", "onnx", "torch-export", "hf"] | None = None
+    """Of the file; default: as --output ends, else pt. torch-export = a .pt2 that plain torch loads and runs; hf = a
+    folder that transformers' from_pretrained, or sentence-transformers, loads."""
     half: bool = False
     """With --format hf: numbers of 16 bits, half the size."""
 
@@ -139,12 +148,15 @@ class PredictOptions:
     """Options of `finetune predict`."""
 
     file: Annotated[str, tyro.conf.Positional]
-    """The export: its .json must lie beside it."""
+    """The export: its .json must lie beside it. Or a run's folder: its model.pt."""
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Images, folders of them, and tables that name them; or texts as they are, .txt files, folders of them, and tables
     that hold them. A table is a csv, tsv, jsonl or parquet file."""
     top_k: int = 3
     """Classes to list for each image or text."""
+    unsure_below: float = 0.0
+    """Give no label where its probability is below this, or where a sample is like nothing that the model was trained
+    on."""
     csv: bool = False
     """Print csv instead of JSON lines."""
     image_column: str = ""

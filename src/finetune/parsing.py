@@ -74,13 +74,14 @@ class Parsed(NamedTuple):
 
 
 def parse_recipe(
-    name: str, arguments: Sequence[str], commands: Collection[str] = (), also: type | None = None
+    name: str, arguments: Sequence[str], commands: Collection[str] = (), also: type | None = None, command: str = ""
 ) -> Parsed:
     """Load a recipe and parse its and the run's options.
 
     Args:
         commands: what might have been meant instead.
         also: options of the command itself.
+        command: its name; "" = the recipe is trained.
     """
     path = find_recipe_file(name, commands)
     function = load_recipe_function(path)
@@ -92,7 +93,7 @@ def parse_recipe(
     ]
     all_options = dataclasses.make_dataclass("Options", fields, frozen=True)
     summary = docstring_parser.parse(inspect.getdoc(function) or "").short_description or ""
-    parsed = parse(all_options, name if also is None else f"rehearse {name}", summary, arguments)
+    parsed = parse(all_options, f"{command} {name}".strip(), summary, arguments)
     options = {field.name: getattr(parsed.recipe, field.name) for field in dataclasses.fields(recipe_class)}
     recipe, usual = call_recipe(function, options, path), None
     with suppress(UsageError):

@@ -14,7 +14,7 @@ from conftest import Killed, assert_equal_values, comparable, metrics_lines, rea
 from finetune.base.files import BadFile
 from finetune.cli import main
 from finetune.errors import FinetuneError
-from finetune.export.predict import load_described
+from finetune.export.load import load_described
 from finetune.store import checkpoint
 from finetune.store.run_folder import RunFolder
 

@@ -20,6 +20,7 @@ class Best(TypedDict, total=False):
         thresholds: of several classes a sample: from which probability on, after that, each applies; where they are
             not one half.
         figures: loss, accuracy, ... of the same validation with both, as it ships.
+        half_width: of numbers: what nine of ten lie within of what is predicted of them, standardised as targets are.
         is_solved: it is no epoch's, but the solved head's.
     """
 
@@ -32,6 +33,7 @@ class Best(TypedDict, total=False):
     temperature: NotRequired[float]
     thresholds: NotRequired[list[float]]
     figures: NotRequired[dict[str, float]]
+    half_width: NotRequired[float]
     is_solved: NotRequired[bool]
 
 

@@ -21,7 +21,7 @@ from finetune.options import (
     refuse,
 )
 from finetune.recipe.effects import chosen
-from finetune.recipe.execution import split_config
+from finetune.recipe.execution import Numerics, split_config
 from finetune.recipe.scripts import shipped_recipes, summary_of
 from finetune.recipe.spec import Recipe
 
@@ -29,7 +29,7 @@ from finetune.recipe.spec import Recipe
 def export_run(options: ExportOptions) -> int:
     """`finetune export`."""
     from finetune.export.hf_folder import export_folder
-    from finetune.export.weights import FORMATS, copy_checkpoint, export
+    from finetune.export.weights import FORMATS, SUFFIXES, copy_checkpoint, export
     from finetune.store.remote import open_run
     from finetune.store.restore import shipped
 
@@ -47,8 +47,9 @@ def export_run(options: ExportOptions) -> int:
             return 0
         if options.half:
             raise UsageError("--half: goes with --format hf only; other files hold the numbers as they were trained")
-        output = Path(options.output) if options.output else run.path / f"model.{options.format or 'pt'}"
-        allowed = [f".{options.format}"] if options.format else FORMATS
+        suffix = SUFFIXES[options.format or "pt"]
+        output = Path(options.output) if options.output else run.path / f"model{suffix}"
+        allowed = [suffix] if options.format else FORMATS
         if output.suffix not in allowed:
             raise UsageError(f"--output {output}: must end in {' or '.join(allowed)}")
         print(export(run, which, output).text(), file=sys.stderr)
@@ -76,6 +77,7 @@ def predict_files(options: PredictOptions) -> int:
         quotes=options.quotes,
         allow_outside=options.allow_outside,
         as_csv=options.csv,
+        unsure_below=options.unsure_below,
     )
 
 
@@ -123,6 +125,36 @@ def summarise(recipe: Recipe, options: RunOptions, usual: Recipe | None) -> int:
     from finetune.runs.summary import summary_text
 
     print(summary_text(recipe, chosen(recipe, usual)))
+    return 0
+
+
+def look_at_data(
+    path: Path, recipe: Recipe, options: RunOptions, usual: Recipe | None, output: str, words: Sequence[str]
+) -> int:
+    """`finetune look`."""
+    from finetune.base.signals import listen_for_signals
+    from finetune.commands.training import make_machine, make_terminal
+    from finetune.report.look_page import write_look
+    from finetune.runs.look import look_at, show_look
+    from finetune.runs.start import Plan
+
+    allowed = {"device", "workers", "worker_start", "quiet", "backbone_precision", "precision", "tf32", "skip_broken"}
+    refuse(options, [name for name in given_options(options) if name not in allowed], "on a look, which runs nothing")
+    page = Path(output)
+    if page.suffix.lower() != ".html":
+        raise UsageError(f"--output {output}: must end in .html")
+    numerics = Numerics(options.precision, options.deterministic, options.backbone_precision or "", True, options.tf32)
+    terminal, names = make_terminal(options.quiet), chosen(recipe, usual)
+    plan = Plan(recipe, numerics, make_machine(options), path.stem, command=tuple(words), chosen=names)
+    plan = dataclasses.replace(plan, skip_broken=options.skip_broken)
+    with listen_for_signals("") as stop:
+        found = look_at(plan, terminal, stop)
+    table = write_look(found, page)
+    if not options.quiet:
+        show_look(found, terminal.console)
+        marks = f"; {table}: what was found, to mark and leave out with --without" if found.findings else ""
+        terminal.say(f"{page}: all of it with pictures, open it in a browser{marks}")
+    print(page)
     return 0
 
 

@@ -8,7 +8,11 @@ import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
@@ -25,6 +29,8 @@ SUFFIXES_BEFORE = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 # What takes a package of its own: the package by suffix.
 PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif"}
 LARGEST_FILE_BYTES = 1 << 30
+# A file, or a picture that a program has in memory.
+Picture = Path | Image.Image | NDArray[Any] | Tensor
 
 
 class BrokenImage(RunError):
@@ -131,3 +137,43 @@ def to_rgb_tensor(image: Image.Image) -> Tensor:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return functional.pil_to_tensor(image.convert("RGB"))
+
+
+def picture_tensor(picture: Picture, pixel_range: Sequence[float] = ()) -> Tensor:
+    """`decode` of a file, or the same of a picture in memory.
+
+    Args:
+        picture: a path; of PIL any picture; an array (height, width) or (height, width, 1, 3 or 4) of uint8, the fourth
+            being transparency, with a range also of other numbers; a tensor (1 or 3, height, width) of uint8.
+
+    Raises:
+        BrokenImage: it is nothing of that.
+    """
+    if isinstance(picture, Path):
+        return read_image(picture, pixel_range)
+    try:
+        if isinstance(picture, Image.Image):
+            if pixel_range and is_wide(picture):
+                return scaled(values_of(picture, b""), *pixel_range)
+            return to_rgb_tensor(picture)
+        if isinstance(picture, Tensor) and picture.dim() == 3 and picture.dtype == torch.uint8 and picture.numel():
+            if len(picture) in (1, 3):
+                return picture.cpu().expand(3, -1, -1)
+        elif isinstance(picture, np.ndarray) and picture.size:
+            pixels = picture[:, :, 0] if picture.ndim == 3 and picture.shape[2] == 1 else picture
+            if pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)):
+                if pixels.dtype == np.uint8:
+                    return to_rgb_tensor(Image.fromarray(np.ascontiguousarray(pixels)))
+                if pixel_range and pixels.dtype.kind in "uif":
+                    return scaled(pixels.astype(np.float32), *pixel_range)
+    except MemoryError:
+        raise
+    except Exception as error:  # of a picture that was opened, and is damaged
+        raise BrokenImage(f"the picture cannot be decoded ({one_line(error)}); give another") from None
+    what = type(picture).__name__
+    if isinstance(picture, np.ndarray | Tensor):
+        what = f"{'array' if isinstance(picture, np.ndarray) else 'tensor'} {tuple(picture.shape)} of {picture.dtype}"
+    raise BrokenImage(
+        f"a picture cannot be a {what}; give a path, a picture of PIL, an array (height, width, 3) of uint8, or a "
+        "tensor (3, height, width) of uint8"
+    )

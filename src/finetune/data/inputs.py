@@ -1,7 +1,7 @@
 """What `predict` is asked about: image files or texts, wherever they stand, in batches of network inputs."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from finetune.data.decode import read_image
+from finetune.data.decode import Picture, picture_tensor
 from finetune.data.folder import IMAGES, TEXTS, Kind, files_below
 from finetune.data.preprocess import Preprocessing
 from finetune.data.source import Reading, check_inside
@@ -91,36 +91,36 @@ def image_files(
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Image files, prepared for the network."""
+    """Images, prepared for the network."""
 
-    files: list[Path]
+    images: Sequence[Picture]
     preprocessing: Preprocessing
     noun: ClassVar[str] = "image"
     fields: ClassVar[list[str]] = ["file"]
 
     @property
     def count(self) -> int:
-        return len(self.files)
+        return len(self.images)
 
     def batches(self, batch_size: int) -> Iterator[Inputs]:
         """In order; the next batch is decoded while one is computed."""
 
-        def read(path: Path) -> Tensor | RunError:
+        def read(image: Picture) -> Tensor | RunError:
             try:
-                return self.preprocessing.resize(read_image(path, self.preprocessing.pixel_range)).float()
+                return self.preprocessing.resize(picture_tensor(image, self.preprocessing.pixel_range)).float()
             except RunError as error:
                 return error
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            ahead = [pool.submit(read, path) for path in self.files[:batch_size]]
-            for start in range(0, len(self.files), batch_size):
-                ready, paths = ahead, self.files[start : start + batch_size]
-                following = self.files[start + batch_size : start + 2 * batch_size]
-                ahead = [pool.submit(read, path) for path in following]
+            ahead = [pool.submit(read, image) for image in self.images[:batch_size]]
+            for start in range(0, len(self.images), batch_size):
+                ready, images = ahead, self.images[start : start + batch_size]
+                following = self.images[start + batch_size : start + 2 * batch_size]
+                ahead = [pool.submit(read, image) for image in following]
                 found = [future.result() for future in ready]
                 good = [image for image in found if isinstance(image, Tensor)]
                 yield Inputs(
-                    [{"file": str(path)} for path in paths],
+                    [{"file": str(image)} if isinstance(image, Path) else {} for image in images],
                     ["" if isinstance(image, Tensor) else str(image) for image in found],
                     self.preprocessing.normalise(torch.stack(good)) if good else None,
                 )

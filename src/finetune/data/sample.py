@@ -21,7 +21,7 @@ def sampled(source: Source, count: int) -> Source:
         return source
     everything = torch.arange(len(source.targets))
     parts = [everything] if source.parts is None else [everything[source.parts == part] for part in range(3)]
-    chosen = torch.cat([part[_spread_over_classes(source.targets[part], count)] for part in parts]).sort().values
+    chosen = torch.cat([part[spread_over_classes(source.targets[part], count)] for part in parts]).sort().values
     indices = chosen.tolist()
     few = dataclasses.replace(
         source,
@@ -38,7 +38,7 @@ def sampled(source: Source, count: int) -> Source:
     return dataclasses.replace(few, names=names, texts=texts)
 
 
-def _spread_over_classes(targets: Tensor, count: int) -> Tensor:
+def spread_over_classes(targets: Tensor, count: int) -> Tensor:
     """(chosen,) int64: which samples, the classes in turn, until there are enough."""
     classes = [_shuffled(members, number)[:count].tolist() for number, members in enumerate(_members(targets))]
     chosen: dict[int, None] = {}

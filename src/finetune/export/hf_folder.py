@@ -1,9 +1,11 @@
 """A folder that transformers' `from_pretrained` loads: config, weights, tokenizer; of a run on texts.
 
-A run with a head becomes a classification model for `pipeline("text-classification")`. An encoder without a head, as
-distillation makes, becomes a sentence encoder, with the small files by which sentence-transformers knows its pooling.
+A run with stock pooling becomes a classification model for `pipeline("text-classification")`. With another pooling it
+becomes a sentence encoder, with the small files by which sentence-transformers knows how to pool, its head beside it;
+so does an encoder without a head, as distillation makes it.
 """
 
+import copy
 import json
 import os
 from dataclasses import dataclass
@@ -12,16 +14,21 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finetune.base.files import TEMPORARY_SUFFIX, read_json, sync_folder, write_json
+from finetune.base.files import TEMPORARY_SUFFIX, read_json, sha256_of_file, sync_folder, write_json
 from finetune.data.tokens import KEPT_FILES, PADDING, SETTINGS_FILE, Tokenization
 from finetune.errors import RunError, UsageError
+from finetune.export.card import Program, write_card
+from finetune.export.load import rebuild
+from finetune.export.program import program_of
+from finetune.export.receiver import Seen, receive
 from finetune.export.verify import Trained, hold_against, trained_tensors
 from finetune.export.weights import describe
 from finetune.models import hub, text_encoders
 from finetune.models.heads import NO_HEAD
-from finetune.models.snippets import folder_lines, is_stock, threshold_lines
+from finetune.models.stock import reason_against_folder, threshold_lines
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import generators_put_back
 
@@ -30,10 +37,12 @@ if TYPE_CHECKING:
 
 # Marks a folder as an export of ours, which a later one may replace.
 RECORD_FILE = "finetune.json"
+# The head, where transformers has no class for it; and the card, where people look for one in such a folder.
+HEAD_FILE, CARD_FILE, WEIGHTS_FILE = "head.safetensors", "README.md", "model.safetensors"
 # All that such an export consists of.
 WRITTEN = {
-    RECORD_FILE, hub.CONFIG_FILE, "model.safetensors", *KEPT_FILES, "modules.json", text_encoders.LENGTH_FILE,
-    text_encoders.POOLING_FILE.partition("/")[0],
+    RECORD_FILE, HEAD_FILE, CARD_FILE, hub.CONFIG_FILE, WEIGHTS_FILE, *KEPT_FILES, "modules.json",
+    text_encoders.LENGTH_FILE, text_encoders.POOLING_FILE.partition("/")[0],
 }  # fmt: skip
 PROBLEMS = {
     "classification": "single_label_classification",
@@ -52,16 +61,24 @@ class FolderReport:
     largest_difference: float
     trained: Trained
     thresholds: list[float]
+    program: str
+    seen: Seen
 
     def text(self) -> str:
         size_bytes = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        has_head = self.trained.recipe.model.head != NO_HEAD
-        checked = self.trained.checked("loaded by transformers' from_pretrained", self.largest_difference)
-        lines = [checked, *threshold_lines(self.thresholds, self.folder / RECORD_FILE)]
-        return (
-            f"{self.folder}: {size_bytes:,} bytes: config, weights, tokenizer\n" + "\n".join(lines) + "\n\n"
-            f"{folder_lines(self.folder, has_head, self.trained.scale)}"
-        )
+        head = f", the head in {HEAD_FILE}" if (self.folder / HEAD_FILE).exists() else ""
+        lines = [
+            f"{self.folder}: {size_bytes:,} bytes: config, weights, tokenizer{head}, a card ({CARD_FILE})",
+            *(
+                [f"sentence-transformers loads it as an encoder: SentenceTransformer({str(self.folder)!r})"]
+                * bool(head)
+            ),
+            self.trained.checked("loaded by transformers' from_pretrained", self.largest_difference),
+            *threshold_lines(self.thresholds, self.folder / RECORD_FILE),
+            f"the program below uses it without this kit; {self.seen.text()}",
+            "",
+        ]
+        return "\n".join(lines) + self.program
 
 
 @generators_put_back()
@@ -84,26 +101,61 @@ def export_folder(run: RunFolder, which: str, output: Path, half: bool) -> Folde
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".exporting-", suffix=TEMPORARY_SUFFIX, dir=output.parent) as place:
         folder = Path(place) / "model"
-        model = _write(trained, folder, half)
-        pooling = trained.backbone.options["pooling"] if trained.recipe.model.head == NO_HEAD else ""
-
-        padding = int(model.config.pad_token_id or 0)
-
-        def compute(model: nn.Module, tokens: Tensor) -> Tensor:
-            mask = tokens != PADDING
-            tokens = tokens.masked_fill(~mask, padding)
-            output = model(input_ids=tokens, attention_mask=mask.long())
-            return text_encoders.pooled(output.last_hidden_state, mask, pooling) if pooling else output.logits
-
+        description = {name: value for name, value in describe(run, which, trained).items() if name != "novelty"}
+        rebuilt = rebuild(description, trained.tensors, str(run.path))
+        model = _Loaded(_write(trained, folder, half), _head_of(trained, rebuilt, folder), _pooling(trained))
         tolerance = HALF_TOLERANCE if half else 0.0
-        difference = hold_against(f"export {output}", trained, model, compute, tolerance, dtype)
-        description = describe(run, which, trained)
+        difference = hold_against(
+            f"export {output}", trained, model, lambda model, tokens: model(tokens), tolerance, dtype
+        )
         write_json(folder / RECORD_FILE, description)
         if output.exists():
             output.replace(Path(place) / "earlier")
         folder.replace(output)
         sync_folder(output.parent)
-    return FolderReport(output, difference, trained, description.get("thresholds", []))
+    program = program_of(output, description, rebuilt, is_folder=True, record=RECORD_FILE, head_file=HEAD_FILE)
+    seen, sha256 = receive(program, trained, description), sha256_of_file(output / WEIGHTS_FILE)
+    described = description | {"files": {output.name: sha256}, "sha256": sha256}
+    write_card(output / CARD_FILE, run, trained, described, [Program(output.name, program, seen.text())])
+    return FolderReport(output, difference, trained, description.get("thresholds", []), program, seen)
+
+
+def _pooling(trained: Trained) -> str:
+    """How the folder's encoder is pooled; "" = it is a classification model."""
+    pooling: str = trained.backbone.options["pooling"]
+    return pooling if pooling != "stock" or trained.recipe.model.head == NO_HEAD else ""
+
+
+class _Loaded(nn.Module):
+    """What transformers loads from the folder, with its pooling and head: tokens (batch, length) with `PADDING` to what
+    the run's network gives."""
+
+    def __init__(self, model: "PreTrainedModel", head: nn.Module, pooling: str):
+        super().__init__()
+        self.model, self.head, self.pooling = model, head, pooling
+        self.padding = int(model.config.pad_token_id or 0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mask = tokens != PADDING
+        tokens = tokens.masked_fill(~mask, self.padding)
+        output = self.model(input_ids=tokens, attention_mask=mask.long())
+        if not self.pooling:
+            logits: Tensor = output.logits
+            return logits
+        found: Tensor = self.head(text_encoders.pooled(output.last_hidden_state, mask, self.pooling))
+        return found
+
+
+def _head_of(trained: Trained, rebuilt: nn.Module, folder: Path) -> nn.Module:
+    """Write the head beside an encoder, and load it again; nothing where it is a part of the model."""
+    if not _pooling(trained) or trained.recipe.model.head == NO_HEAD:
+        return nn.Identity()
+    prefix = f"{trained.network.head_paths[-1]}."
+    tensors = {name.removeprefix(prefix): value for name, value in trained.tensors.items() if name.startswith(prefix)}
+    save_file(tensors, folder / HEAD_FILE)
+    head = copy.deepcopy(rebuilt.get_submodule(trained.network.head_paths[-1]))
+    head.load_state_dict(load_file(folder / HEAD_FILE), strict=True)
+    return head.eval()
 
 
 def _check_output(output: Path) -> None:
@@ -126,28 +178,8 @@ def _check_possible(trained: Trained) -> None:
     """Raises: UsageError: why there is no such folder for this run."""
     if not trained.backbone.reads_texts:
         raise UsageError("--format hf: is for runs on texts; give pt, safetensors or onnx")
-    head, pooling = trained.recipe.model.head, trained.backbone.options["pooling"]
-    if trained.recipe.model.unit_rows:
-        raise UsageError(
-            "--format hf: no class of transformers divides features by their norm; train without --unit-rows, or "
-            "export a .pt and load it with finetune.load"
-        )
-    if trained.apart:
-        raise UsageError(
-            f"--format hf: what {', '.join(trained.apart)} reads deviates so little from its mean that no weight of "
-            "transformers' class can hold both; export a .pt and load it with finetune.load"
-        )
-    if head == NO_HEAD or is_stock(trained.recipe, trained.backbone):
-        return
-    if pooling != "stock":
-        raise UsageError(
-            f"--format hf: no class of transformers classifies by {pooling!r} pooling, it would give other results; "
-            "train with --pooling stock, or export a .pt and load it with finetune.load"
-        )
-    raise UsageError(
-        f"--format hf: no class of transformers has a head of kind {head!r}; train with --head linear, or export a .pt "
-        "and load it with finetune.load"
-    )
+    if why := reason_against_folder(trained.recipe, trained.backbone, trained.apart):
+        raise UsageError(f"--format hf: {why}")
 
 
 def _write(trained: Trained, folder: Path, half: bool) -> "PreTrainedModel":
@@ -156,7 +188,7 @@ def _write(trained: Trained, folder: Path, half: bool) -> "PreTrainedModel":
 
     tokenization = trained.backbone.preprocessing
     assert isinstance(tokenization, Tokenization)
-    is_encoder = trained.recipe.model.head == NO_HEAD
+    is_encoder = bool(_pooling(trained))
     model = _encoder(trained) if is_encoder else _classifier(trained)
     with hub.refusing(f"export {folder.name}: transformers cannot write it"):
         nn.Module.to(model, torch.float16 if half else torch.float32)  # in place
@@ -195,7 +227,11 @@ def _encoder(trained: Trained) -> "PreTrainedModel":
     prefix = str(network.base_model_prefix)
     encoder = network.get_submodule(prefix)
     assert isinstance(encoder, PreTrainedModel)
-    _fill(encoder, {name.removeprefix(f"{prefix}."): value for name, value in trained.tensors.items()})
+    own = f"{prefix}."
+    _fill(
+        encoder,
+        {name.removeprefix(own): value for name, value in trained.tensors.items() if name.startswith(own)},
+    )
     return encoder
 
 

@@ -4,11 +4,14 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune.base.files import BadFile, read_json, sha256_of_file
 from finetune.base.migrate import Steps, migrate
 from finetune.base.plain import Fields
+from finetune.base.terminal import say_aside
 from finetune.data.preprocess import Preprocessing
 from finetune.data.tokens import Tokenization, tokenizer_folder
 from finetune.errors import FinetuneError, RunError, UsageError, one_line
@@ -17,7 +20,9 @@ from finetune.models.folding import is_scale, take_apart
 from finetune.models.heads import find_head, plain_head, replaced_layers
 from finetune.models.weights import load_state, read_weights
 from finetune.recipe.spec import TASKS
+from finetune.store.run_folder import RunFolder, peek
 from finetune.store.state import generators_put_back
+from finetune.tasks.novelty import NoveltyReference
 
 SCHEMA_VERSION = 3
 # From the schema that is the key to the next one; 3 is the first that outlives a version of the kit.
@@ -42,6 +47,11 @@ def read_description(file: Path) -> dict[str, Any]:
         good = needed <= set(description) and task in TASKS and len(set(classes)) == len(classes)
         good &= "thresholds" not in description or len(fields.items("thresholds", float)) == len(classes)
         good &= "scale" not in description or is_scale(description["scale"])
+        if "novelty" in description:
+            fields.fields("novelty").text("sha256")
+            fields.fields("novelty").text("layer")
+        if "interval" in description:
+            good &= fields.fields("interval").number("half_width") > 0
     except BadFile:
         good = False
     if not good:
@@ -64,7 +74,8 @@ def rebuild(description: dict[str, Any], tensors: dict[str, Tensor], source: str
             raise BadFile(f"{source}: {architecture['head_paths']} is not the head of {backbone.name}")
         if architecture["head"] != "append" and architecture["old_classes"] != architecture["outputs"]:
             raise BadFile(f"{source}: its .json has {architecture['outputs']} outputs, the network another number")
-        if description["classes"] and len(description["classes"]) != architecture["outputs"]:
+        expected = 2 if architecture.get("one_logit") else architecture["outputs"]
+        if description["classes"] and len(description["classes"]) != expected:
             raise BadFile(f"{source}: its .json has {len(description['classes'])} classes, the network another number")
         model = backbone.build(architecture["old_classes"])
         for path in replaced_layers(head_paths, architecture["head"]):
@@ -97,21 +108,35 @@ def load_described(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return rebuild(description, read_weights(file), str(file)), description
 
 
-def load(path: str | Path) -> nn.Module:
-    """Rebuild the model of an export: in eval mode, on the CPU. Runs no code from the file or its JSON.
+def novelty_file(file: Path) -> Path:
+    """Where an export's features of training samples lie."""
+    return file.with_name(f"{file.stem}-novelty.safetensors")
 
-    Args:
-        path: the .pt or .safetensors; its .json must lie beside it.
 
-    Returns:
-        A module: (batch, 3, height, width) float32, prepared as the JSON says, to (batch, classes) logits; of texts
-        called as `model(**tokenizer(texts, padding=True, return_tensors="pt"))`, with the tokenizer that lies beside
-        it. Numbers come in their own unit: (batch, 1), in float64 where float32 cannot tell them apart.
+def read_novelty(file: Path, description: dict[str, Any]) -> NoveltyReference | None:
+    """What an export knows of the samples that it was trained on; None = nothing. Where it should and does not, that is
+    said.
 
     Raises:
-        RunError: the files are missing, damaged, or do not belong together.
+        BadFile: the file is damaged, or of another export.
     """
-    model, description = load_described(path)
+    if "novelty" not in description:
+        return None
+    path = novelty_file(file)
+    if not path.is_file():
+        say_aside(f"finetune: {path} is missing, so samples that are like nothing it was trained on are not told apart")
+        return None
+    if sha256_of_file(path) != description["novelty"]["sha256"]:
+        raise BadFile(f"{path} does not match {file.with_suffix('.json')}; export it again")
+    try:
+        return NoveltyReference.from_tensors(load_file(path))
+    except (ValueError, SafetensorError) as error:
+        raise BadFile(f"{path} is damaged ({one_line(error)}); export it again") from None
+
+
+def in_own_unit(model: nn.Module, description: dict[str, Any]) -> nn.Module:
+    """The model giving numbers in their own unit, where that is not folded into its weights: (batch, 1), in float64,
+    as float32 could not tell them apart."""
     if scale := description.get("scale"):
         model.register_forward_hook(functools.partial(_in_unit, *scale))
     return model
@@ -127,3 +152,14 @@ def prepared(file: Path, description: dict[str, Any]) -> Preprocessing | Tokeniz
     """What is done to images, or texts, before the network of an export sees them."""
     preprocessing = backbone_of_export(description).preprocessing
     return preprocessing.read(tokenizer_folder(file)) if isinstance(preprocessing, Tokenization) else preprocessing
+
+
+def is_export_of(file: Path, run: RunFolder, which: str) -> bool:
+    """Whether a file is there, whole, and of this checkpoint of a run as it is now."""
+    try:
+        description = read_description(file)
+        state = peek(run.checkpoints / f"{which}.pt")
+        same = description["checkpoint"] == {"which": which, "step": state.progress.step}
+        return same and description.get("run_id") == state.run_id and sha256_of_file(file) == description["sha256"]
+    except (FinetuneError, OSError):
+        return False

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from finetune.base.device import PRECISIONS, autocast, module_to_device, numerics_put_back, set_tf32, to_device
 from finetune.data.batch import Request
 from finetune.data.open import open_source, split_data
-from finetune.data.source import TextSource
+from finetune.data.order import keyed_generator
+from finetune.data.source import ArraySource, FileSource, TextSource
 from finetune.data.tokens import Tokenization
 from finetune.errors import FinetuneError, RunError
 from finetune.models.backbones import Backbone
 from finetune.models.folding import layers_apart, lost_by_folding, scale_beside
-from finetune.models.heads import NO_HEAD, folded_state, rescale, standardised_layers
+from finetune.models.heads import NO_HEAD, beside_zero, folded_state, rescale, standardised_layers
 from finetune.models.network import Network
 from finetune.recipe.execution import Numerics, split_config
 from finetune.recipe.spec import Recipe
@@ -28,6 +30,25 @@ from finetune.training.dataset import open_data
 from finetune.training.phase import trained_forward
 
 COMPARED_SAMPLES = 16
+# Where there is no data any more: texts of so many words, pictures of noise of so many pixels.
+MADE_UP_WORDS = (
+    "this",
+    "is",
+    "a",
+    "text",
+    "that",
+    "nobody",
+    "wrote",
+    "to",
+    "say",
+    "any",
+    "thing",
+    "at",
+    "all",
+    "but",
+    "it",
+)
+MADE_UP_SIZES = ((32, 32), (300, 200), (200, 300), (64, 640))
 # Everything is compared in units of how far the run's own outputs spread: logits, and standardised numbers, whose unit
 # is the deviation of the targets; outputs that spread by less than 1 count as if they did by 1.
 # By this share an export may differ, because folding the standardisation into the weights rounds differently. Without
@@ -69,13 +90,28 @@ class Own:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """Samples that an export is tried on.
+
+    Attributes:
+        inputs: of the network.
+        originals: the same as people have them: paths of files, pictures (channels, height, width) uint8, or texts.
+        validate: whether they are of the validation set; else they are made up.
+    """
+
+    inputs: Tensor
+    originals: list[Path | Tensor | str]
+    validate: bool
+
+
+@dataclass(frozen=True)
 class Trained:
     """What an export writes, and what it is held against.
 
     Attributes:
         tensors: the network's, by their stock names; standardisation folded in, but for that of `apart`.
-        samples, outputs: some network inputs, and what the run's own network gives for them in fp32: numbers to predict
-            standardised.
+        compared: some samples.
+        outputs: what the run's own network gives for them in fp32: numbers to predict standardised.
         folded: whether standardisation, of features or of numbers to predict, was folded in.
         lost: how far rounding may move an output because features that hardly deviate were computed otherwise: in
             folded layers, and in all, which a runtime with other kernels does.
@@ -91,7 +127,7 @@ class Trained:
     network: Network
     state: CheckpointState
     tensors: dict[str, Tensor]
-    samples: Tensor
+    compared: Compared
     outputs: Tensor
     folded: bool
     lost: tuple[float, float]
@@ -99,6 +135,16 @@ class Trained:
     scale: list[float]
     apart: list[str]
     own: Own | None
+
+    @property
+    def samples(self) -> Tensor:
+        """The inputs of `compared`."""
+        return self.compared.inputs
+
+    @property
+    def deviation(self) -> float:
+        """Of the numbers to predict, in their unit."""
+        return self.state.data.scale[1] if self.state.data.scale else 1.0
 
     @property
     def spread(self) -> float:
@@ -154,7 +200,8 @@ def trained_tensors(run: RunFolder, which: str, dtype: torch.dtype = torch.float
     tensors = folded_state(network.module, apart)
     losses = {path: lost for path, (lost, _) in lost_by_folding(own_tensors).items()}
     lost = sum(value for path, value in losses.items() if path not in apart), sum(losses.values())
-    samples = comparison_samples(recipe, backbone, state)
+    compared = comparison_samples(recipe, backbone, state)
+    samples = compared.inputs
     beside = scale_beside(state.data.scale, dtype)
     folded_scale = [] if beside else list(state.data.scale)
     if folded_scale:
@@ -163,10 +210,11 @@ def trained_tensors(run: RunFolder, which: str, dtype: torch.dtype = torch.float
     outputs = plain_outputs(network.module.eval(), samples)
     reduced = reduced_in(numerics, state)
     own = own_outputs(reduced, network, recipe, numerics, state, backbone, samples)
-    compared = None if own is None else _compared(reduced, make_task(recipe.task, state.data.outputs), outputs, own)
+    task = make_task(recipe.task, state.data.outputs)
+    beside_own = None if own is None else _compared(reduced, task, outputs, own)
     return Trained(
-        recipe, numerics, backbone, network, state, tensors, samples, outputs, folded, lost, folded_scale, beside,
-        apart, compared,
+        recipe, numerics, backbone, network, state, tensors, compared, outputs, folded, lost, folded_scale, beside,
+        apart, beside_own,
     )  # fmt: skip
 
 
@@ -222,20 +270,35 @@ def _compared(precision: str, task: Task, outputs: Tensor, own: Tensor) -> Own:
     return Own(precision, share, alike, len(outputs))
 
 
-def comparison_samples(recipe: Recipe, backbone: Backbone, state: CheckpointState) -> Tensor:
-    """Network inputs to compare on: of the validation set; where the data is not at hand any more, some of no
-    meaning."""
+def comparison_samples(recipe: Recipe, backbone: Backbone, state: CheckpointState) -> Compared:
+    """Samples of the validation set; where the data is not at hand any more, made-up ones."""
     preprocessing = backbone.preprocessing
+    originals: list[Path | Tensor | str]
     try:
         if not isinstance(preprocessing, Tokenization):
             data = open_data(recipe, backbone, state.data.skipped)
-            return data.pipeline.fetch(Request(data.split.validation[:COMPARED_SAMPLES].tolist())).inputs
-        source = open_source(recipe.data, recipe.task.kind)  # to tokenize all of it would take long
-        assert isinstance(source, TextSource)
-        chosen = split_data(source, recipe).validation[:COMPARED_SAMPLES].tolist()
-        return preprocessing.tokenize([source.texts[index] for index in chosen]).batch(list(range(len(chosen))))
+            chosen = data.split.validation[:COMPARED_SAMPLES].tolist()
+            source, inputs = data.source, data.pipeline.fetch(Request(chosen)).inputs
+            if isinstance(source, FileSource):
+                originals = [source.folder / source.paths[index] for index in chosen]
+            else:
+                assert isinstance(source, ArraySource)
+                originals = [source.images[index] for index in chosen]
+            return Compared(inputs, originals, True)
+        texts = open_source(recipe.data, recipe.task.kind)  # to tokenize all of it would take long
+        assert isinstance(texts, TextSource)
+        originals = [texts.texts[index] for index in split_data(texts, recipe).validation[:COMPARED_SAMPLES].tolist()]
+        validate = True
     except FinetuneError:
-        return preprocessing.example(COMPARED_SAMPLES)
+        validate = False
+        originals = [" ".join(MADE_UP_WORDS[: 1 + number]) for number in range(len(MADE_UP_WORDS))]
+        if not isinstance(preprocessing, Tokenization):
+            with keyed_generator("split"):
+                pictures = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in MADE_UP_SIZES]
+            inputs = torch.stack([preprocessing.resize(picture).float() for picture in pictures])
+            return Compared(preprocessing.normalise(inputs), list(pictures), False)
+    words = [one for one in originals if isinstance(one, str)]
+    return Compared(preprocessing.tokenize(words).batch(list(range(len(words)))), originals, validate)
 
 
 def hold_against(
@@ -278,6 +341,8 @@ def hold_against(
 def _difference(trained: Trained, found: Tensor, wanted: Tensor) -> float:
     """Between outputs of what was written and those of the run."""
     found = found.double()
+    if trained.recipe.model.one_logit:
+        found = beside_zero(found)
     if trained.folded_scale:
         mean, deviation = trained.folded_scale
         found = (found - mean) / deviation

@@ -2,9 +2,10 @@
 
 A `.pt` (or `.safetensors`) holds a plain state dict; the JSON beside it says how to build the network for it, what to
 do to an image or text first and what the classes are called; of a text encoder the tokenizer lies there too. None is
-ever executed. An `.onnx` holds the network as well; what "hf" writes is a folder for transformers.
+ever executed. An `.onnx` or `.pt2` holds the network as well; what "hf" writes is a folder for transformers.
 """
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,60 +16,72 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.base.files import TEMPORARY_SUFFIX, write_atomically, write_json
+from finetune.base.files import TEMPORARY_SUFFIX, sha256_of_file, write_atomically, write_json
 from finetune.base.formatting import finite
 from finetune.data.tokens import Tokenization, tokenizer_folder
 from finetune.errors import RunError, UsageError
-from finetune.export.load import SCHEMA_VERSION, read_description, rebuild
-from finetune.export.onnx import write_onnx
+from finetune.export.card import Program, write_card
+from finetune.export.graphs import write_onnx, write_torch_export
+from finetune.export.load import SCHEMA_VERSION, novelty_file, read_description, rebuild
+from finetune.export.program import program_of
+from finetune.export.receiver import Seen, receive
 from finetune.export.verify import Trained, hold_against, trained_tensors
-from finetune.models.snippets import is_stock, loading_lines, threshold_lines
+from finetune.models.network import Network
+from finetune.models.stock import is_stock, no_stock_lines, threshold_lines
 from finetune.models.weights import read_weights
 from finetune.store.checkpoint import read_checkpoint
-from finetune.store.restore import shipped_thresholds
+from finetune.store.restore import shipped_half_width, shipped_thresholds
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import CheckpointState, generators_put_back
+from finetune.tasks.conformal import COVERAGE
 
-FORMATS = (".pt", ".safetensors", ".onnx")
+FORMATS = (".pt", ".safetensors", ".onnx", ".pt2")
+# What `--format` says, by the end of the file's name.
+SUFFIXES = {"pt": ".pt", "safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 # Another runtime has other kernels: by this share of the outputs' spread it may differ.
-ONNX_TOLERANCE = 1e-4
+GRAPH_TOLERANCE = 1e-4
 # How tokens become what the head reads, for people.
 POOLING_TEXTS = {
     "stock": "pooled as transformers' own class does",
     "mean": "the last hidden states of all tokens are averaged, and `classifier` is applied to that",
     "cls": "`classifier` is applied to the first token's last hidden state",
 }
+WHERE_CHECKED = {".onnx": "run in onnxruntime", ".pt2": "loaded and run by plain torch"}
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written and how it compares with the run."""
+    """What was written and how it compares with the run.
+
+    Attributes:
+        program: uses the file without this kit.
+        seen: what that says of some samples.
+        card: the model's card.
+    """
 
     file: Path
     description: dict[str, Any]
     largest_difference: float
     trained: Trained
-
-    @property
-    def stock_lines(self) -> str:
-        """Lines of Python that load the file without this kit."""
-        return loading_lines(self.file, self.description)
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return self.description["architecture"]["options"]
+    program: str
+    seen: Seen
+    card: Path
 
     def text(self) -> str:
-        where = "run in onnxruntime" if self.file.suffix == ".onnx" else "loaded into a fresh model"
+        where = WHERE_CHECKED.get(self.file.suffix, "loaded into a fresh model")
         lines = [
             f"{self.file}: {self.file.stat().st_size:,} bytes, sha256 {self.description['sha256']}",
             f"{self.file.with_suffix('.json')}: classes, preprocessing, architecture",
-            *([f"{tokenizer_folder(self.file)}: tokenizer"] if "pooling" in self._options else []),
+            *([f"{tokenizer_folder(self.file)}: tokenizer"] if self.trained.backbone.reads_texts else []),
+            *([f"{novelty}: what it has seen"] if (novelty := novelty_file(self.file)).exists() else []),
+            f"{self.card}: a card for whoever gets it: data, figures, limits, licences, and this program",
             self.trained.checked(where, self.largest_difference, "; finetune.load and finetune predict do that"),
             *threshold_lines(self.description.get("thresholds", []), self.file.with_suffix(".json")),
+            *no_stock_lines(self.description["architecture"]),
+            f"the program below uses it without this kit; {self.seen.text()}",
             "",
         ]
-        return "\n".join(lines) + self.stock_lines
+        return "\n".join(lines) + self.program
 
 
 @generators_put_back()
@@ -77,25 +90,24 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
 
     Args:
         which: "best", "latest" or "final".
-        output: ends in .pt, .safetensors or .onnx; a .json of the same name is written beside it.
+        output: ends in one of `FORMATS`; a .json and a card of the same name are written beside it.
 
     Raises:
         RunError: the run cannot be read, or the file's outputs are not the run's.
         UsageError: a package that ONNX needs is missing.
     """
     trained = trained_tensors(run, which)
-    if output.suffix == ".onnx" and trained.backbone.reads_texts:
-        raise UsageError(f"--output {output}: .onnx files are for images only; give .pt, .safetensors or --format hf")
     if output.is_dir():
         raise UsageError(f"--output {output}: is a folder; name a file")
     description = describe(run, which, trained)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".exporting-", suffix=TEMPORARY_SUFFIX, dir=output.parent) as place:
         temporary = Path(place) / output.name
-        if output.suffix == ".onnx":
+        if output.suffix in WHERE_CHECKED:
             model = rebuild(description, trained.tensors, str(run.path))
-            found = write_onnx(model, trained.samples, temporary)
-            difference = hold_against(f"export {output}", trained, model, lambda *_: found, ONNX_TOLERANCE)
+            write = write_onnx if output.suffix == ".onnx" else write_torch_export
+            found = write(model, trained.samples, temporary)
+            difference = hold_against(f"export {output}", trained, model, lambda *_: found, GRAPH_TOLERANCE)
         else:
             write_tensors(temporary, trained.tensors)
             model = rebuild(description, read_weights(temporary), str(temporary))
@@ -103,9 +115,17 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
         sha256 = write_atomically(output, lambda stream: _copy_into(stream, temporary))
     if isinstance(trained.backbone.preprocessing, Tokenization):
         trained.backbone.preprocessing.write(tokenizer_folder(output))
+    if "novelty" in description and output.suffix not in WHERE_CHECKED:  # only this kit reads it
+        write_atomically(novelty_file(output), lambda stream: _copy_into(stream, run.novelty_file))
     description |= {"sha256": sha256, "files": {output.name: sha256} | other_formats(output, description)}
     write_json(output.with_suffix(".json"), description)
-    return ExportReport(output, description, difference, trained)
+    program = program_of(output, description, model)
+    seen = receive(program, trained, description)
+    others = [output.with_name(name) for name in description["files"] if name != output.name]
+    programs = [Program(output.name, program, seen.text())]
+    programs += [Program(other.name, program_of(other, description, model)) for other in others]
+    card = write_card(output.with_suffix(".md"), run, trained, description, programs)
+    return ExportReport(output, description, difference, trained, program, seen, card)
 
 
 def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
@@ -126,24 +146,45 @@ def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
             "head": recipe.model.head,
             "head_paths": network.head_paths,
             "head_width": recipe.model.head_width,
-            "outputs": state.data.outputs,
+            "outputs": 1 if recipe.model.one_logit else state.data.outputs,
             "old_classes": network.old_class_count,
             "stock": is_stock(recipe, backbone) and not trained.apart,
             **({"standardised": trained.apart} if trained.apart else {}),
             **({"unit_rows": True} if recipe.model.unit_rows else {}),
+            # Its one number is the logit of the second class; the first has 0.
+            **({"one_logit": True} if recipe.model.one_logit else {}),
         },
         # From which probability on each class applies.
         **({"thresholds": thresholds} if (thresholds := shipped_thresholds(which, state)) else {}),
         # Mean and deviation of the numbers that it gives, where the weights could not hold them.
         **({"scale": trained.scale} if trained.scale else {}),
+        **({"interval": {"coverage": COVERAGE, "half_width": width}} if (width := _half_width(which, state)) else {}),
+        **({"novelty": _novelty(run, network)} if _knows_novelty(run, which, trained) else {}),
         "preprocessing": preprocessing.to_plain(),
         "preprocessing_text": how,
         "quotes": recipe.data.quotes,
         "metrics": finite(_metrics(which, state)),
         "checkpoint": {"which": which, "step": state.progress.step},
         "source_run": run.path.resolve().name,
+        "run_id": state.run_id,
         "precision_trained": trained.numerics.precision,
     }
+
+
+def _half_width(which: str, state: CheckpointState) -> float:
+    width = shipped_half_width(which, state)
+    return width if math.isfinite(width) else 0.0
+
+
+def _novelty(run: RunFolder, network: Network) -> dict[str, str]:
+    return {"sha256": sha256_of_file(run.novelty_file), "layer": network.first_layer_path}
+
+
+def _knows_novelty(run: RunFolder, which: str, trained: Trained) -> bool:
+    """Whether the run kept what the head read of training samples, and this checkpoint reads the same."""
+    head = f"{trained.network.head_paths[-1]}."
+    reads_best = which != "latest" or all(name.startswith(head) for name in trained.state.frozen.trainable)
+    return run.novelty_file.is_file() and reads_best
 
 
 def _metrics(which: str, state: CheckpointState) -> dict[str, float]:

@@ -38,7 +38,7 @@ class Backbone:
             tokens, it returns logits.
         preprocessing: what its weights were trained with; of a text encoder its tokenizer and longest text.
         stock_lines: Python lines that build the same network without this kit, into `model`; `{classes}` stands for
-            the number of classes, `{json}` for the export's description.
+            the number of classes; `ABOUT` holds the export's description.
         options: plain values that, with the name, make the same architecture again: arguments of torchvision's
             builder, or the config of a transformers model and how it pools. No file and no network is needed then.
     """

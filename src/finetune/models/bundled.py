@@ -149,6 +149,15 @@ def bundled_weights(name: str) -> Path:
 # Folders in transformers' format: parameters, as their cards state them, and what each is.
 BUNDLED_TEXT = {"bundled/bert": (5_859_072, "A BERT of two layers, distilled by this kit, for short English texts")}
 
+# Of the weights; their cards say more.
+LICENCES = {
+    "bundled/mobilenet": "BSD-3-Clause (torchvision's, learnt from ImageNet's photographs, whose own terms are for "
+    "research; whether those reach weights is not settled)",
+    "bundled/vgg": "MIT",
+    "bundled/resnet": "MIT",
+    "bundled/bert": "Apache-2.0",
+}
+
 
 def bundled_folder(name: str) -> Path:
     """The folder of a bundled text encoder."""

@@ -40,6 +40,8 @@ class StandardisedLinear(nn.Linear):
     Args:
         measured: whether its features are measured at all: not those that come from a layer which itself trains.
         unit_rows: whether each sample's features are divided by their norm first. No plain layer does that.
+        one_logit: whether the layer's one number is the logit of the second of two classes, and it gives 0 for the
+            first; a plain layer gives the number alone.
     """
 
     mean: Tensor
@@ -54,8 +56,10 @@ class StandardisedLinear(nn.Linear):
         *,
         measured: bool = True,
         unit_rows: bool = False,
+        one_logit: bool = False,
     ):
         super().__init__(in_features, out_features, bias)
+        self.one_logit = one_logit
         self.dropout = dropout
         self.measured = measured
         self.unit_rows = unit_rows
@@ -66,7 +70,8 @@ class StandardisedLinear(nn.Linear):
         if self.unit_rows:
             features = functional.normalize(features, dim=-1)
         features = (features - self.mean) / self.deviation
-        return super().forward(functional.dropout(features, self.dropout, self.training))
+        outputs = super().forward(functional.dropout(features, self.dropout, self.training))
+        return beside_zero(outputs) if self.one_logit else outputs
 
     def by_feature(self, inputs: Tensor) -> Tensor:
         """(..., in_features) to (rows, in_features), as they are standardised."""
@@ -118,6 +123,11 @@ class StandardisedConv2d(nn.Conv2d):
 
 
 Standardised = StandardisedLinear | StandardisedConv2d
+
+
+def beside_zero(logit: Tensor) -> Tensor:
+    """(..., 1) logit of the second of two classes to (..., 2) logits of both: the first has 0."""
+    return functional.pad(logit, (1, 0))
 
 
 def folded(layer: Standardised) -> dict[str, Tensor]:
@@ -193,6 +203,7 @@ def attach_head(
     *,
     measured: bool = True,
     unit_rows: bool = False,
+    one_logit: bool = False,
 ) -> None:
     """Replace one layer of `model` by a new, randomly initialised head.
 
@@ -203,7 +214,7 @@ def attach_head(
         dropout: probability that a feature is zeroed while training, before each new linear layer.
         width: hidden features of "mlp".
         measured: whether what it reads is standardised.
-        unit_rows: see `StandardisedLinear`.
+        unit_rows, one_logit: see `StandardisedLinear`.
 
     Raises:
         UsageError: unknown kind, or a head that is neither a linear layer nor a 1 x 1 convolution.
@@ -219,8 +230,18 @@ def attach_head(
     elif kind == "append":
         # Of a linear layer, whoever made it: what a module has besides its own is of no known type.
         old_classes = old.out_channels if isinstance(old, nn.Conv2d) else cast(int, old.out_features)
-        last = StandardisedConv2d if isinstance(old, nn.Conv2d) else StandardisedLinear
-        new = last(old_classes, class_count, dropout, measured=measured, unit_rows=unit_rows)
+        options: dict[str, bool] = {"measured": measured, "unit_rows": unit_rows}
+        new: Standardised
+        if isinstance(old, nn.Conv2d):
+            if one_logit:
+                raise UsageError(
+                    "--one-logit: this head is a convolution, behind which no number is below 0; leave it out"
+                )
+            new = StandardisedConv2d(old_classes, class_count, dropout, **options)
+        else:
+            new = StandardisedLinear(
+                old_classes, 1 if one_logit else class_count, dropout, **options, one_logit=one_logit
+            )
         head = nn.Sequential(old, new)
     elif kind == NO_HEAD:
         head = nn.Identity()
@@ -355,6 +376,11 @@ def folded_state(model: nn.Module, apart: Container[str] = ()) -> dict[str, Tens
     return state
 
 
+def first_layer(path: str, kind: str) -> str:
+    """Path of the first new layer of a head that stands at `path`: it reads what the network computed before."""
+    return path + {"mlp": ".0", "append": ".1"}.get(kind, "")
+
+
 def last_layer(path: str, kind: str) -> str:
     """Path of the last linear layer of a head that stands at `path`."""
     return path + {"mlp": ".3", "append": ".1"}.get(kind, "")
@@ -366,9 +392,11 @@ def reorder(state: dict[str, Tensor], path: str, order: Sequence[int]) -> None:
     Args:
         order: the old place of each.
     """
-    for name in ("weight", "bias"):
-        if f"{path}.{name}" in state:
-            state[f"{path}.{name}"] = state[f"{path}.{name}"][list(order)]
+    for name in (f"{path}.{one}" for one in ("weight", "bias")):
+        if name in state and len(state[name]) == len(order):
+            state[name] = state[name][list(order)]
+        elif name in state:  # one logit for two classes, which change places
+            state[name] = -state[name]
 
 
 def rescale(state: dict[str, Tensor], path: str, old: Sequence[float], new: Sequence[float] = (0.0, 1.0)) -> None:

@@ -149,6 +149,16 @@ def refusing(what: str) -> Iterator[None]:
     Raises:
         UsageError: `what`, and why.
     """
+    try:
+        with silent():
+            yield
+    except Exception as error:  # its checks raise what they like
+        raise UsageError(f"{what} ({one_line(error)})") from None
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Within the block transformers reports nothing, and draws no bars."""
     from transformers.utils import logging
 
     level, showed_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -156,8 +166,6 @@ def refusing(what: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except Exception as error:  # its checks raise what they like
-        raise UsageError(f"{what} ({one_line(error)})") from None
     finally:
         logging.set_verbosity(level)
         if showed_bars:

@@ -14,11 +14,11 @@ from finetune.models import hub
 PREPROCESSOR_FILE = "preprocessor_config.json"
 # PIL's numbers, which a preprocessor's file holds.
 INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+# ABOUT stands for what the JSON beside an export says.
 STOCK_LINES = """\
-import json, pathlib
 from transformers import AutoConfig, AutoModelForImageClassification
-config = json.loads(pathlib.Path({json!r}).read_text("utf-8"))["architecture"]["options"]["config"]
-model = AutoModelForImageClassification.from_config(AutoConfig.for_model(**config, num_labels={classes}))"""
+config = AutoConfig.for_model(**ABOUT["architecture"]["options"]["config"], num_labels={classes})
+model = AutoModelForImageClassification.from_config(config).float()"""
 
 
 def describe(folder: Path) -> tuple[dict[str, Any], Preprocessing]:

@@ -20,6 +20,7 @@ from finetune.models.heads import (
     NO_HEAD,
     attach_head,
     find_head,
+    first_layer,
     has_auxiliary_heads,
     last_layer,
     renew_layer,
@@ -49,6 +50,11 @@ class Network:
     head_kind: str
     old_class_count: int
     new_paths: tuple[str, ...] = ()
+
+    @property
+    def first_layer_path(self) -> str:
+        """Of the head's first new layer."""
+        return first_layer(self.head_paths[-1], self.head_kind)
 
     @property
     def last_layer_path(self) -> str:
@@ -96,6 +102,7 @@ def build_network(
     old_class_count: int = 0,
     new_paths: Sequence[str] | None = None,
     unit_rows: bool = False,
+    one_logit: bool = False,
 ) -> Network:
     """Build the architecture, load pretrained tensors, put the head on.
 
@@ -106,7 +113,7 @@ def build_network(
         class_count: numbers that the network gives for a sample.
         old_class_count: classes of the old layer under an appended head; 0 = as `state` has.
         new_paths: see `Network`; None = what `state` lacks.
-        unit_rows: see `heads.StandardisedLinear`.
+        unit_rows, one_logit: see `heads.StandardisedLinear`.
 
     Raises:
         UsageError: the weights do not fit, or "append" without weights.
@@ -136,8 +143,9 @@ def build_network(
         for path in replaced_layers(head_paths, head):
             # Behind a layer that itself trains there is nothing to measure.
             attach_head(
-                module, path, head, class_count, dropout, head_width, measured=not new_paths, unit_rows=unit_rows
-            )
+                module, path, head, class_count, dropout, head_width, measured=not new_paths, unit_rows=unit_rows,
+                one_logit=one_logit,
+            )  # fmt: skip
     return Network(module, head_paths, head, old_class_count, new_paths)
 
 

@@ -81,6 +81,7 @@ def new_network(
         dropout=recipe.model.dropout,
         head_width=recipe.model.head_width,
         unit_rows=recipe.model.unit_rows,
+        one_logit=recipe.model.one_logit,
         seed=recipe.seed,
     )
     network.freeze_map(recipe.trainable).check()

@@ -46,16 +46,11 @@ FOLDER_FILES = (
 LONGEST_DEFAULT_TOKENS = 512
 # Of a config: what the network returns, whatever its makers wanted to see of it.
 PLAIN_OUTPUT = {"return_dict": True, "output_hidden_states": False, "output_attentions": False, "use_cache": False}
+# ABOUT stands for what the JSON beside an export says.
 STOCK_LINES = """\
-import json, pathlib
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-config = json.loads(pathlib.Path({json!r}).read_text("utf-8"))["architecture"]["options"]["config"]
-model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**config, num_labels={classes}))"""
-# Behind whatever loads the model; with "{logits}" for how it returns them.
-TOKENIZER_LINES = """\
-tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})
-inputs = tokenizer(["a text"], truncation=True, max_length={max_length}, padding=True, return_tensors="pt")
-logits = model(**inputs){logits}"""
+from transformers import AutoConfig, AutoModelForSequenceClassification
+config = AutoConfig.for_model(**ABOUT["architecture"]["options"]["config"], num_labels={classes})
+model = AutoModelForSequenceClassification.from_config(config).float()"""
 
 
 def stock_class() -> Any:

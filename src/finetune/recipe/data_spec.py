@@ -14,8 +14,8 @@ class Images:
 
     Attributes:
         images: "digits", "glyphs", a folder, or a csv, tsv or jsonl file.
-        image_column, label_column: of such a file; "" = found by their names.
-        split_column: of such a file: says train, val or test; "" = none.
+        image_column, label_column: of a table; "" = found by their names.
+        split_column: of a table: says train, val or test; "" = none.
         separator: between the several labels of a row; "" = one label a row.
         allow_outside: images may lie outside the folder, or that of the file: behind a link, "..", or a path from the
             root.
@@ -25,7 +25,8 @@ class Images:
         missing_labels: what is done with rows whose label is spelled like a missing value: "refuse", "leave-out" or
             "class".
         group_column: of a table: says what samples have in common that stay on one side of a split; "" = none.
-        group_by: a regular expression that finds that in the names of files; "" = none.
+        group_by: a regular expression that finds in the names of files what samples have in common that stay on one
+            side of a split; "" = none.
         drop_duplicates: leave out samples whose content is that of another one.
         without: a labels.csv, in which somebody marked samples to leave out; "" = none.
         image_size: edge in pixels; 0 = the size that the backbone was trained at.
@@ -80,7 +81,7 @@ class Texts:
 
     Attributes:
         texts: "messages", a csv, tsv, jsonl or parquet file, or a folder of class/*.txt.
-        text_column, label_column: of such a file; "" = found by their names.
+        text_column, label_column: of a table; "" = found by their names.
         split_column, separator, allow_outside, listing, quotes, missing_labels, group_column, group_by,
             drop_duplicates, without, validation_fraction, train_samples, samples: as of images.
         max_length: tokens of a text, what is longer is cut off; 0 = what the backbone takes, 512 at most.

@@ -102,6 +102,8 @@ class Training:
             loss (auto), mae or r2. Of equals the one with the lowest loss is.
         unit_rows: divide the features of each sample by their norm; often better with few labels. Stock libraries then
             do not load the export.
+        one_logit: of two classes, with --head append: one number, whose sigmoid is the probability of the second class,
+            as in the textbook's Linear(1000, 1) behind the old head; else one number a class.
         finish: after the epochs solve the head, where it is linear and reads kept features: the best regularisation by
             cross-validation; the better of the two heads ships (auto; where rows x features x classes are at most 6
             thousand million); none = the loop's best ships.
@@ -129,6 +131,7 @@ class Training:
     patience: int = 0
     stop_metric: Literal["auto", "accuracy", "f1", "loss", "mae", "r2"] = "auto"
     unit_rows: bool = False
+    one_logit: bool = False
     finish: Literal["auto", "none"] = "auto"
     final: Literal["all", "train"] = "all"
     calibrate: bool = True
@@ -333,7 +336,7 @@ def _head_recipe(
 ) -> Recipe:
     """What recipes for images and for texts share."""
     return Recipe(
-        model=dataclasses.replace(model, unit_rows=training.unit_rows),
+        model=dataclasses.replace(model, unit_rows=training.unit_rows, one_logit=training.one_logit),
         data=data,
         task=task,
         optimizer=Optimizer(

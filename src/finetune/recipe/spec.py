@@ -43,6 +43,8 @@ class Model:
             features are not kept, by their squares; one counts as constant that deviates by less than a thousandth of
             its mean.
         unit_rows: whether the head divides the features of each sample by their norm before it standardises them.
+        one_logit: of two classes: the head gives one number, whose sigmoid is the probability of the second class; an
+            "append" head alone can.
     """
 
     backbone: str
@@ -54,6 +56,7 @@ class Model:
     pooling: str = "auto"
     standardisation: str = named(BY_ROWS, before=PLAIN)
     unit_rows: bool = False
+    one_logit: bool = named(False, before=False)
 
     @property
     def full_name(self) -> str:
@@ -143,7 +146,7 @@ class Trainable:
 
     Attributes:
         rules: in order; a pattern is a module path or a shell pattern over paths, "head" stands for the new head,
-            and what lies below a match is matched too.
+            and what lies below a match is matched too. The number says from which epoch on, the first being 0.
         batchnorm: whether BatchNorm layers that train also go on learning their statistics.
     """
 
@@ -308,6 +311,10 @@ def check_ranges(recipe: Recipe) -> None:
     rules.append(("standardisation", standardisation, standardisation in ways, f"{', '.join(ways[:2])} or {PLAIN}"))
     rules.append(("moments", moments, moments in ways[1:], f"{CENTRED} or {PLAIN}"))
     unit_rows, head = recipe.model.unit_rows, recipe.model.head
+    one_logit, kind = recipe.model.one_logit, recipe.task.kind
+    rules.append(("one-logit", f"with --head {head}", not one_logit or head == "append", "--head append"))
+    is_single = not one_logit or kind == "classification"
+    rules.append(("one-logit", f"on {kind}", is_single, "a task with one of two classes a sample"))
     rules.append(("unit-rows", f"with --head {head}", not unit_rows or head in UNIT_ROWS_HEADS, "another --head"))
     rules += data_rules(data, isinstance(recipe.task, MultiLabel))
     for name, value, allowed, range_text in rules:

@@ -8,15 +8,8 @@ from finetune.report import plots
 from finetune.report.curves import Curve
 from finetune.report.data import RunData, Validation, lower_is_better
 from finetune.report.plots import Line
+from finetune.report.words import capitalised, metric_text
 
-METRICS = {
-    "accuracy": "accuracy",
-    "f1": "macro F1",
-    "loss": "loss",
-    "mae": "mean absolute error",
-    "r2": "R², variance explained",
-    "cosine": "cosine to the teacher",
-}
 # Both between 0 and 1, and seldom far apart.
 SHARES = ("accuracy", "f1")
 # Of figures that somebody else's metrics.jsonl may hold.
@@ -43,15 +36,6 @@ class Chart:
     caption: str
     key: tuple[tuple[str, str], ...] = ()
     width: int = 0
-
-
-def metric_text(name: str) -> str:
-    return METRICS.get(name, printable(name))
-
-
-def capitalised(text: str) -> str:
-    """With its first letter large, all others as they are."""
-    return text[:1].upper() + text[1:]
 
 
 # ---- Curves ---------------------------------------------------------------------------------------------------------

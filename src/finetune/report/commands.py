@@ -9,10 +9,9 @@ from typing import NamedTuple
 from finetune.base.plain import Fields
 from finetune.errors import FinetuneError
 from finetune.models.backbones import backbone_from_plain
-from finetune.models.heads import NO_HEAD
-from finetune.models.snippets import folder_lines, is_stock, loading_lines
+from finetune.models.stock import reason_against_folder
 from finetune.recipe.execution import split_config
-from finetune.report.data import NOT_AS_WRITTEN, Checkpoint, RunData, has_unit_rows
+from finetune.report.data import NOT_AS_WRITTEN, Checkpoint, RunData
 from finetune.store.steps import way_on
 
 WITH_KIT = "with this kit, after finetune export"
@@ -54,7 +53,12 @@ def commands_of(data: RunData) -> list[Command]:
     if predicts:
         meaning = "figures by class, on the test part if there is one"
         commands.append(Command(typed(["finetune", "evaluate", run]), meaning))
-    commands.append(Command(typed(["finetune", "export", run]), "the best weights, for stock libraries"))
+    commands.append(
+        Command(
+            typed(["finetune", "export", run]),
+            "the best weights for stock libraries, a card, a program",
+        )
+    )
     if _has_folder(data):
         commands.append(Command(typed(["finetune", "export", run, "--format", "hf"]), "a folder for transformers"))
     if predicts:
@@ -82,54 +86,25 @@ def _repeat(data: RunData) -> tuple[str, str]:
     return typed(["finetune", recipe]), "repeat the run; options that were given are in recipe.json"
 
 
-def _is_stock(data: RunData) -> bool:
-    recipe, _ = split_config(data.config)
-    assert data.checkpoint is not None
-    return is_stock(recipe, backbone_from_plain(data.checkpoint.backbone)) and not data.checkpoint.apart
-
-
 def _has_folder(data: RunData) -> bool:
-    """Whether `export --format hf` has a class for it."""
+    """Whether `export --format hf` can be had."""
     if data.checkpoint is None or configured(data, "data", "kind") != "texts":
         return False
     try:
-        return configured(data, "model", "head") == NO_HEAD or _is_stock(data)
+        recipe, _ = split_config(data.config)
+        backbone = backbone_from_plain(data.checkpoint.backbone)
+        return not reason_against_folder(recipe, backbone, data.checkpoint.apart)
     except (FinetuneError, *NOT_AS_WRITTEN):
         return False
 
 
 def loading_of(data: RunData) -> list[Command]:
-    """Lines of Python that load the exports, and what is needed for them."""
+    """Lines of Python that use the export, and what is needed for them. The program for machines without this kit is
+    printed by the export, and stands in its card."""
     if data.checkpoint is None or not data.best:
         return []
     file = data.run.path / "model.pt"
-    found = [Command(f"import finetune\nmodel = finetune.load({str(file)!r})", WITH_KIT)]
-    try:
-        lines = loading_lines(file, _description(data, data.checkpoint))
-        own = lines.partition("\n\n")[2]  # where no stock class takes the weights
-        found = [Command(own, WITH_KIT)] if own else [*found, Command(lines, "without it: in stock libraries")]
-        if _has_folder(data):
-            has_head = configured(data, "model", "head") != NO_HEAD
-            lines = folder_lines(data.run.path / "hf", has_head, data.checkpoint.scale)
-            found.append(Command(lines, "in transformers, after finetune export --format hf"))
-    except (FinetuneError, *NOT_AS_WRITTEN):
-        pass  # a backbone that this version does not know: the export itself says so
-    return found
-
-
-def _description(data: RunData, checkpoint: Checkpoint) -> dict[str, object]:
-    """Of an export's JSON what `loading_lines` reads."""
-    backbone = checkpoint.backbone
-    return {
-        "architecture": {
-            "backbone": backbone["name"],
-            "options": backbone["options"],
-            "head": configured(data, "model", "head"),
-            "outputs": checkpoint.outputs,
-            "stock": _is_stock(data),
-            "standardised": checkpoint.apart,
-            "unit_rows": has_unit_rows(data.config),
-        },
-        "scale": checkpoint.scale,
-        "preprocessing": backbone["preprocessing"],
-    }
+    one = '"a text"' if configured(data, "data", "kind") == "texts" else '"photo.jpg"'
+    predicts = configured(data, "task", "kind") != "distillation"
+    lines = f"import finetune\nmodel = finetune.load({str(file)!r})" + (f"\nmodel.predict({one})" if predicts else "")
+    return [Command(lines, WITH_KIT)]

@@ -52,6 +52,8 @@ class Checkpoint:
         trained_parameters: numbers in the latter.
         outputs: numbers that the network gives for a sample.
         scale, apart: what an export of it could not fold into its weights; see `models.folding`.
+        target_scale: mean and deviation of the numbers to predict; [] where there are none.
+        skipped: names of samples that were left out.
         backbone: as `Backbone.to_plain` gives it.
     """
 
@@ -61,6 +63,8 @@ class Checkpoint:
     outputs: int
     scale: list[float]
     apart: list[str]
+    target_scale: list[float]
+    skipped: list[str]
     fingerprint: str
     train_samples: int
     validation_samples: int
@@ -84,6 +88,8 @@ def _checkpoint_of(state: CheckpointState, run_id: str) -> Checkpoint:
         data.outputs,
         scale_beside(data.scale),
         layers_apart(state.model, has_unit_rows(state.config)),
+        list(data.scale),
+        list(data.skipped),
         data.fingerprint,
         data.train_samples,
         data.validation_samples,

@@ -4,7 +4,6 @@ It refers to nothing outside itself and runs no script. Everything in it that ot
 escaped by the template.
 """
 
-import base64
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,37 +11,35 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
-from markupsafe import Markup
-
 from finetune import __version__
 from finetune.base.events import Example
 from finetune.base.files import BadFile, make_folders, write_atomically
-from finetune.base.formatting import number_text, printable
+from finetune.base.formatting import number_text
 from finetune.base.intervals import worth_text
 from finetune.base.lock import is_held
-from finetune.data.images import with_pixel_range
-from finetune.data.open import open_source
+from finetune.data.batch import Split
+from finetune.data.images import names_to_indices, with_pixel_range, without
+from finetune.data.open import open_source, split_data
 from finetune.data.preprocess import Preprocessing
-from finetune.data.source import FileSource, Source
+from finetune.data.source import FileSource, Source, TextSource
 from finetune.errors import FinetuneError, RunError, UsageError, one_line
 from finetune.recipe.execution import split_config
 from finetune.recipe.spec import located
 from finetune.report.charts import (
     calibration_chart,
-    capitalised,
     confusion_chart,
     curve_charts,
-    metric_text,
 )
 from finetune.report.commands import commands_of, configured, loading_of
 from finetune.report.data import NOT_AS_WRITTEN, ClassRow, RunData, Validation, gather
 from finetune.report.doubts import Doubtful, doubtful
 from finetune.report.examples import examples_of
+from finetune.report.html import picture_address, render_page
+from finetune.report.overview import Overview, overview_of
+from finetune.report.words import capitalised, metric_text
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.doubts import DOUBTFUL
 
-TEMPLATE, STYLE = (Path(__file__).with_name(name) for name in ("page.html.j2", "page.css"))
 # Of longer tables those rows are shown that matter most, and it is said how many there are.
 SHOWN_ROWS = 30
 SHOWN_WORST, SHOWN_BEST = 24, 12
@@ -60,11 +57,13 @@ class Shown(NamedTuple):
     Attributes:
         best, worst: of the best validation, the best and the worst first.
         doubtful: those whose labels are probably wrong.
+        overview: what the data looks like; None = it is not at hand.
     """
 
     best: Sequence[Example] = ()
     worst: Sequence[Example] = ()
     doubtful: Doubtful = Doubtful()
+    overview: Overview | None = None
 
 
 def write_report(data: RunData, output: Path, shown: Shown, status: str) -> None:
@@ -85,18 +84,19 @@ def write_report(data: RunData, output: Path, shown: Shown, status: str) -> None
         raise RunError(f"--output {output}: cannot be written ({error.strerror}); name another file") from None
 
 
-def samples_to_show(data: RunData, source: Source | None) -> Shown:
+def samples_to_show(data: RunData, source: Source | None, *, standardised: bool = False) -> Shown:
     """Samples of the best validation, and those whose labels are probably wrong.
 
     Args:
         source: of the samples; None = it is not there any more.
+        standardised: its numbers to predict are, as in a run.
 
     Raises:
         RunError: validation.json does not fit to it.
     """
-    doubts = doubtful(data.run, source)
+    doubts, overview = doubtful(data.run, source), _overview(data, source, standardised)
     if data.validation is None:
-        return Shown(doubtful=doubts)
+        return Shown(doubtful=doubts, overview=overview)
     classes = data.checkpoint.classes if data.checkpoint else [row.name for row in data.validation.classes]
     record = data.validation.record
     try:
@@ -106,7 +106,26 @@ def samples_to_show(data: RunData, source: Source | None) -> Shown:
             f"validation of the run {data.run.validation_file} names samples or classes that its data has not "
             f"({one_line(error)}); restore it, or delete it"
         ) from None
-    return Shown(best, worst, doubts)
+    return Shown(best, worst, doubts, overview)
+
+
+def _overview(data: RunData, source: Source | None, standardised: bool) -> Overview | None:
+    """What the run's data looks like; None where it is not at hand, or of another version."""
+    if source is None or data.checkpoint is None:
+        return None
+    try:
+        recipe, _ = split_config(data.config)
+        if recipe.task.kind == "distillation":
+            return None
+        skipped = names_to_indices(source, data.checkpoint.skipped)
+        split = Split(*(without(part, skipped) for part in split_data(source, recipe)))
+        prepared = data.checkpoint.backbone["preprocessing"]
+        assert isinstance(prepared, dict)
+        images = None if isinstance(source, TextSource) else Preprocessing(**prepared)
+        scale = data.checkpoint.target_scale if standardised else ()
+        return overview_of(source, split, recipe, images, scale)
+    except (FinetuneError, AssertionError, *NOT_AS_WRITTEN):
+        return None
 
 
 # ---- Out of the files of a run alone --------------------------------------------------------------------------------
@@ -166,13 +185,10 @@ def _open_data(data: RunData, place: str) -> Source | None:
 
 def render(data: RunData, shown: Shown, status: str) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
-    )
-    environment.filters |= {"svg": Markup, "number": number_text}
     validation = data.validation
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        style=Markup(STYLE.read_text(encoding="utf-8")),
+    return render_page(
+        "page.html.j2",
+        overview=shown.overview,
         name=data.run.url.rstrip("/").rpartition("/")[2] or data.run.path.resolve().name,
         version=__version__,
         status=_status(data, status),
@@ -194,13 +210,6 @@ def render(data: RunData, shown: Shown, status: str) -> str:
         loading=loading_of(data),
         shown_rows=SHOWN_ROWS,
     )
-
-
-def _shown(value: object) -> object:
-    """What an expression in the template puts into the page: of text all but its ends of lines as in a terminal."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "\n".join(map(printable, value.replace("\t", " ").splitlines()))
 
 
 class _Status(NamedTuple):
@@ -345,7 +354,7 @@ def _sample(example: Example) -> dict[str, object]:
     return {
         "example": example,
         "true_classes": {example.true, *example.true.split(", ")},
-        "picture": Markup("data:image/png;base64," + base64.b64encode(picture).decode() if picture else ""),
+        "picture": picture_address(picture),
         "width": width,
         "height": height,
         "numbers": numbers,

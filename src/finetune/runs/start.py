@@ -232,6 +232,8 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         if begins_with is not None:  # a part of the file is not the file
             weights, weights_text = None, f"begins as a part of {weights_text}"
     check_numbers(data, recipe)
+    if recipe.model.one_logit and data.class_count != 2:
+        raise UsageError(f"--one-logit: is for two classes, {recipe.data.place} has {data.class_count}; leave it out")
     check_data_effects(data.source, recipe, plan.chosen)
     freeze = network.freeze_map(recipe.trainable)
     check_optimizer(freeze.ever_trains(), recipe.optimizer, plan.chosen)

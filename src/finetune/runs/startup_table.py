@@ -4,6 +4,7 @@ import torch
 
 from finetune.data.source import ArraySource, FileSource
 from finetune.data.texts import TextPipeline
+from finetune.models.stock import exports_text
 from finetune.recipe.serialize import flatten, to_plain
 from finetune.recipe.spec import Distillation
 from finetune.training.advice import counts_text
@@ -31,6 +32,7 @@ def facts_of(run: str, setup: Setup, phase: Phase) -> dict[str, str]:
         ),
         **_last_stage(setup, phase),
         **({"options": options} if (options := _options(setup)) else {}),
+        "exports": exports_text(recipe, setup.backbone),
         "device": f"{setup.device}, {_arithmetic(setup)}, {torch.get_num_threads()} threads",
         **({"run folder": run} if run else {}),
         **({"note": "\n".join(notes)} if (notes := notes_on(setup)) else {}),

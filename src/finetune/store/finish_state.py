@@ -61,6 +61,7 @@ class Finish:
         held_samples, held_outputs: (samples,) int64, (samples, outputs) float32: samples that the solved head is
             trained on, and what the heads gave of them that were solved without; of final.pt alone.
         thresholds: as of `Best`; of final.pt alone.
+        half_width: as of `Best`, of samples that were held out; 0 = not known; of final.pt alone.
         ships: which checkpoint is the better one: "best" or "final".
     """
 
@@ -90,6 +91,9 @@ class Finish:
     )
     thresholds: list[float] = field(
         default_factory=list, metadata=stored("thresholds", writer="finish", reader="export, evaluate", may_lack=True)
+    )
+    half_width: float = field(
+        default=0.0, metadata=stored("half_width", writer="finish", reader="export", may_lack=True)
     )
     ships: str = field(
         default="best", metadata=stored("ships", writer="finish", reader="export, evaluate, report", may_lack=True)

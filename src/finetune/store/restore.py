@@ -69,6 +69,7 @@ def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network,
         dropout=recipe.model.dropout,
         head_width=recipe.model.head_width,
         unit_rows=recipe.model.unit_rows,
+        one_logit=recipe.model.one_logit,
         seed=recipe.seed,
         old_class_count=other.old_class_count,
         new_paths=other.new_paths,
@@ -122,6 +123,7 @@ def saved_network(run: RunFolder, recipe: Recipe, state: CheckpointState) -> Net
         dropout=recipe.model.dropout,
         head_width=recipe.model.head_width,
         unit_rows=recipe.model.unit_rows,
+        one_logit=recipe.model.one_logit,
         seed=recipe.seed,
         old_class_count=state.network.old_class_count,
         new_paths=state.network.new_paths,
@@ -194,6 +196,18 @@ def shipped_thresholds(which: str, state: CheckpointState) -> list[float]:
     if which == "final":
         return progress.finish.thresholds
     return progress.best.get("thresholds", []) if which == "best" else []
+
+
+def shipped_half_width(which: str, state: CheckpointState) -> float:
+    """What nine of ten numbers lie within of what is predicted of them, in their own unit; 0 = not known.
+
+    Args:
+        which: of the state: "best", "latest" or "final".
+    """
+    progress = state.progress
+    found = progress.finish.half_width if which == "final" else 0.0
+    found = progress.best.get("half_width", 0.0) if which == "best" else found
+    return found * state.data.scale[1] if found and state.data.scale else 0.0
 
 
 def _divide(layer: nn.Module | None, temperature: float) -> None:

@@ -134,6 +134,11 @@ class RunFolder:
         return self.path / "contents.bin"
 
     @property
+    def novelty_file(self) -> Path:
+        """What the head read of training samples; see `finetune.tasks.novelty`."""
+        return self.path / "novelty.safetensors"
+
+    @property
     def labels_file(self) -> Path:
         """Labels that are probably wrong come first."""
         return self.path / "labels.csv"

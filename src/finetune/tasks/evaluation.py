@@ -209,7 +209,8 @@ class Evaluation:
         if targets.dim() == 2 and isinstance(self.task, Classifying) and self._cells <= INTERVAL_CELLS:
             self._cells += targets.numel()
             self._several.append((decided, targets != 0))
-        if isinstance(self.task, Classifying) and self._seen * outputs.shape[1] <= TEMPERATURE_NUMBERS:
+        has_use = isinstance(self.task, Classifying | RegressionTask)
+        if has_use and self._seen * outputs.shape[1] <= TEMPERATURE_NUMBERS:
             self._given.append((outputs.float(), targets))
         rows = losses, indices.to(losses.device, non_blocking=True), outputs.float(), targets, decided
         self._worst = _extreme(self._worst, rows, KEPT_WORST, largest=True)

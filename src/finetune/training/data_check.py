@@ -77,7 +77,8 @@ def look(
             in_parts(setup, terminal, partial(_measure_rows, setup, feed, without(measured, broken)))
         rest = spread_rest(data, torch.cat([data.split.train, data.split.validation]), all_files)
         unread = in_parts(setup, terminal, partial(_read, setup, feed, torch.zeros(0).long(), rest, terminal, stop))
-        return [_why_broken(data, index) for index in broken] + unread
+        used = set(torch.cat(data.split).tolist())  # of those that somebody marked nobody wants to hear
+        return [_why_broken(data, index) for index in broken if index in used] + unread
     rest = spread_rest(data, measured, all_files)
     return in_parts(setup, terminal, partial(_read, setup, feed, measured, rest, terminal, stop))
 
@@ -255,7 +256,23 @@ def check_copies(setup: Setup, feed: Feed) -> Data:
 
 
 def near_copies(features: Features, data: Data, view: int | None) -> list[str]:
-    """What to say of samples that validate whose features nearly equal those of one that is trained on.
+    """What to say of samples that validate whose features nearly equal those of one that is trained on."""
+    pairs = near_pairs(features, data, view)
+    if not pairs:
+        return []
+    (judged, known, likeness), name, source = pairs[0], data.source.name, data.source
+    advice = "if they belong together, --group-column or --group-by keeps them on one side"
+    if source.parts is not None:
+        advice = "if they belong together, figures will be better than the model is"
+    looked_at = min(len(data.split.validation), NEAR_VALIDATION)
+    return [
+        f"{len(pairs):,} of {looked_at:,} {source.noun}s that validate are near to one that is trained on, like "
+        f"{name(judged)} and {name(known)} (cosine of features {likeness:.3f}): {advice}"
+    ]
+
+
+def near_pairs(features: Features, data: Data, view: int | None) -> list[tuple[int, int, float]]:
+    """(sample that validates, the nearest that is trained on, cosine) of those that are near copies, nearest first.
 
     Features are centred first: what all samples have in common says nothing of two of them.
     """
@@ -268,15 +285,5 @@ def near_copies(features: Features, data: Data, view: int | None) -> list[str]:
     best = [part.max(1) for part in (judged_rows @ known.T for judged_rows in judged.split(BATCH_SAMPLES))]
     likeness, places = (torch.cat(parts) for parts in zip(*best, strict=True))
     near = ((likeness >= NEAR_COSINE) & (likeness < SAME_COSINE)).nonzero().squeeze(1)
-    if not len(near):
-        return []
-    first = int(near[likeness[near].argmax()])
-    name, source = data.source.name, data.source
-    advice = "if they belong together, --group-column or --group-by keeps them on one side"
-    if source.parts is not None:
-        advice = "if they belong together, figures will be better than the model is"
-    pair = f"{name(int(validation[first]))} and {name(int(train[places[first]]))}"
-    return [
-        f"{len(near):,} of {len(validation):,} {source.noun}s that validate are near to one that is trained on, like "
-        f"{pair} (cosine of features {likeness[first]:.3f}): {advice}"
-    ]
+    order = near[likeness[near].argsort(descending=True, stable=True)].tolist()
+    return [(int(validation[one]), int(train[places[one]]), likeness[one].item()) for one in order]

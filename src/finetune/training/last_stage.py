@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from finetune.errors import RunError, one_line
+from finetune.recipe.spec import Regression
+from finetune.tasks.conformal import half_width_of
 from finetune.tasks.doubts import find_doubts
 from finetune.tasks.thresholds import thresholds_of
 from finetune.training.finish import (
@@ -110,6 +112,14 @@ def _save_final(session: Session, stage: Stage, solved: Tensor, figures: dict[st
         finish, weights=finish.weights[:0], best_weights=finish.weights[:0],
         held_samples=held_out.of(stage.samples), held_outputs=outputs,
         thresholds=thresholds_of(session.recipe.task, outputs, held_out.of(stage.held.targets)),
+        half_width=_half_width(session, outputs, held_out.of(stage.held.targets)),
     )  # fmt: skip
     state.progress = dataclasses.replace(session.progress, finish=held, last_validation=figures)
     session.context.save_final(state)
+
+
+def _half_width(session: Session, outputs: Tensor, targets: Tensor) -> float:
+    """Of numbers, out of fold; 0 = there are none, or they are too few."""
+    if not isinstance(session.recipe.task, Regression):
+        return 0.0
+    return half_width_of((outputs.double() - targets.double()).squeeze(1))

@@ -15,7 +15,7 @@ from finetune.data.decode import formats_by_suffix
 from finetune.data.source import FileSource
 from finetune.data.texts import TextPipeline
 from finetune.errors import RunError, UsageError
-from finetune.features.kept import CannotKeep, Features, Pass, filled
+from finetune.features.kept import CannotKeep, Features, KeptRows, Pass, filled
 from finetune.models.backbones import Backbone
 from finetune.models.freeze import Freeze
 from finetune.models.network import Network
@@ -179,6 +179,23 @@ def choose_feed(
     return Feed(forward, *setup.loaders, why_not=reason)
 
 
+def feed_if_kept(setup: Setup, terminal: Terminal, stop: StopRequest) -> Feed | None:
+    """Kept features of the first phase, where an earlier run has computed all of them; else None."""
+    freeze = setup.freeze.at(0)
+    freeze.apply()
+    freeze.modes()
+    if _reason_against(setup, None):
+        return None
+    try:
+        found = cut(setup.network.module, setup.backbone, setup.device)
+        run = _pass_of(setup, found, freeze.sha256())
+        if any(KeptRows(run, samples, view).missing_bytes for view, samples in _parts(setup).items()):
+            return None
+        return _feed_of_rows(setup, found, freeze.sha256(), terminal, stop, 0)
+    except (CannotSplit, CannotKeep):
+        return None
+
+
 def _reason_against(setup: Setup, kept: bool | None) -> str:
     """Why features are not to be kept, whatever the model is like; "" = nothing is against it."""
     data, recipe = setup.recipe.data, setup.recipe
@@ -242,13 +259,17 @@ def _feed_of_rows(
     setup: Setup, found: Split, frozen_sha256: str, terminal: Terminal, stop: StopRequest, halvings: int
 ) -> Feed:
     """Raises: CannotKeep: there is no room."""
-    views, whole = setup.recipe.data.views, setup.data.whole
-    parts: dict[int | None, Tensor] = {None: torch.cat([whole.train, whole.validation]).sort().values}
-    if views:
-        parts = {view: whole.train for view in range(views)} | {None: whole.validation}
-    run, limit, count = _pass_of(setup, found, frozen_sha256), setup.machine.cache_limit, len(whole.train)
-    features = filled(run, parts, count, limit, setup.device, terminal, stop, halvings)
+    run, limit, count = _pass_of(setup, found, frozen_sha256), setup.machine.cache_limit, len(setup.data.whole.train)
+    features = filled(run, _parts(setup), count, limit, setup.device, terminal, stop, halvings)
     return Feed(lambda rows: found.suffix(rows.float()), features, features, features)
+
+
+def _parts(setup: Setup) -> dict[int | None, Tensor]:
+    """Samples whose features are kept, by view."""
+    views, whole = setup.recipe.data.views, setup.data.whole
+    if views:
+        return {view: whole.train for view in range(views)} | {None: whole.validation}
+    return {None: torch.cat([whole.train, whole.validation]).sort().values}
 
 
 def _pass_of(setup: Setup, found: Split, frozen_sha256: str) -> Pass:

@@ -36,6 +36,7 @@ from finetune.training.finish import (
 from finetune.training.nan_guard import Losses
 from finetune.training.optimizer import learning_rates, load_optimizer_state, optimizer_state
 from finetune.training.phase import Phase, start_phase
+from finetune.training.reference import novelty_reference
 from finetune.training.setup import Setup
 from finetune.training.validation import adjustments, record_validation, validate
 
@@ -229,6 +230,9 @@ class Session:
                 self._end("stopped early")
             elif progress.step >= self.steps.end:
                 self._end("finished")
+            if progress.status != "running" or progress.finish.status:  # a kill after the save must not lose it
+                reference = novelty_reference(self.setup, self.phase, self.context, self.best_model, is_best=is_best)
+                self.context.save_novelty(reference)
             if progress.position_samples >= self.samples:
                 progress.epoch, progress.position_samples = progress.epoch + 1, 0
                 progress.loss_sum, progress.loss_samples = torch.zeros(()), 0

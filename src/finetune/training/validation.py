@@ -11,9 +11,10 @@ from finetune.base.events import Best
 from finetune.base.signals import StopRequest
 from finetune.data.batch import Batch, Request
 from finetune.data.order import batches_from
-from finetune.recipe.spec import LOWER_IS_BETTER, Classification, MultiLabel, Recipe
+from finetune.recipe.spec import LOWER_IS_BETTER, Classification, MultiLabel, Recipe, Regression
 from finetune.store.state import Progress
 from finetune.store.steps import extension_at
+from finetune.tasks.conformal import half_width_of
 from finetune.tasks.evaluation import Evaluation, evaluate
 from finetune.tasks.losses import MultiLabelTask, Task, make_task
 from finetune.tasks.thresholds import thresholds_of
@@ -66,6 +67,10 @@ def breaks_tie(value: float, loss: float, best: Best) -> bool:
 def adjustments(recipe: Recipe, evaluation: Evaluation) -> Best:
     """What is done to what the network gives, where it ships: see `Best`."""
     found = Best()
+    if isinstance(recipe.task, Regression):
+        outputs, targets = evaluation.given()
+        if width := half_width_of(outputs.squeeze(1).double() - targets.double()):
+            found["half_width"] = width
     if not isinstance(recipe.task, Classification | MultiLabel):
         return found
     temperature = 1.0

@@ -357,7 +357,7 @@ def _report(subject: Subject, folder: RunFolder, status: str) -> list[Example]:
     from finetune.report.page import samples_to_show, write_report
 
     data = gather(folder)
-    shown = samples_to_show(data, subject.source)
+    shown = samples_to_show(data, subject.source, standardised=True)
     if subject.report:
         write_report(data, folder.report_file, shown, status)
     return list(shown.worst)

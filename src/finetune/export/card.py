@@ -1,0 +1,304 @@
+"""A card beside an export, for whoever gets the model: what it is, how good, what it was learnt from, how to use it.
+
+After Mitchell et al., "Model cards for model reporting", FAT* 2019. What is not known is said to be so.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from finetune import __version__
+from finetune.base.files import write_atomically
+from finetune.base.formatting import number_text, printable
+from finetune.base.intervals import FEW, worth_text
+from finetune.data.source import class_counts
+from finetune.errors import FinetuneError
+from finetune.export.verify import Trained
+from finetune.models.backbones import default_member, torchvision_names
+from finetune.models.bundled import LICENCES
+from finetune.models.heads import NO_HEAD
+from finetune.report.data import RunData, Validation, gather
+from finetune.report.words import capitalised, metric_text
+from finetune.store.run_folder import RunFolder
+from finetune.tasks.doubts import read_doubts
+from finetune.tasks.evaluation import ClassRow
+
+TEMPLATE = Path(__file__).with_name("card.md.j2")
+SHOWN_CLASSES, SHOWN_ROWS = 50, 30
+# A class of so many times fewer samples than another is one that the model hardly knows.
+LOPSIDED = 10
+OWN_DATA_LICENCES = {
+    "digits": "CC BY 4.0 (Alpaydin and Kaynak, UCI)",
+    "messages": "MIT",
+    "glyphs": "those of the fonts",
+}
+TASKS = {
+    "classification": "Gives one class to each {noun}.",
+    "multi-label": "Says of each class whether it applies to a {noun}.",
+    "regression": "Predicts a number from each {noun}.",
+    "distillation": "Gives an embedding of each {noun}.",
+}
+
+
+class Program(NamedTuple):
+    """A program that uses a file of an export without this kit.
+
+    Attributes:
+        seen: what it gave when it was run; "" = not now.
+    """
+
+    file: str
+    text: str
+    seen: str = ""
+
+
+def write_card(
+    path: Path, run: RunFolder, trained: Trained, description: Mapping[str, Any], programs: Sequence[Program]
+) -> Path:
+    """Write the card of an export.
+
+    Returns:
+        Where it lies.
+    """
+    text = _card(path, run, trained, description, programs)
+    write_atomically(path, lambda stream: stream.write(text.encode()))
+    return path
+
+
+def _card(
+    path: Path, run: RunFolder, trained: Trained, description: Mapping[str, Any], programs: Sequence[Program]
+) -> str:
+    data, file = gather(run), next(iter(description["files"]), path.name)
+    validation = _validation_of(data, description["checkpoint"]["which"], trained)
+    rows = validation.classes if validation else []
+    shown = rows if len(rows) <= SHOWN_ROWS else sorted(rows, key=lambda row: (row.f1, row.recall))[:SHOWN_ROWS]
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["md"] = markdown
+    noun = "text" if trained.backbone.reads_texts else "image"
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        name=f"{path.stem} of {description['source_run']}",
+        what=TASKS[description["task"]].format(noun=noun),
+        version=__version__,
+        run=description["source_run"],
+        which=description["checkpoint"]["which"],
+        step=f"{description['checkpoint']['step']:,}",
+        backbone=trained.backbone.name,
+        head=_head_text(description),
+        input=description["preprocessing_text"],
+        file=file,
+        json=path.with_suffix(".json").name,
+        sha256=description["sha256"],
+        classes=[printable(name) for name in description["classes"]],
+        shown_classes=SHOWN_CLASSES,
+        task=description["task"],
+        thresholds=description.get("thresholds", []),
+        data=_data_rows(data, trained, validation),
+        judged_on=_judged_on(data, description, validation, noun),
+        figures=_figures(description, validation),
+        rows=shown,
+        more_rows=len(rows) - len(shown),
+        trust=_trust(data, description, trained, validation, noun),
+        limits=_limits(run, trained, rows, noun),
+        licences=_licences(trained),
+        programs=programs,
+        reads_texts=trained.backbone.reads_texts,
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def markdown(text: str) -> str:
+    """A text of somebody else's as it is, within a line or a table of markdown."""
+    plain = printable(" ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", plain)
+
+
+def _head_text(description: Mapping[str, Any]) -> str:
+    architecture = description["architecture"]
+    if architecture["head"] == NO_HEAD:
+        return "no head"
+    stock = "loads into the stock class" if architecture["stock"] else "built of stock parts by the program below"
+    return f"head {architecture['head']}; {stock}"
+
+
+def _validation_of(data: RunData, which: str, trained: Trained) -> Validation | None:
+    """What is known by class, of this very checkpoint."""
+    found = data.validation
+    if found is None:
+        return None
+    if which == "final":
+        return found if data.shows_solved else None
+    is_same = not found.is_solved and found.step == trained.state.progress.best.get("step")
+    return found if which == "best" and is_same else None
+
+
+def _data_rows(data: RunData, trained: Trained, validation: Validation | None) -> list[tuple[str, str]]:
+    recipe, facts = trained.recipe, trained.state.data
+    rows = [("from", recipe.data.place)]
+    rows.append(("samples", f"{facts.train_samples:,} to train on, {facts.validation_samples:,} to validate with"))
+    if validation is not None and "data" in validation.facts:
+        rows.append(("as it was found", validation.facts["data"]))
+    if facts.skipped:
+        rows.append(("left out", f"{len(facts.skipped):,}: broken, copies, or marked as wrong"))
+    rows.append(("split", _split_text(trained)))
+    rows.append(("fingerprint", facts.fingerprint))
+    if data.record.command:
+        rows.append(("command", " ".join(["finetune", *data.record.command])))
+    rows.append(("who collected and labelled it", "not known to finetune"))
+    return rows
+
+
+def _split_text(trained: Trained) -> str:
+    spec = trained.recipe.data
+    drawn = f"where the data brings no part of its own, {spec.validation_fraction:.0%} of each class, seed "
+    grouped = spec.group_column or spec.group_by
+    return (
+        drawn.replace("%", " %")
+        + f"{trained.recipe.seed}"
+        + (f"; groups by {grouped} kept together" if grouped else "")
+    )
+
+
+def _judged_on(data: RunData, description: Mapping[str, Any], validation: Validation | None, noun: str) -> str:
+    which = description["checkpoint"]["which"]
+    if not description["metrics"]:
+        return "None: nothing was validated."
+    if which == "final":
+        return (
+            f"On the {noun}s that validate, out of fold: each was judged by a head that was solved without it. How "
+            "strongly the head is held back was chosen by such losses."
+        )
+    if which == "best":
+        return (
+            f"On the {noun}s that validate. This checkpoint was chosen by these very {noun}s, of all epochs, so on "
+            "others it may be less good."
+        )
+    return f"On the {noun}s that validate, at this checkpoint's last validation."
+
+
+def _figures(description: Mapping[str, Any], validation: Validation | None) -> list[tuple[str, str, str]]:
+    if validation is None:
+        metrics = description["metrics"].items()
+        found = [(name.removeprefix("val/"), value) for name, value in metrics if name.startswith("val/")]
+        return [
+            (capitalised(metric_text(name)), "undefined" if value is None else number_text(value), "")
+            for name, value in found
+        ]
+    record = validation.record
+    rows = [
+        (capitalised(metric_text(name)), number_text(value), worth_text(name, value, record.samples, record.intervals))
+        for name, value in record.figures.items()
+    ]
+    return [*rows, ("Samples", f"{record.samples:,}", "all of them")]
+
+
+def _trust(
+    data: RunData, description: Mapping[str, Any], trained: Trained, validation: Validation | None, noun: str
+) -> list[str]:
+    """What a probability, a number, a distance is worth."""
+    lines = []
+    error = validation.record.calibration_error if validation else None
+    if error is not None:
+        calibrated = validation.calibrated if validation else None
+        how = (
+            ""
+            if calibrated is None
+            else f", after division of logits by a temperature of {calibrated['temperature']:.3g}"
+        )
+        lines.append(
+            f"Calibration error (15 bins): {number_text(error)}{how}: so far a probability lies from the share that is "
+            "right."
+        )
+    elif description["classes"]:
+        lines.append("How honest its probabilities are is not known.")
+    if interval := description.get("interval"):
+        share = f"{interval['coverage']:.0%}".replace("%", " %")
+        lines.append(
+            f"The true number lies within {interval['half_width']:.4g} of the predicted one with a probability of "
+            f"{share} (split conformal prediction, out of residuals on {noun}s that were not trained on), for {noun}s "
+            "like those."
+        )
+    elif description["task"] == "regression":
+        lines.append("How far a number lies from the true one is not known beyond the figures above.")
+    if "novelty" in description:
+        lines.append(
+            f"`finetune predict` says of each {noun} how many of 100 training {noun}s lie nearer to another one than "
+            f"it does (`distance_percentile`), and calls it unsure from 99 on: about one in a hundred {noun}s of the "
+            "right kind, and most of a quite different kind. The program below does not: it gives an answer to "
+            "everything."
+        )
+    else:
+        lines.append(f"It gives an answer to any {noun}, also to one of a kind that it has never seen.")
+    return lines
+
+
+def _limits(run: RunFolder, trained: Trained, rows: list[ClassRow], noun: str) -> list[str]:
+    facts = trained.state.data
+    lines = [f"Judged on {noun}s of the same origin as those it was trained on; on others it was not tried."]
+    if facts.validation_samples < FEW:
+        lines.append(f"Only {facts.validation_samples} {noun}s validated: the figures say little.")
+    counts = _class_counts(trained)
+    if counts:
+        fewest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+        if counts[fewest] < FEW:
+            few = [name for name, count in counts.items() if count < FEW]
+            lines.append(
+                f"{len(few)} class(es) with fewer than {FEW} {noun}s, like {markdown(fewest)} ({counts[fewest]})."
+            )
+        if counts[most] > LOPSIDED * max(counts[fewest], 1):
+            lines.append(
+                f"Classes of very different size: {markdown(most)} has {counts[most]:,} {noun}s, {markdown(fewest)} "
+                f"{counts[fewest]:,}."
+            )
+    weak = [row for row in rows if row.samples and row.recall < 0.5]
+    if weak:
+        names = ", ".join(markdown(row.name) for row in weak[:5])
+        lines.append(f"More than half of these are taken for something else: {names}.")
+    try:
+        wrong = sum(one.looks_wrong for one in read_doubts(run.labels_file))
+    except (FinetuneError, OSError):
+        wrong = 0
+    if wrong:
+        lines.append(f"{wrong:,} of the labels that it learnt from look wrong (labels.csv of the run).")
+    lines.append("Whether it treats all kinds of people alike was not examined.")
+    return lines
+
+
+def _class_counts(trained: Trained) -> dict[str, int]:
+    """Samples by class, where the data is at hand."""
+    from finetune.data.open import open_source
+
+    try:
+        source = open_source(trained.recipe.data, trained.recipe.task.kind)
+    except FinetuneError:
+        return {}
+    if list(source.classes) != trained.state.data.classes:
+        return {}
+    counts = class_counts(source.targets, len(source.classes)).tolist()
+    return dict(zip(source.classes, counts, strict=bool(source.classes)))
+
+
+def _licences(trained: Trained) -> list[str]:
+    place, name = trained.recipe.data.place, trained.backbone.name
+    data = OWN_DATA_LICENCES.get(place, "not known to finetune; ask whoever gave it to you")
+    if name in LICENCES:
+        weights = LICENCES[name]
+    elif name in torchvision_names():
+        stated = default_member(name).meta.get("license", "")
+        weights = stated or (
+            "not stated; torchvision (BSD-3-Clause) says that its weights may have terms of their own, derived from "
+            "the data they were trained on, for most ImageNet's"
+        )
+    else:
+        weights = "not known to finetune; the page or folder that they are from says it"
+    if trained.recipe.model.weights not in ("default", "none"):
+        weights = f"not known to finetune: they are from {markdown(trained.recipe.model.weights)}"
+    elif trained.recipe.model.weights == "none":
+        weights = "none: nothing was pretrained"
+    return [
+        f"Pretrained weights ({markdown(name)}): {weights}.",
+        f"Data: {data}.",
+        "This model: not decided by finetune.",
+    ]

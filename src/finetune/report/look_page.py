@@ -1,0 +1,168 @@
+"""The page and the csv of `finetune look`: a data set before any training, and what is wrong with it."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune import __version__
+from finetune.base.files import make_folders, write_atomically
+from finetune.errors import RunError
+from finetune.report.html import render_page
+from finetune.report.overview import Overview
+from finetune.tasks.doubts import TEXT_LETTERS, plain_name
+
+SHOWN_FINDINGS = 12
+# Of look.csv; `--without` reads the first two.
+COLUMNS = ("wrong", "name", "label", "part", "finding", "beside", "detail", "text")
+
+
+class Kind(NamedTuple):
+    """A kind of finding.
+
+    Attributes:
+        title: of its section; "" = it is told in a sentence alone.
+        text: what to do about it.
+    """
+
+    title: str
+    text: str
+
+
+KINDS = {
+    "broken": Kind("Broken", "They cannot be used: repair or remove them, or leave them out with --skip-broken."),
+    "copy across parts": Kind(
+        "On both sides of the split",
+        "The same sample is trained on and judged by, so figures will be better than the model is: --drop-duplicates "
+        "leaves copies out.",
+    ),
+    "copy with another label": Kind(
+        "The same, labelled otherwise", "At most one label is right: mend them, or mark those that are wrong."
+    ),
+    "copy": Kind("Copies within a class", "They count more than others: --drop-duplicates leaves copies out."),
+    "near copy across parts": Kind(
+        "Nearly the same on both sides of the split",
+        "If they belong together, --group-column or --group-by keeps them on one side.",
+    ),
+    "label looks wrong": Kind(
+        "Labels that look wrong",
+        "Heads that were solved without them find another class likelier. Some will be right, and only hard.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a sample.
+
+    Attributes:
+        kind: one of `KINDS`.
+        beside: name of the other sample that it is about; "" = none.
+        detail: in words.
+        pictures: of the sample, and of the other one.
+    """
+
+    kind: str
+    name: str
+    label: str = ""
+    part: str = ""
+    beside: str = ""
+    detail: str = ""
+    text: str = ""
+    pictures: tuple[bytes, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """For a person, below its picture."""
+        return ": ".join(one for one in (self.label, self.detail) if one)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found.
+
+    Attributes:
+        name: of the data.
+        view: what it looks like.
+        facts: label and text.
+        notes: sentences about what a person should know first.
+        findings: by kind, in the order of `KINDS`.
+        augment: of the recipe.
+        train: what to type to train on it.
+    """
+
+    name: str
+    view: Overview
+    facts: list[tuple[str, str]]
+    notes: list[str]
+    findings: list[Finding]
+    augment: str
+    train: str
+    words: tuple[str, ...] = field(default=())
+
+
+class _Group(NamedTuple):
+    anchor: str
+    title: str
+    text: str
+    total: int
+    shown: list[Finding]
+
+
+def write_look(look: Look, page: Path) -> Path:
+    """Write the page, and the csv beside it.
+
+    Returns:
+        Where the csv lies.
+
+    Raises:
+        RunError: they cannot be written.
+    """
+    table = page.with_suffix(".csv")
+    try:
+        make_folders(page.parent)
+        content = csv_of(look.findings).encode()
+        write_atomically(table, lambda stream: stream.write(content))
+        html = _page(look, table).encode()
+        write_atomically(page, lambda stream: stream.write(html))
+    except OSError as error:
+        raise RunError(f"--output {page}: cannot be written ({error.strerror}); name another file") from None
+    return table
+
+
+def csv_of(findings: Sequence[Finding]) -> str:
+    """A row a finding; an x in the first column marks a sample that `--without` is to leave out."""
+    stream = io.StringIO()
+    rows = csv.writer(stream, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    for one in findings:
+        words = (one.name, one.label, one.part, one.kind, one.beside, one.detail, one.text[:TEXT_LETTERS])
+        rows.writerow(["", *map(plain_name, words)])
+    return stream.getvalue()
+
+
+def _page(look: Look, table: Path) -> str:
+    view, groups = look.view, []
+    for number, (kind, about) in enumerate(KINDS.items()):
+        found = [one for one in look.findings if one.kind == kind]
+        if found:
+            groups.append(_Group(f"group{number}", about.title, about.text, len(found), found[:SHOWN_FINDINGS]))
+    figures = [(name, f"{count:,}") for name, count in view.parts.items()]
+    if view.classes:
+        figures.append(("classes", f"{len(view.classes):,}"))
+    figures.append(("findings", f"{len(look.findings):,}"))
+    commands = [(look.train, "train on it")]
+    if look.findings:
+        commands.append((f"{look.train} --without {table}", f"the same without what you marked with an x in {table}"))
+    return render_page(
+        "look.html.j2",
+        version=__version__,
+        look=look,
+        view=view,
+        figures=figures,
+        groups=groups,
+        csv=str(table),
+        commands=commands,
+    )

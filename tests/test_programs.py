@@ -1,0 +1,168 @@
+"""What `finetune export` prints is a whole program: each is run, word for word, where this kit is not installed."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from elsewhere import make_environment, run_programs
+from encoders import ANIMALS, FILLERS, TOOLS, make_encoder, sentences, write_csv
+from PIL import Image
+
+import finetune
+from finetune import ImageTraining, TextTable, image_head, text_head
+from finetune.export.hf_folder import export_folder
+from finetune.export.weights import ExportReport, export
+
+from conftest import train_run  # isort: skip
+
+TEXT = "a text"  # as the programs have it
+FEW = ImageTraining(finish="none", train_samples=60, validation_fraction=0.05)
+
+
+def save_photo(folder: Path) -> None:
+    """photo.jpg, as a telephone writes it: lying on its side, wider than high."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
+    photo = Image.fromarray(noise).resize((320, 180), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[274] = 6
+    photo.save(folder / "photo.jpg", exif=exif, quality=90)
+
+
+def vit_folder(folder: Path) -> str:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+def labels_csv(path: Path) -> str:
+    """Texts with an animal, a tool, both or neither."""
+    generator, rows = np.random.default_rng(0), ["text,labels"]
+    for number in range(120):
+        labels = [["animal"], ["tool"], ["animal", "tool"]][number % 3]
+        words = list(generator.choice(FILLERS, 3))
+        words += [generator.choice(ANIMALS)] * ("animal" in labels) + [generator.choice(TOOLS)] * ("tool" in labels)
+        rows.append(f"{' '.join(words)},{'|'.join(labels)}")
+    path.write_text("\n".join(rows) + "\n")
+    return str(path)
+
+
+def numbers_csv(path: Path) -> str:
+    """Texts with a price that the word in them decides."""
+    generator, rows = np.random.default_rng(1), ["text,price"]
+    for number in range(120):
+        word, price = (generator.choice(ANIMALS), 900) if number % 2 else (generator.choice(TOOLS), 100)
+        rows.append(f"{' '.join(generator.choice(FILLERS, 3))} {word},{price + generator.normal() * 20:.2f}")
+    path.write_text("\n".join(rows) + "\n")
+    return str(path)
+
+
+def recipes(place: Path) -> dict[str, finetune.Recipe]:
+    """By what the program is to be tried for."""
+    bert, texts = make_encoder(place / "bert"), write_csv(place / "texts.csv", sentences(100))
+    digits = {"images": "digits", "epochs": 1}
+    some = {"epochs": 1, "lr": 1e-2}
+    return {
+        "vgg": image_head(backbone="bundled/vgg", **digits, training=ImageTraining(validation_fraction=0.05)),
+        "resnet": image_head(backbone="bundled/resnet", **digits, training=FEW),
+        "mobilenet": image_head(backbone="bundled/mobilenet", image_size=64, **digits, training=FEW),
+        "vit": image_head(backbone=vit_folder(place / "vit"), **digits, training=FEW),
+        "mlp": image_head(backbone="bundled/vgg", head="mlp", **digits, training=FEW),
+        "append": image_head(backbone="bundled/vgg", head="append", **digits, training=FEW),
+        "unit rows": image_head(
+            backbone="bundled/resnet", **digits, training=dataclasses.replace(FEW, unit_rows=True)
+        ),
+        "bert stock": text_head(texts=str(texts), backbone=str(bert), pooling="stock", **some),
+        "bert mean": text_head(texts=str(texts), backbone=str(bert), pooling="mean", **some),
+        "bert cls, mlp": text_head(texts=str(texts), backbone=str(bert), pooling="cls", head="mlp", **some),
+        "multi-label": text_head(
+            texts=labels_csv(place / "labels.csv"), backbone=str(bert), pooling="mean",
+            table=TextTable(separator="|", label_column="labels"), **some,
+        ),
+        "regression": text_head(
+            texts=numbers_csv(place / "prices.csv"), backbone=str(bert), pooling="mean", task="regression",
+            table=TextTable(label_column="price"), **some,
+        ),
+    }  # fmt: skip
+
+
+# Of each run what is written: files by their ends, folders for transformers. The others take long, or are alike.
+USUAL = {
+    "vgg": [".pt", ".onnx"], "resnet": [".pt"], "mobilenet": [".pt"], "vit": [".pt"], "bert stock": [".pt"],
+    "bert mean": [".pt", "hf", ".pt2"], "multi-label": [".pt"], "regression": [".pt"],
+}  # fmt: skip
+MORE = {
+    "vgg": [".pt", ".pt2"], "mobilenet": [".pt", ".onnx"], "mlp": [".pt"], "append": [".pt"], "unit rows": [".pt"],
+    "bert stock": [".pt", "hf"], "bert mean": [".pt", ".onnx"], "bert cls, mlp": [".pt"],
+    "multi-label": [".pt", ".onnx", "hf"], "regression": [".pt", ".onnx", "hf"],
+}  # fmt: skip
+
+
+def tried(place: Path, cases: dict[str, list[str]]) -> dict:
+    """By name and kind: what the program printed elsewhere, the report of the export, and what the kit predicts."""
+    python, found, programs = make_environment(place / "environment"), {}, []
+    for name, recipe in recipes(place).items():
+        if name not in cases:
+            continue
+        run = train_run(place / "runs" / name.replace(" ", "-"), recipe, save_every_steps=0)
+        which = "final" if (run.checkpoints / "final.pt").exists() else "best"
+        for kind in cases[name]:
+            folder = place / "out" / f"{len(programs)}"
+            folder.mkdir(parents=True)
+            save_photo(folder)
+            with contextlib.chdir(folder):
+                if kind == "hf":
+                    report = export_folder(run, which, Path("hf"), half=False)
+                else:
+                    report = export(run, which, Path(f"model{kind}"))
+                program, said = report.program, report.text()
+                assert said.endswith(f"\n{program}") and 'Path("' in program
+                assert f"run on {report.seen.samples} samples that validate" in said
+                sample = TEXT if TEXT in program.splitlines()[-1] else "photo.jpg"
+                ours = finetune.load("model.pt").predict(sample) if kind == ".pt" else found[name, ".pt"][2]
+            programs.append((folder, program))
+            found[name, kind] = [None, report, ours]
+    for key, printed in zip(found, run_programs(python, programs, place), strict=True):
+        found[key][0] = printed
+    return found
+
+
+def check(printed, report, ours) -> None:
+    # Pillow resizes bytes, torchvision tensors: a level here or there.
+    by_pillow = isinstance(report, ExportReport) and report.file.suffix in (".onnx", ".pt2")
+    tolerance = 2e-2 if by_pillow and not report.trained.backbone.reads_texts else 2e-5
+    if ours.value is not None:
+        assert printed == pytest.approx(ours.value, rel=1e-5)
+    elif ours.labels is not None:
+        assert [label for label, _ in printed] == ours.labels
+        chances = dict(ours.top)
+        assert all(chances[label] == pytest.approx(chance, abs=tolerance) for label, chance in printed)
+    else:
+        assert printed[0] == ours.label and printed[1] == pytest.approx(ours.probability, abs=tolerance)
+    assert report.seen.validate and report.seen.difference <= max(tolerance, 1e-4)
+    assert report.seen.alike in (None, report.seen.samples)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    return tried(tmp_path_factory.mktemp("programs"), USUAL)
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    return tried(tmp_path_factory.mktemp("programs"), MORE)
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in USUAL.items() for kind in kinds])
+def test_the_printed_program_gives_what_the_kit_predicts_where_the_kit_is_not_installed(usual, name, kind):
+    check(*usual[name, kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in MORE.items() for kind in kinds])
+def test_so_do_the_programs_of_other_heads_and_formats(more, name, kind):
+    check(*more[name, kind])
