@@ -19,7 +19,7 @@ IMAGE_SIZES = {"inception_v3": 299, "maxvit_t": 224} | dict.fromkeys(
     [name for name in torchvision_names() if name.startswith("vit_")], 224
 )
 # One a kind of head or of trouble for the ordinary suite; the others are slow.
-QUICK = ("mnasnet0_5", "mobilenet_v3_small", "regnet_y_400mf", "squeezenet1_1", "swin_t")
+QUICK = ("mnasnet0_5", "mobilenet_v3_small", "regnet_y_400mf", "squeezenet1_1")
 CLASSES = 3
 
 

@@ -177,8 +177,11 @@ SCRIPT = 'import finetune, sys; finetune.fit(finetune.image_head(images="digits"
     "words",
     [
         ["-m", "finetune.cli", "vgg_head", "--train-samples", "50", "--workers", "2", "--augment", "light", "--run"],
-        ["-m", "finetune.cli", "vgg_head", "--train-samples", "50", "--workers", "2", "--run"],
-        ["-c", SCRIPT],
+        pytest.param(
+            ["-m", "finetune.cli", "vgg_head", "--train-samples", "50", "--workers", "2", "--run"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["-c", SCRIPT], marks=pytest.mark.slow),
     ],
     ids=["samples", "kept features", "kept features, from Python"],
 )

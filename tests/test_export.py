@@ -23,8 +23,8 @@ from finetune.training.dataset import open_data
 @pytest.mark.parametrize(
     ("backbone", "format"),
     [
-        ("bundled/vgg", "pt"),
         ("bundled/resnet", "safetensors"),
+        pytest.param("bundled/vgg", "pt", marks=pytest.mark.slow),
         pytest.param("bundled/vgg", "safetensors", marks=pytest.mark.slow),
         pytest.param("bundled/resnet", "pt", marks=pytest.mark.slow),
     ],

@@ -185,7 +185,7 @@ KILLED = {
     "thawing": (thawing_recipe, {}),
 }
 # Each in the ordinary suite once, the other way in the slow one.
-ORDINARY_DELETED = ("bf16", "views", "thawing")
+ORDINARY_DELETED = ("bf16", "views")
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def test_killed_and_resumed_it_ends_bit_for_bit_and_its_frozen_tensors_are_those
         assert torch.equal(tensors[f"bert.{name}"], pretrained[name]), name
 
 
+@pytest.mark.slow
 def test_with_stock_pooling_its_export_is_a_stock_model_with_equal_logits(tmp_path, minilm_folder, few):
     run = train_run(tmp_path / "run", text_recipe(few, minilm_folder, pooling="stock", epochs=1), save_every_steps=0)
     network, state = trained_network(run, "latest")

@@ -43,7 +43,8 @@ def test_two_steps_of_every_recipe_move_what_trains(path, tmp_path):
     run = RunFolder(tmp_path / "run")
     words = [str(path), "--run", str(run.path), "--device", "cpu", "--quiet", "--save-every-steps", "1"]
     if "head" in path.stem:
-        words += ["--epochs", "1", "--train-samples", "100"]
+        words += ["--epochs", "1", "--train-samples", "100", "--validation-fraction", "0.05"]
+        words += ["--image-size", "96"] if path.stem == "photo_head" else []
     elif "distill" in path.stem:
         teacher = make_encoder(tmp_path / "teacher")
         (teacher / "1_Pooling").mkdir()

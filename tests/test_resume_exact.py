@@ -82,7 +82,11 @@ WORSENING = {"optimizer": Optimizer(lr=0.3), "validate_every_steps": 2}
             {"optimizer": Optimizer(name="sgd", lr=0.1), "schedule": Schedule(name="step", step_epochs=1)},
             marks=pytest.mark.slow,
         ),
-        WORSENING | {"stop": Stop(metric="loss"), "schedule": Schedule(name="plateau", patience=1, warmup_fraction=0)},
+        pytest.param(
+            WORSENING
+            | {"stop": Stop(metric="loss"), "schedule": Schedule(name="plateau", patience=1, warmup_fraction=0)},
+            marks=pytest.mark.slow,
+        ),
         WORSENING | {"stop": Stop(metric="loss", patience=5), "schedule": Schedule(name="constant")},
     ],
     ids=["everything trains", "thaw", "sgd and step", "plateau", "early stop"],

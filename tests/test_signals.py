@@ -128,7 +128,9 @@ def test_ctrl_break_saves_and_exits_75(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are of POSIX")
-@pytest.mark.parametrize("is_disowned", [False, True], ids=["stops", "disowned, goes on"])
+@pytest.mark.parametrize(
+    "is_disowned", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["stops", "disowned, goes on"]
+)
 def test_a_terminal_that_is_closed_stops_a_run_politely_or_not_at_all(tmp_path, is_disowned):
     import fcntl
     import termios
