@@ -5,10 +5,10 @@
 
 Models of the default recipes, trained by the kit, exported, loaded with `finetune.load`; `distance_percentile` and the
 largest probability of `predict` are compared by AUROC (0.5 = chance, 1 = perfect). Held out are the samples that
-validate; the heads are solved without them (`--final train`). Of another kind are: to handwritten digits printed letters
-(matplotlib's fonts) and Fashion-MNIST; to photographs of seven things those of three others (`crops.py`), each left out
-in turn; to messages of a web shop sentences of Python's documentation, and, hardest, one of the eight intents that was
-not trained on.
+validate; the heads are solved without them (`--final train`). Of another kind are: to handwritten digits printed
+letters (matplotlib's fonts) and Fashion-MNIST; to photographs of seven things those of three others (`crops.py`), in
+three ways; to messages of a web shop sentences of Python's documentation, and, hardest, one of the eight intents that
+was not trained on.
 """
 
 import csv
@@ -34,8 +34,8 @@ from finetune.recipe.spec import Recipe
 
 STRANGE_SAMPLES = 400
 MODULES = (
-    "argparse", "asyncio", "csv", "datetime", "decimal", "email", "http.client", "json", "logging", "os", "random", "re",
-    "shutil", "socket", "sqlite3", "ssl", "statistics", "threading", "unittest", "zipfile",
+    "argparse", "asyncio", "csv", "datetime", "decimal", "email", "http.client", "json", "logging", "os", "random",
+    "re", "shutil", "socket", "sqlite3", "ssl", "statistics", "threading", "unittest", "zipfile",
 )  # fmt: skip
 
 

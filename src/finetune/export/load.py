@@ -50,6 +50,7 @@ def read_description(file: Path) -> dict[str, Any]:
         if "novelty" in description:
             fields.fields("novelty").text("sha256")
             fields.fields("novelty").text("layer")
+        good &= "levels" not in description or len(fields.items("levels", float)) > 1
         if "interval" in description:
             good &= fields.fields("interval").number("half_width") > 0
     except BadFile:

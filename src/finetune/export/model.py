@@ -28,6 +28,7 @@ from finetune.errors import RunError, UsageError
 from finetune.export.load import in_own_unit, load_described, prepared, read_novelty
 from finetune.models.heads import beside_zero
 from finetune.recipe.spec import TASKS
+from finetune.tasks.levels import nearest_level
 from finetune.tasks.losses import Classifying, RegressionTask, Task, make_task
 from finetune.tasks.novelty import NOVEL_PERCENTILE, NoveltyReference, watched
 
@@ -52,6 +53,7 @@ class Prediction:
         top: the most probable classes, the first of them first.
         labels: of several labels a sample those that apply; else None.
         value: the number, in the unit of the training data; None where classes are predicted.
+        level: the step of the scale that is nearest to it, where the training data is such, as stars are; else None.
         low, high: the true number lies between them with 90 % probability; None where nothing is known of that.
         distance_percentile: how many of 100 training samples lie nearer to another one than this sample does to any:
             from 99 on it is like nothing that the model was trained on. None where the export does not know.
@@ -65,6 +67,7 @@ class Prediction:
     top: list[Ranked] = field(default_factory=list)
     labels: list[str] | None = None
     value: float | None = None
+    level: float | None = None
     low: float | None = None
     high: float | None = None
     distance_percentile: float | None = None
@@ -87,6 +90,7 @@ class Prediction:
         row: dict[str, object] = dict(self.where)
         if self.value is not None:
             row["value"] = self.value
+            row |= {"level": self.level} if self.level is not None else {}
             row |= {"low": self.low, "high": self.high} if self.low is not None else {}
         else:
             if self.labels is not None:
@@ -319,7 +323,11 @@ class LoadedModel:
             value = output.item()
             width = self.description.get("interval", {}).get("half_width")
             low, high = (None, None) if width is None else (value - width, value + width)
-            return Prediction(value=value, low=low, high=high, distance_percentile=distance, unsure=unsure, where=where)
+            levels = self.description.get("levels")
+            level = nearest_level(output.reshape(1), levels).item() if levels else None
+            return Prediction(
+                value=value, level=level, low=low, high=high, distance_percentile=distance, unsure=unsure, where=where
+            )
         values, numbers = output.topk(min(top_k, len(self.classes)))
         top = [
             Ranked(self.classes[number], value) for value, number in zip(values.tolist(), numbers.tolist(), strict=True)

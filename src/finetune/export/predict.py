@@ -115,8 +115,9 @@ def csv_writer(
     """
     numbers = ["", *(f"_{place}" for place in range(2, top_k + 1))] if top_k else []
     columns = [name + number for number in numbers for name in ("label", "probability")]
-    interval = ["low", "high"] if "interval" in model.description else []
-    columns += ["labels"] if top_k else ["value", *interval]
+    besides = ["level"] if "levels" in model.description else []
+    besides += ["low", "high"] if "interval" in model.description else []
+    columns += ["labels"] if top_k else ["value", *besides]
     after = ["distance_percentile"] if model.novelty is not None else []
     after += [*(["unsure"] if after or tells_unsure else []), "error"]
     writer = csv.DictWriter(sys.stdout, [*fields, *columns, *after], lineterminator="\n")
@@ -127,7 +128,7 @@ def csv_writer(
         if top_k:
             flat |= {"labels": ";".join(row.get("labels", []))}
         else:
-            flat |= {name: row.get(name, "") for name in ("value", *interval)}
+            flat |= {name: row.get(name, "") for name in ("value", *besides)}
         for number, entry in zip(numbers, row.get("top", []), strict=False):
             flat |= {f"label{number}": entry["label"], f"probability{number}": entry["probability"]}
         if "label" in row and row["label"] is None:  # nothing to rely on: the first class stands in no column

@@ -158,6 +158,8 @@ def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
         **({"thresholds": thresholds} if (thresholds := shipped_thresholds(which, state)) else {}),
         # Mean and deviation of the numbers that it gives, where the weights could not hold them.
         **({"scale": trained.scale} if trained.scale else {}),
+        # Numbers that are steps of a scale.
+        **({"levels": state.data.levels} if state.data.levels else {}),
         **({"interval": {"coverage": COVERAGE, "half_width": width}} if (width := _half_width(which, state)) else {}),
         **({"novelty": _novelty(run, network)} if _knows_novelty(run, which, trained) else {}),
         "preprocessing": preprocessing.to_plain(),

@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune.base.device import module_to_device, numerics_put_back, pick_device, set_numerics
 from finetune.base.formatting import number_text, printable
 from finetune.base.halves import freeing, in_halves
-from finetune.base.intervals import worth_text
+from finetune.base.intervals import share_text, worth_text
 from finetune.data.batch import Batch, Request
 from finetune.data.contents import Contents
 from finetune.data.images import names_to_indices, without
@@ -36,6 +36,7 @@ from finetune.store.run_folder import RunFolder
 from finetune.store.state import DataFacts, generators_put_back
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.evaluation import evaluate as evaluate_batches
+from finetune.tasks.levels import nearest_level
 from finetune.tasks.losses import MultiLabelTask, Task, make_task, standardised
 from finetune.tasks.thresholds import cross_fitted_of
 from finetune.training.dataset import make_pipeline
@@ -50,6 +51,7 @@ LABELS = {
     "calibration_error": "calibration error",
     "mae": "mean absolute error",
     "r2": "R2, variance explained",
+    "level_accuracy": "nearest level is right",
 }
 UNDEFINED = "undefined: the numbers are all the same, so there is no variance to explain"
 
@@ -133,12 +135,23 @@ def evaluate(
         **record.figures,
         "intervals": record.intervals,
         **({"r2": record.figures.get("r2")} if isinstance(recipe.task, Regression) else {}),
+        **_level_figures(evaluation, state.data),
     }
     if record.classes is not None:
         figures |= {"calibration_error": record.calibration_error, "calibration": record.calibration}
         figures["classes"] = [row._asdict() for row in record.class_rows(state.data.classes)]
         figures |= {"confusion_matrix": record.confusion, "mistakes": record.mistakes}
     return figures | {"broken": evaluation.broken}
+
+
+def _level_figures(evaluation: Evaluation, facts: DataFacts) -> dict[str, float]:
+    """Of numbers that are steps of a scale: how many predictions are nearest to the right one."""
+    if not facts.levels:
+        return {}
+    mean, deviation = facts.scale
+    outputs, targets = (one.double().reshape(-1) * deviation + mean for one in evaluation.given())
+    found, wanted = (nearest_level(one, facts.levels) for one in (outputs, targets))
+    return {"level_accuracy": (found == wanted).double().mean().item()}
 
 
 class _Judged(NamedTuple):
@@ -257,10 +270,11 @@ def show(figures: dict[str, Any], console: Console) -> None:
         what = "this checkpoint and its thresholds were" if "thresholds" in figures else "this checkpoint was"
         console.print(Text(f"{what} chosen by these very {noun}: on others it may be less good"))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name in ("loss", "accuracy", "f1", "calibration_error", "mae", "r2"):
+    for name in ("loss", "accuracy", "f1", "calibration_error", "mae", "r2", "level_accuracy"):
         if name in figures:
             value = number_text(figures[name]) if figures[name] is not None else UNDEFINED
             worth = worth_text(name, figures[name], figures["samples"], figures["intervals"])
+            worth = share_text(figures[name], figures["samples"]) if name == "level_accuracy" else worth
             table.add_row(LABELS.get(name, name), value, worth)
     console.print(table)
     for reason in figures["broken"][:SHOWN_MISTAKES]:

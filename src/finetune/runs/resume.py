@@ -218,8 +218,9 @@ def resumed_setup(
     backbone = backbone_of_run(run, state)
     data = open_data(located(recipe, place), backbone, state.data.skipped)
     # The teacher of a distillation, if there is one, is looked at when it runs.
-    was = dataclasses.asdict(dataclasses.replace(state.data, taught_by="", taught_halvings=0))
-    check_same_config(was, dataclasses.asdict(data.facts()), f"the data is not what run {run} was trained on")
+    was = dataclasses.asdict(dataclasses.replace(state.data, taught_by="", taught_halvings=0, levels=[]))
+    found = dataclasses.asdict(dataclasses.replace(data.facts(), levels=[]))
+    check_same_config(was, found, f"the data is not what run {run} was trained on")
     network = saved_network(run, recipe, state)
     # Last: which libraries the network needs is known once it is built.
     for line in environment_differences(state.versions, device):

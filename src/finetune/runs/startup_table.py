@@ -102,6 +102,8 @@ def _data(setup: Setup) -> str:
     if data.class_count:
         several = f", several a {data.source.noun}" if recipe.data.separator else ""
         parts.append(f"{data.class_count} classes{several}, {counts_text(data)}")
+    if data.levels:
+        parts.append(f"{len(data.levels)} levels from {data.levels[0]:g} to {data.levels[-1]:g}")
     later = f"; {CHECKED_FILES:,} files were looked at, the others are in the first epoch" if unread else ""
     left = "" if isinstance(data.source, ArraySource) or not data.source.left else f"; left aside: {data.source.left}"
     why = without_r2(data, recipe)

@@ -157,6 +157,7 @@ class RunFolder:
             self.loop_validation_file,
             self.report_file,
             self.labels_file,
+            self.novelty_file,
             self.bad_batch_file,
         ):
             with suppress(OSError):

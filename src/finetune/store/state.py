@@ -43,6 +43,8 @@ class DataFacts:
         taught_by: hash of the teacher that the targets are of; "" = none.
         taught_halvings: how often memory ran out while it gave them, so that fewer samples were at once.
         skipped: names of samples that were left out, as broken or as copies.
+        levels: the steps that numbers to predict are, as stars are; [] = they are any numbers. They follow from the
+            targets, and a checkpoint of before has none.
     """
 
     fingerprint: str
@@ -54,6 +56,7 @@ class DataFacts:
     validation_samples: int
     skipped: list[str]
     taught_halvings: int = 0
+    levels: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from finetune.recipe import spec as recipes
 from finetune.recipe.data_spec import pixel_limits
 from finetune.recipe.spec import Recipe
 from finetune.store.state import DataFacts
+from finetune.tasks.levels import levels_of
 from finetune.tasks.losses import all_same, scale_of, standardised
 
 
@@ -37,6 +38,7 @@ class Data:
         scale: mean and deviation of the training targets, where those are numbers to predict: they are standardised.
         taught_by: hash of the teacher that the targets are of.
         taught_halvings: of the batch in which it ran.
+        levels: see `DataFacts`.
     """
 
     source: Source
@@ -47,6 +49,7 @@ class Data:
     scale: tuple[float, ...] = ()
     taught_by: str = ""
     taught_halvings: int = 0
+    levels: tuple[float, ...] = ()
 
     @property
     def class_count(self) -> int:
@@ -76,6 +79,7 @@ class Data:
             validation_samples=len(self.split.validation),
             skipped=list(self.skipped),
             taught_halvings=self.taught_halvings,
+            levels=list(self.levels),
         )
 
     def with_targets(self, targets: Tensor) -> "Data":
@@ -191,7 +195,9 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
     data.check()
     if isinstance(recipe.task, recipes.Regression):
         scale = tuple(scale_of(source.targets[whole.train], recipe.task.moments))
-        data = dataclasses.replace(data.with_targets(standardised(source.targets, scale)), scale=scale)
+        levels = tuple(levels_of(source.targets[whole.train]))
+        data = data.with_targets(standardised(source.targets, scale))
+        data = dataclasses.replace(data, scale=scale, levels=levels)
     return data
 
 

@@ -230,9 +230,8 @@ class Session:
                 self._end("stopped early")
             elif progress.step >= self.steps.end:
                 self._end("finished")
-            if progress.status != "running" or progress.finish.status:  # a kill after the save must not lose it
-                reference = novelty_reference(self.setup, self.phase, self.context, self.best_model, is_best=is_best)
-                self.context.save_novelty(reference)
+            if progress.status != "running" or progress.finish.status:
+                self._keep_reference(is_best)
             if progress.position_samples >= self.samples:
                 progress.epoch, progress.position_samples = progress.epoch + 1, 0
                 progress.loss_sum, progress.loss_samples = torch.zeros(()), 0
@@ -241,6 +240,12 @@ class Session:
         if stop.requested and progress.status == "running":
             saved = ", saved" if self.context.writes else ""
             raise stop.stopped(f"at step {progress.step} of {self.steps.end}{saved}")
+
+    def _keep_reference(self, is_best: bool) -> None:
+        """Before the save that ends the loop: after it a kill would lose it."""
+        if self.context.writes:
+            reference = novelty_reference(self.setup, self.phase, self.context, self.best_model, is_best=is_best)
+            self.context.save_novelty(reference)
 
     def _end(self, status: str) -> None:
         """The loop is over; the run is, too, unless its head is still to be solved."""
