@@ -22,6 +22,7 @@ from finetune.data.digits import load_digits
 from finetune.export.weights import export
 from finetune.options import ResumeOptions, RunOptions
 from finetune.tasks.conformal import half_width_of
+from finetune.tasks.levels import levels_of
 from finetune.tasks.novelty import NoveltyReference, reference_of
 
 from conftest import small_recipe, train_run  # isort: skip
@@ -265,6 +266,47 @@ def test_numbers_come_with_their_interval(tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert repr(found).startswith("Prediction(value=")
+
+
+def test_numbers_that_are_steps_of_a_scale_name_the_nearest_one(tmp_path, capsys):
+    from finetune import TextTable, text_head
+
+    generator, rows = np.random.default_rng(0), ["text,stars"]
+    for number in range(150):
+        words = ["lovely"] * (number % 5) + ["broken"] * (4 - number % 5)
+        rows.append(f"it was {' and '.join(generator.permutation(words))},{number % 5 + 1}")
+    (tmp_path / "stars.csv").write_text("\n".join(rows) + "\n")
+    table = TextTable(label_column="stars")
+    recipe = text_head(
+        texts=str(tmp_path / "stars.csv"), backbone="bundled/bert", task="regression", epochs=1, table=table
+    )
+    run = finetune.fit(recipe, tmp_path / "run", track="none", report=False, device="cpu")
+    assert "5 levels from 1 to 5" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    found = run.predict(
+        ["it was lovely and lovely and lovely and lovely", "it was broken and broken and lovely and broken"]
+    )
+    assert [one.level for one in found] == [5.0, 2.0] and all(abs(one.value - one.level) < 0.5 for one in found)
+    assert found[0].to_plain()["level"] == 5.0
+    figures = run.evaluate(device="cpu")
+    assert figures["level_accuracy"] > 0.9
+    assert main(["evaluate", str(run.folder), "--device", "cpu"]) == 0
+    assert re.search(r"nearest level is right +\d\.\d+ +\d+ of 30, ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "levels"),
+    [
+        ([1, 2, 3, 4, 5] * 3, [1, 2, 3, 4, 5]),
+        ([0.5, 1.0, 1.5] * 2, [0.5, 1.0, 1.5]),
+        ([1, 2, 3], []),  # too few to know
+        ([1, 2, 4] * 5, []),  # a step is missing, or they are none
+        ([0, 1] * 9, []),
+        (list(range(40)) * 3, []),
+        ([7.0] * 9, []),
+    ],
+)
+def test_what_steps_of_a_scale_are(numbers, levels):
+    assert levels_of(torch.tensor(numbers, dtype=torch.float32)) == levels
 
 
 # ---- One number for two classes ------------------------------------------------------------------------------------

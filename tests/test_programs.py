@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from elsewhere import make_environment, run_programs
 from encoders import ANIMALS, FILLERS, TOOLS, make_encoder, sentences, write_csv
 from PIL import Image
+from safetensors.torch import load_file
 
 import finetune
 from finetune import ImageTraining, TextTable, image_head, text_head
@@ -166,3 +168,21 @@ def test_the_printed_program_gives_what_the_kit_predicts_where_the_kit_is_not_in
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in MORE.items() for kind in kinds])
 def test_so_do_the_programs_of_other_heads_and_formats(more, name, kind):
     check(*more[name, kind])
+
+
+@pytest.mark.slow
+def test_sentence_transformers_loads_the_folder_as_an_encoder_to_which_the_head_beside_it_belongs(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="pip install '.[test-all]'")
+    recipe = text_head(texts="messages", backbone="bundled/bert", epochs=1)
+    run = train_run(tmp_path / "run", recipe, save_every_steps=0)
+    report = export_folder(run, "final", tmp_path / "hf", half=False)
+    export(run, "final", tmp_path / "model.pt")
+    texts = ["where is my parcel", "I want my money back for what I sent back in June, please"]
+    encoder = sentence_transformers.SentenceTransformer(str(tmp_path / "hf"), device="cpu")
+    features = torch.from_numpy(encoder.encode(texts))
+    head = load_file(tmp_path / "hf" / "head.safetensors")
+    probabilities = (features @ head["weight"].T + head["bias"]).softmax(1)
+    ours = finetune.load(tmp_path / "model.pt").predict(texts)
+    for row, one in zip(probabilities, ours, strict=True):
+        assert report.trained.state.data.classes[int(row.argmax())] == one.label
+        assert float(row.max()) == pytest.approx(one.probability, abs=1e-5)

@@ -37,7 +37,7 @@ def novelty_reference(
     """
     # A run of a few steps sees so little that a pass over the samples would be most of its work.
     is_short = bool(setup.recipe.max_steps) and not phase.feed.is_kept
-    if isinstance(setup.recipe.task, Distillation) or is_short:
+    if isinstance(setup.recipe.task, Distillation) or is_short or not setup.network.head_paths:
         return None
     free = freeing(setup.device, context.watch.say)
     with _weights_of_best(setup, phase, context, best_model, is_best):
