@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 import finetune
 from finetune import ImageTraining, TextTable, image_head, text_head
+from finetune.data.decode import read_image
 from finetune.export.hf_folder import export_folder
+from finetune.export.load import prepared, read_description
 from finetune.export.weights import ExportReport, export
 
 from conftest import train_run  # isort: skip
@@ -186,3 +188,77 @@ def test_sentence_transformers_loads_the_folder_as_an_encoder_to_which_the_head_
     for row, one in zip(probabilities, ours, strict=True):
         assert report.trained.state.data.classes[int(row.argmax())] == one.label
         assert float(row.max()) == pytest.approx(one.probability, abs=1e-5)
+
+
+def save_wide(folder: Path, shape: tuple[int, ...], suffix: str) -> None:
+    """Pictures of 16 bits a value, of which few are used; dark ones and bright ones."""
+    import imagecodecs
+    import tifffile
+
+    generator = np.random.default_rng(0)
+    for number in range(24):
+        low = 3000 if number % 2 else 5000
+        pixels = generator.integers(low, low + 1500, shape, dtype=np.uint16)
+        if shape[2:] in ((2,), (4,)):
+            pixels[:, :, -1] = 65535 - 600 * number
+        place = folder / ("dark" if number % 2 else "bright")
+        place.mkdir(parents=True, exist_ok=True)
+        if suffix == ".png":
+            (place / f"{number}.png").write_bytes(imagecodecs.png_encode(pixels))
+        else:
+            tifffile.imwrite(place / f"{number}.tif", pixels, photometric="rgb" if len(shape) == 3 else "minisblack")
+
+
+@pytest.mark.parametrize(
+    ("shape", "suffix"), [((160, 90), ".png"), ((40, 64, 3), ".tif"), ((160, 90, 4), ".png"), ((40, 64, 2), ".png")]
+)
+def test_pictures_of_16_bits_are_read_by_the_program_as_by_the_kit(shape, suffix, tmp_path):
+    save_wide(tmp_path / "wide", shape, suffix)
+    recipe = image_head(
+        images=str(tmp_path / "wide"), backbone="bundled/vgg", epochs=1, training=ImageTraining(finish="none")
+    )
+    run = train_run(tmp_path / "run", recipe, save_every_steps=0)
+    for kind in (".pt", ".pt2"):
+        report = export(run, "best", tmp_path / f"model{kind}")
+        assert "from_black_to_white" in report.program and not report.seen.error
+        assert report.seen.alike == report.seen.samples and report.seen.difference < (1e-5 if kind == ".pt" else 1e-2)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "P", "1", "L", "LA", "RGBA", "LAB", "I;16", "animated", "strip", "turned"])
+def test_whatever_a_picture_is_the_program_sees_what_the_kit_sees(mode, tmp_path, decoders):
+    colours = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
+    picture, file = Image.fromarray(colours).resize((64, 36)), tmp_path / "a.tif"
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+        picture.save(file)
+    elif mode in ("animated", "strip", "turned"):
+        file = tmp_path / "a.png"
+        picture = picture.resize((900, 20)) if mode == "strip" else picture
+        exif = Image.Exif()
+        exif[274] = 8 if mode == "turned" else 1
+        more = [picture.rotate(180)] if mode == "animated" else []
+        picture.save(file, save_all=bool(more), append_images=more, exif=exif)
+    elif mode in ("P", "LA", "RGBA"):
+        file = tmp_path / "a.png"
+        picture.convert(mode).save(file, **({"transparency": 3} if mode == "P" else {}))
+    else:
+        picture.convert("RGB" if mode == "LAB" else mode).convert(mode).save(file)
+    preprocessing, tensors, arrays = decoders
+    expected = preprocessing.normalise(preprocessing.resize(read_image(file)).float().unsqueeze(0))
+    assert torch.equal(tensors["prepare"](tensors["read"](file)), expected)
+    # Pillow rounds to whole levels after each direction.
+    found = torch.from_numpy(arrays["prepare"](arrays["read"](file)))
+    assert (found - expected).abs().max() <= 1.5 / 255 / min(preprocessing.std)
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+    """How bundled/mobilenet prepares pictures, and the two ways in which a program does."""
+    place = tmp_path_factory.mktemp("decoders")
+    run = train_run(place / "run", recipes(place)["mobilenet"], save_every_steps=0)
+    found = []
+    for kind in (".pt", ".pt2"):
+        scope = {"__name__": "receiver"}
+        exec(export(run, "best", place / f"model{kind}").program, scope)
+        found.append(scope)
+    return prepared(place / "model.pt", read_description(place / "model.pt")), *found

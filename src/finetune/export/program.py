@@ -28,7 +28,7 @@ IMPORT = re.compile(r"(?:import|from) \S+.*")
 
 def program_of(
     file: Path, description: Mapping[str, Any], model: nn.Module, *, is_folder: bool = False, record: str = "",
-    head_file: str = "",
+    head_file: str = "", heif: bool = False,
 ) -> str:  # fmt: skip
     """The program for an export.
 
@@ -37,6 +37,7 @@ def program_of(
         description: what its JSON says.
         model: as `rebuild` makes it.
         record: the JSON in such a folder.
+        heif: whether some of the pictures are of a kind for which Pillow needs a package.
         head_file: the weights of the head in such a folder, where transformers has no class for it.
     """
     architecture, plain = description["architecture"], description["preprocessing"]
@@ -74,6 +75,7 @@ def program_of(
             **{name: plain[name] for name in ("resize_size", "keep_proportions", "interpolation", "mean", "std")},
             "pixel_range": plain.get("pixel_range", []),
             "max_aspect": MAX_ASPECT,
+            "heif": heif,
             "by_torchvision": kind == "torch",
             "gives_logits": "config" in options,
         }

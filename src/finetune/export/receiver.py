@@ -1,5 +1,6 @@
 """What the receiver of an export will see: its program, run on samples that validate, held against the run."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from finetune.errors import RunError, one_line
+from finetune.errors import one_line
 from finetune.export.verify import Trained
 from finetune.models import hub
 from finetune.tasks.losses import ClassificationTask, MultiLabelTask, RegressionTask, make_task
@@ -30,6 +31,7 @@ class Seen:
         difference: the largest, of probabilities; of numbers in units of the targets' deviation.
         validate: whether they are samples that validate; else they are made up, for the data is not at hand.
         unit: of the difference.
+        error: why it could not be run here; "" = it was.
     """
 
     samples: int
@@ -37,9 +39,12 @@ class Seen:
     difference: float
     validate: bool
     unit: str = ""
+    error: str = ""
 
     def text(self) -> str:
         """A sentence for a person."""
+        if self.error:
+            return f"tried here, it failed ({self.error}): please report it, and load the file with finetune.load"
         what = "samples that validate" if self.validate else "made-up samples, as the data is not at hand"
         differs = f"within {self.difference:.1g}" if self.difference else "bit for bit"
         if self.alike is None:
@@ -54,8 +59,8 @@ class Seen:
 def receive(program: str, trained: Trained, description: Mapping[str, Any]) -> Seen:
     """Run an export's program in this process, from files on the disk to what it predicts.
 
-    Raises:
-        RunError: it fails.
+    The file is written and was held against the run before: that the program fails is said, and is no reason to have
+    no export.
     """
     # The text is ours, and all that it holds of others' is quoted.
     scope: dict[str, Any] = {"__name__": "receiver"}
@@ -67,10 +72,7 @@ def receive(program: str, trained: Trained, description: Mapping[str, Any]) -> S
                 predict: Callable[[object], Any] = scope["predict"]
                 found = [predict(one) for one in _on_disk(trained, Path(place))]
         except Exception as error:
-            raise RunError(
-                f"the program for this export fails here ({one_line(error)}); please report it, and load the file with "
-                "finetune.load"
-            ) from None
+            return Seen(0, None, math.inf, trained.compared.validate, error=one_line(error))
     for one, wanted in zip(found, expected, strict=True):
         if isinstance(wanted, float):
             difference = max(difference, abs(one - wanted) / trained.deviation)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from finetune.base.device import PRECISIONS, autocast, module_to_device, numerics_put_back, set_tf32, to_device
 from finetune.data.batch import Request
+from finetune.data.decode import PACKAGES
 from finetune.data.open import open_source, split_data
 from finetune.data.order import keyed_generator
 from finetune.data.source import ArraySource, FileSource, TextSource
@@ -102,6 +103,11 @@ class Compared:
     inputs: Tensor
     originals: list[Path | Tensor | str]
     validate: bool
+
+    @property
+    def has_heif(self) -> bool:
+        """Whether some are pictures for which Pillow needs a package."""
+        return any(isinstance(one, Path) and one.suffix.lower() in PACKAGES for one in self.originals)
 
 
 @dataclass(frozen=True)
