@@ -64,7 +64,7 @@ def write_card(
         Where it lies.
     """
     text = _card(path, run, trained, description, programs)
-    write_atomically(path, lambda stream: stream.write(text.encode()))
+    write_atomically(path, lambda stream: stream.write(text.encode(errors="backslashreplace")))
     return path
 
 

@@ -46,7 +46,7 @@ def program_of(
     pooling = options.get("pooling", "")
     values: dict[str, Any] = {
         "kind": kind,
-        "file": json.dumps(file.as_posix(), ensure_ascii=False),
+        "file": _quoted(file.as_posix()),
         "record": record,
         "head_file": head_file,
         "from_safetensors": file.suffix == ".safetensors",
@@ -86,6 +86,11 @@ def program_of(
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _quoted(text: str) -> str:
+    """As a string of Python; of a name that is no text (UTF-8), by its codes."""
+    return json.dumps(text, ensure_ascii=text.encode("utf-8", "replace").decode() != text)
 
 
 def _beside(file: Path, reads_texts: bool) -> str:

@@ -1,6 +1,7 @@
 """`finetune look`: what a recipe would train on, before anything is trained."""
 
 import dataclasses
+import functools
 import shlex
 from contextlib import closing
 from pathlib import Path
@@ -25,7 +26,7 @@ from finetune.report.look_page import KINDS, SHOWN_FINDINGS, Finding, Look
 from finetune.report.overview import label_of, overview_of
 from finetune.runs.start import Plan, new_setup, surroundings_put_back
 from finetune.store.finish_state import Finish
-from finetune.tasks.doubts import find_doubts
+from finetune.tasks.doubts import find_doubts, plain_name
 from finetune.training.advice import of_labels
 from finetune.training.data_check import BrokenSample, look, measured_view, near_pairs
 from finetune.training.dataset import Data
@@ -36,6 +37,42 @@ from finetune.training.setup import Setup
 
 SHOWN_CLASSES, SHOWN_NOTES = 12, 12
 PARTS = ("train", "validation", "test")
+
+
+class _Teller:
+    """Tells of samples what a finding says; looks each up once, for there may be very many."""
+
+    def __init__(self, data: Data):
+        self.data = data
+        self._parts = [""] * len(data.source.targets)
+        for name, members in zip(PARTS, data.split, strict=True):
+            for index in members.tolist():
+                self._parts[index] = name
+
+    def finding(self, kind: str, index: int, other: int | None = None, detail: str = "") -> Finding:
+        """About a sample, and perhaps another one."""
+        source = self.data.source
+        beside = "" if other is None else source.name(other)
+        text = source.texts[index] if isinstance(source, TextSource) else ""
+        return Finding(kind, source.name(index), self.label(index), self._parts[index], beside, detail, text)
+
+    @functools.cached_property
+    def places(self) -> dict[str, int]:
+        """Samples by name, as a csv of them has it."""
+        source = self.data.source
+        return {plain_name(source.name(index)): index for index in range(len(source.targets))}
+
+    def with_pictures(self, finding: Finding) -> Finding:
+        """The same with its pictures, and that of the other sample."""
+        source = self.data.source
+        if isinstance(source, TextSource) or finding.kind == "broken":
+            return finding
+        places = [self.places.get(plain_name(name)) for name in (finding.name, finding.beside)]
+        pictures = (picture_of(source, place) for place in places if place is not None)
+        return dataclasses.replace(finding, pictures=tuple(one for one in pictures if one))
+
+    def label(self, index: int) -> str:
+        return label_of(self.data.source, index, self.data.scale)
 
 
 def look_at(plan: Plan, terminal: Terminal, stop: StopRequest) -> Look:
@@ -53,14 +90,14 @@ def look_at(plan: Plan, terminal: Terminal, stop: StopRequest) -> Look:
             read = Feed(setup.network.module, *setup.loaders, why_not="nothing is trained")
             broken = look(setup, read, measure=False, all_files=True, terminal=terminal, stop=stop)
             data = setup.data.leave_out([one.name for one in broken])
-            copies = _copies(setup, data)
-        found = [*_broken(broken), *_of_copies(copies, data)]
+            copies, teller = _copies(setup, data), _Teller(data)
+        found = [*_broken(broken), *_of_copies(copies, teller)]
         notes = _notes(plan, setup, data, broken, copies)
         checked = "features are not kept yet: near copies and labels that look wrong are found after a first run"
         if feed is not None and feed.features is not None:
             try:
                 setup = dataclasses.replace(setup, data=data)
-                near, doubts = _near(setup, feed), _doubts(setup, feed)
+                near, doubts = _near(setup, feed, teller), _doubts(setup, feed, teller)
             finally:
                 feed.features.close()
             found += near + doubts
@@ -69,11 +106,11 @@ def look_at(plan: Plan, terminal: Terminal, stop: StopRequest) -> Look:
             )
             notes += [f"{len(doubts):,} label(s) look wrong"] * bool(doubts)
             checked = "near copies and labels that look wrong were looked for in features that an earlier run kept"
-        return _look(plan, setup, data, found, notes, checked)
+        return _look(plan, setup, teller, found, notes, checked)
 
 
-def _look(plan: Plan, setup: Setup, data: Data, found: list[Finding], notes: list[str], checked: str) -> Look:
-    preprocessing, lengths, cut = setup.backbone.preprocessing, None, None
+def _look(plan: Plan, setup: Setup, teller: _Teller, found: list[Finding], notes: list[str], checked: str) -> Look:
+    data, preprocessing, lengths, cut = teller.data, setup.backbone.preprocessing, None, None
     if isinstance(data.pipeline, TextPipeline):
         lengths, cut = data.pipeline.lengths, torch.from_numpy(data.pipeline.table.truncated)
     images = preprocessing if isinstance(preprocessing, Preprocessing) else None
@@ -86,7 +123,7 @@ def _look(plan: Plan, setup: Setup, data: Data, found: list[Finding], notes: lis
     facts += [("network", f"{setup.backbone.name}, {preprocessing.text}"), ("looked for", checked)]
     order = list(KINDS)
     found = [
-        _shown(one, data) if number < SHOWN_FINDINGS else one
+        teller.with_pictures(one) if number < SHOWN_FINDINGS else one
         for kind in order
         for number, one in enumerate(one for one in found if one.kind == kind)
     ]
@@ -110,42 +147,29 @@ def _copies(setup: Setup, data: Data) -> Copies:
     return find_copies(digests, source.targets, data.split)
 
 
-def _finding(kind: str, data: Data, index: int, other: int | None = None, detail: str = "") -> Finding:
-    """About a sample, and perhaps another one."""
-    source = data.source
-    beside = "" if other is None else source.name(other)
-    part = next((name for name, members in zip(PARTS, data.split, strict=True) if (members == index).any()), "")
-    text = source.texts[index] if isinstance(source, TextSource) else ""
-    return Finding(kind, source.name(index), label_of(source, index, data.scale), part, beside, detail, text)
-
-
-def _of_copies(copies: Copies, data: Data) -> list[Finding]:
+def _of_copies(copies: Copies, teller: _Teller) -> list[Finding]:
     found = []
     for (first, second), pairs in sorted(copies.across.items()):
         detail = f"in {PARTS[second]}, a copy in {PARTS[first]}"
-        found += [_finding("copy across parts", data, one, other, detail) for other, one in pairs]
+        found += [teller.finding("copy across parts", one, other, detail) for other, one in pairs]
     for group in copies.labels:
         for number, index in enumerate(group):
             other = group[1 if number == 0 else 0]
-            found.append(
-                _finding(
-                    "copy with another label", data, index, other, f"also {label_of(data.source, other, data.scale)}"
-                )
-            )
-    return found + [_finding("copy", data, one, other) for other, one in copies.within]
+            found.append(teller.finding("copy with another label", index, other, f"also {teller.label(other)}"))
+    return found + [teller.finding("copy", one, other) for other, one in copies.within]
 
 
-def _near(setup: Setup, feed: Feed) -> list[Finding]:
+def _near(setup: Setup, feed: Feed, teller: _Teller) -> list[Finding]:
     assert feed.features is not None
     pairs = near_pairs(feed.features, setup.data, measured_view(setup))
     details = (f"cosine of features {likeness:.3f}" for _, _, likeness in pairs)
     return [
-        _finding("near copy across parts", setup.data, judged, known, detail)
+        teller.finding("near copy across parts", judged, known, detail)
         for (judged, known, _), detail in zip(pairs, details, strict=True)
     ]
 
 
-def _doubts(setup: Setup, feed: Feed) -> list[Finding]:
+def _doubts(setup: Setup, feed: Feed, teller: _Teller) -> list[Finding]:
     """Labels that heads on kept features, solved without each, find improbable; [] where no head can be solved."""
     if reason_against(setup, feed):
         return []
@@ -156,24 +180,11 @@ def _doubts(setup: Setup, feed: Feed) -> list[Finding]:
     source = setup.data.source
     doubts = find_doubts(source, setup.recipe.task, stage.held.held_out.of(stage.samples), outputs)
     wrong = [one for one in doubts if one.looks_wrong]
-    places = {source.name(index): index for index in range(len(source.targets))}
+    details = (f"likelier {one.likelier} ({one.probability:.3f})" for one in wrong)
     return [
-        _finding(
-            "label looks wrong", setup.data, places[one.name], None, f"likelier {one.likelier} ({one.probability:.3f})"
-        )
-        for one in wrong
+        teller.finding("label looks wrong", teller.places[plain_name(one.name)], None, detail)
+        for one, detail in zip(wrong, details, strict=True)
     ]
-
-
-def _shown(finding: Finding, data: Data) -> Finding:
-    """With its pictures, and that of the other one."""
-    source = data.source
-    if isinstance(source, TextSource) or finding.kind == "broken":
-        return finding
-    wanted = [finding.name, *([finding.beside] if finding.beside else [])]
-    places = {name: index for index in range(len(source.targets)) if (name := source.name(index)) in wanted}
-    pictures = tuple(picture_of(source, places[name]) for name in wanted if name in places)
-    return dataclasses.replace(finding, pictures=tuple(one for one in pictures if one))
 
 
 def _notes(plan: Plan, setup: Setup, data: Data, broken: list[BrokenSample], copies: Copies) -> list[str]:
