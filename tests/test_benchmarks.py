@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data.digits import load_digits
+from finetune.models.bundled import NOVELTY_FIGURES
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -41,3 +42,16 @@ def test_the_figures_name_no_folder_of_the_machine_they_were_measured_on():
     for result in results:
         assert str(Path.home()) not in result.read_text(), result.name
         assert str(BENCHMARKS.parent) not in result.read_text(), result.name
+
+
+def test_what_cards_say_of_telling_other_kinds_apart_was_measured():
+    rows = json.loads((BENCHMARKS / "results" / "novelty.json").read_text())["rows"]
+    for row in rows:
+        backbone = row["trained on"].rpartition(", ")[2]
+        if "digits" in row["trained on"] or "documentation" in row["against"]:
+            figures = f"{row['AUROC distance']:.3f} ({row['AUROC probability']:.3f})"
+            assert figures in NOVELTY_FIGURES[backbone], row
+            assert row["AUROC distance"] >= 0.9
+    intents = [row for row in rows if row["trained on"] == "messages of 7 intents"]
+    mean, plain = (sum(row[f"AUROC {way}"] for row in intents) / len(intents) for way in ("distance", "probability"))
+    assert len(intents) == 8 and f"{mean:.3f} ({plain:.3f})" in NOVELTY_FIGURES["bundled/bert"]

@@ -18,7 +18,7 @@ from finetune.data.source import class_counts
 from finetune.errors import FinetuneError
 from finetune.export.verify import Trained
 from finetune.models.backbones import default_member, torchvision_names
-from finetune.models.bundled import LICENCES
+from finetune.models.bundled import LICENCES, NOVELTY_FIGURES
 from finetune.models.heads import NO_HEAD
 from finetune.report.data import RunData, Validation, gather
 from finetune.report.words import capitalised, metric_text
@@ -229,6 +229,11 @@ def _trust(
             "right kind, and most of a quite different kind. The program below does not: it gives an answer to "
             "everything."
         )
+        if figures := NOVELTY_FIGURES.get(trained.backbone.name):
+            lines.append(
+                "How well that distance told other kinds apart in a benchmark of finetune with this backbone, as AUROC, "
+                f"in brackets by probability alone: {figures}. On other data it was not measured."
+            )
     else:
         lines.append(f"It gives an answer to any {noun}, also to one of a kind that it has never seen.")
     return lines
