@@ -65,7 +65,8 @@ def test_a_model_freezes_trains_a_step_and_its_export_loads_strictly_into_the_st
     assert not any(torch.equal(before.module.state_dict()[key], found[key]) for key in heads)
     del before, frozen
 
-    export(run, "latest", tmp_path / "model.pt")
+    seen = export(run, "latest", tmp_path / "model.pt").seen
+    assert not seen.error and seen.alike == seen.samples and seen.difference < 1e-4
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     stock = get_model(name, num_classes=CLASSES, **options)
     stock.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True), strict=True)

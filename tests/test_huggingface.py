@@ -93,6 +93,7 @@ def test_a_family_trains_resumes_without_its_folder_and_its_export_loads_into_tr
     assert all(state.model[f"{path}.mean"].abs().max() > 0 for path in heads)
 
     report = export(run, "latest", tmp_path / "model.pt")
+    assert not report.seen.error and report.seen.alike == report.seen.samples
     scope: dict = {"__name__": "receiver"}
     exec(report.program, scope)  # as printed, for people without this kit
     assert "ForImageClassification" in type(scope["model"]).__name__

@@ -97,6 +97,7 @@ def test_a_family_trains_resumes_without_its_folder_and_its_export_loads_into_tr
     network, _ = trained_network(run, "latest")
 
     report = export(run, "latest", tmp_path / "model.pt")
+    assert not report.seen.error and report.seen.alike == report.seen.samples
     scope: dict = {"__name__": "receiver"}
     exec(report.program, scope)  # as printed
     assert "ForSequenceClassification" in type(scope["model"]).__name__

@@ -231,7 +231,7 @@ def _trust(
         )
         if figures := NOVELTY_FIGURES.get(trained.backbone.name):
             lines.append(
-                "How well that distance told other kinds apart in a benchmark of finetune with this backbone, as AUROC, "
+                "How well that distance told other kinds apart in a benchmark of finetune with this backbone, AUROC, "
                 f"in brackets by probability alone: {figures}. On other data it was not measured."
             )
     else:
