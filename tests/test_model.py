@@ -185,6 +185,8 @@ def test_distances_are_those_of_plain_cosines_and_copies_are_near(tmp_path):
     assert max(reference.percentiles(rows[:5])) == 0 and reference.percentiles(-7 * rows.sum(0, keepdim=True))[0] > 50
     assert reference.percentiles(rows[:2].view(2, 16, 1, 1)) == reference.percentiles(rows[:2])  # a feature map
     assert reference_of(rows[:3]) is None
+    twice = reference_of(rows.repeat(2, 1))  # copies among them change nothing
+    assert torch.equal(twice.distances, reference.distances) and reference_of(rows[:1].repeat(50, 1)) is None
     again = NoveltyReference.from_tensors(reference.to_tensors())
     assert again.percentiles(rows * 2 + 1) == reference.percentiles(rows * 2 + 1)
 

@@ -76,7 +76,10 @@ def reference_of(features: Tensor) -> NoveltyReference | None:
     if len(features) < FEWEST_ROWS or not features.isfinite().all():
         return None
     largest = features.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    rows = (features / largest * LEVELS).round().to(torch.int8)
+    # Of copies one will do: else the rest would lie at no distance, and whatever is no copy would seem strange.
+    rows = (features / largest * LEVELS).round().to(torch.int8).unique(dim=0)
+    if len(rows) < FEWEST_ROWS:
+        return None
     known, nearest = functional.normalize(rows.float(), dim=1), []
     for start in range(0, len(known), PART_ROWS):
         alike = known[start : start + PART_ROWS] @ known.T
