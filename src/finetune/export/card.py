@@ -71,7 +71,8 @@ def write_card(
 def _card(
     path: Path, run: RunFolder, trained: Trained, description: Mapping[str, Any], programs: Sequence[Program]
 ) -> str:
-    data, file = gather(run), next(iter(description["files"]), path.name)
+    data, predicts = gather(run), description["task"] != "distillation"
+    kit_file = next((name for name in description["files"] if predicts and name.endswith((".pt", ".safetensors"))), "")
     validation = _validation_of(data, description["checkpoint"]["which"], trained)
     rows = validation.classes if validation else []
     shown = rows if len(rows) <= SHOWN_ROWS else sorted(rows, key=lambda row: (row.f1, row.recall))[:SHOWN_ROWS]
@@ -88,9 +89,9 @@ def _card(
         backbone=trained.backbone.name,
         head=_head_text(description),
         input=description["preprocessing_text"],
-        file=file,
+        files=description["files"],
+        kit_file=kit_file,
         json=path.with_suffix(".json").name,
-        sha256=description["sha256"],
         classes=[printable(name) for name in description["classes"]],
         shown_classes=SHOWN_CLASSES,
         task=description["task"],
@@ -106,7 +107,9 @@ def _card(
         programs=programs,
         reads_texts=trained.backbone.reads_texts,
     )
-    return re.sub(r"\n{3,}", "\n\n", text)
+    # Of what stands between the programs, which are given word for word.
+    parts = text.split("```")
+    return "```".join(part if number % 2 else re.sub(r"\n{3,}", "\n\n", part) for number, part in enumerate(parts))
 
 
 def markdown(text: str) -> str:
@@ -243,7 +246,7 @@ def _limits(run: RunFolder, trained: Trained, rows: list[ClassRow], noun: str) -
     facts = trained.state.data
     lines = [f"Judged on {noun}s of the same origin as those it was trained on; on others it was not tried."]
     if facts.validation_samples < FEW:
-        lines.append(f"Only {facts.validation_samples} {noun}s validated: the figures say little.")
+        lines.append(f"Only {facts.validation_samples} {noun}(s) validated: the figures say little.")
     counts = _class_counts(trained)
     if counts:
         fewest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
