@@ -21,8 +21,9 @@ from finetune.data.images import ImagePipeline, split_source
 from finetune.data.order import batches_from, epoch_order, key, keyed_generator
 from finetune.data.source import ArraySource
 from finetune.models.bundled import BUNDLED
-from finetune.models.heads import StandardisedLinear, standardise
+from finetune.models.heads import StandardisedLinear
 from finetune.models.network import build_network
+from finetune.models.standardisation import standardise
 from finetune.models.weights import choose_weights, read_weights
 from finetune.training.optimizer import build_optimizer, set_learning_rate
 from finetune.training.schedule import schedule_factor

@@ -10,8 +10,9 @@ from finetune import Images, Model, Trainable, UsageError
 from finetune.export.verify import FOLDED_TOLERANCE
 from finetune.export.weights import export
 from finetune.models.backbones import check_image_size, find_backbone, torchvision_backbone, torchvision_names
-from finetune.models.heads import find_head, standardise, standardised_layers
+from finetune.models.heads import find_head, standardised_layers
 from finetune.models.pretrained import find_pretrained
+from finetune.models.standardisation import standardise
 from finetune.store.restore import trained_network
 
 # The smallest images that an architecture takes, or those it is built for; others take 64.

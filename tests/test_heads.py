@@ -8,15 +8,14 @@ from finetune.data.batch import Request
 from finetune.models.backbones import find_backbone
 from finetune.models.bundled import BUNDLED, bundled_weights
 from finetune.models.heads import (
-    ROWS_A_FEATURE,
     StandardisedConv2d,
     StandardisedLinear,
     find_head,
     folded,
     folded_state,
     plain_head,
-    standardise,
 )
+from finetune.models.standardisation import ROWS_A_FEATURE, standardise
 from finetune.training.dataset import open_data
 
 

@@ -24,7 +24,8 @@ from finetune.data.source import ArraySource, TextSource
 from finetune.data.texts import TextPipeline
 from finetune.errors import RunError
 from finetune.features.kept import Features
-from finetune.models.heads import standardise, standardised_layers
+from finetune.models.heads import standardised_layers
+from finetune.models.standardisation import standardise
 from finetune.recipe.spec import PLAIN
 from finetune.training.advice import of_labels
 from finetune.training.dataset import Data
