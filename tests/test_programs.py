@@ -96,12 +96,12 @@ def recipes(place: Path) -> dict[str, finetune.Recipe]:
 
 # Of each run what is written: files by their ends, folders for transformers. The others take long, or are alike.
 USUAL = {
-    "vgg": [".pt", ".onnx"], "resnet": [".pt"], "mobilenet": [".pt"], "vit": [".pt"], "bert stock": [".pt"],
-    "bert mean": [".pt", "hf", ".pt2"], "multi-label": [".pt"], "regression": [".pt"],
+    "vgg": [".pt"], "resnet": [".pt"], "mobilenet": [".pt"], "vit": [".pt"], "bert stock": [".pt"],
+    "bert mean": [".pt", "hf"], "multi-label": [".pt"], "regression": [".pt"],
 }  # fmt: skip
 MORE = {
-    "vgg": [".pt", ".pt2"], "mobilenet": [".pt", ".onnx"], "mlp": [".pt"], "append": [".pt"], "unit rows": [".pt"],
-    "bert stock": [".pt", "hf"], "bert mean": [".pt", ".onnx"], "bert cls, mlp": [".pt"],
+    "vgg": [".pt", ".onnx", ".pt2"], "mobilenet": [".pt", ".onnx"], "mlp": [".pt"], "append": [".pt"], "unit rows": [".pt"],
+    "bert stock": [".pt", "hf"], "bert mean": [".pt", ".onnx", ".pt2"], "bert cls, mlp": [".pt"],
     "multi-label": [".pt", ".onnx", "hf"], "regression": [".pt", ".onnx", "hf"],
 }  # fmt: skip
 

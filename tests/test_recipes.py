@@ -71,7 +71,7 @@ def test_a_recipe_in_the_current_folder_trains_and_is_kept_with_its_run(tmp_path
         .read_text()
         .replace("from finetune import", "from helper import EPOCHS\nfrom finetune import")
     )
-    (tmp_path / "my.py").write_text(text.replace("epochs: int = 15", "epochs: int = EPOCHS"))
+    (tmp_path / "my.py").write_text(text.replace("epochs: int = 0", "epochs: int = EPOCHS"))
     said = finish(finetune_process("my.py", "--train-samples", "40", cwd=tmp_path))
     assert said.splitlines()[-1] == "runs/my-1"
     assert sorted(path.name for path in (tmp_path / "runs/my-1/code").iterdir()) == ["helper.py", "my.py"]

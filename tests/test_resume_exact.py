@@ -87,7 +87,10 @@ WORSENING = {"optimizer": Optimizer(lr=0.3), "validate_every_steps": 2}
             | {"stop": Stop(metric="loss"), "schedule": Schedule(name="plateau", patience=1, warmup_fraction=0)},
             marks=pytest.mark.slow,
         ),
-        WORSENING | {"stop": Stop(metric="loss", patience=5), "schedule": Schedule(name="constant")},
+        pytest.param(
+            WORSENING | {"stop": Stop(metric="loss", patience=5), "schedule": Schedule(name="constant")},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["everything trains", "thaw", "sgd and step", "plateau", "early stop"],
 )
@@ -189,6 +192,7 @@ def test_an_extension_keeps_the_first_horizon_then_runs_at_the_final_rate(tmp_pa
     assert state["status"] == "finished" and state["step"] == 14
 
 
+@pytest.mark.slow
 def test_an_extension_at_its_own_rate_killed_in_the_middle_is_exact_and_not_forgotten(tmp_path):
     recipe = small_recipe(epochs=1)
     unbroken = train_run(tmp_path / "unbroken", recipe)
