@@ -203,3 +203,25 @@ def test_samples_are_shown_as_the_network_sees_them(tmp_path):
     assert np.abs(shown.astype(int) - expected).max() <= 1 and sample.label == str(int(source.targets[index]))
     assert {one.label for one in view.samples} == set(source.classes)
     assert json.dumps(view.facts) == '[["size", "all 8 x 8 px"]]'
+
+
+def test_a_table_of_somebody_elses_is_never_written_over_and_marks_stay(tmp_path, capsys):
+    rows = [
+        ("text", "label"),
+        *((f"message {n} of mine", ("a", "b")[n % 2]) for n in range(30)),
+        ("message 4 of mine", "a"),
+    ]
+    with (tmp_path / "mail.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    before = (tmp_path / "mail.csv").read_bytes()
+    assert main(["look", "--texts", str(tmp_path / "mail.csv"), "--output", str(tmp_path / "mail.html")]) == 2
+    assert "mail.csv is no look.csv" in capsys.readouterr().err
+    assert (tmp_path / "mail.csv").read_bytes() == before and not (tmp_path / "mail.html").exists()
+    words = ["--texts", tmp_path / "mail.csv", "--output", tmp_path / "look.html"]
+    look(*words, capsys=capsys)
+    found = rows_of(tmp_path / "look.csv")
+    (tmp_path / "look.csv").write_text((tmp_path / "look.csv").read_text().replace("\n,", "\nx,", 1))
+    look(*words, capsys=capsys)  # once more
+    assert [row["wrong"] for row in rows_of(tmp_path / "look.csv")] == ["x"] + [""] * (len(found) - 1)
+    look(*words, "--without", tmp_path / "look.csv", capsys=capsys)  # nothing is found of it now
+    assert [(row["wrong"], row["name"]) for row in rows_of(tmp_path / "look.csv")] == [("x", found[0]["name"])]

@@ -2,17 +2,17 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from finetune import __version__
 from finetune.base.files import make_folders, write_atomically
-from finetune.errors import RunError
+from finetune.errors import RunError, UsageError
 from finetune.report.html import render_page
 from finetune.report.overview import Overview
-from finetune.tasks.doubts import TEXT_LETTERS, plain_name
+from finetune.tasks.doubts import MARK, TEXT_LETTERS, plain_name
 
 SHOWN_FINDINGS = 12
 # Of look.csv; `--without` reads the first two.
@@ -119,11 +119,13 @@ def write_look(look: Look, page: Path) -> Path:
 
     Raises:
         RunError: they cannot be written.
+        UsageError: in the csv's place lies something else.
     """
     table = page.with_suffix(".csv")
+    marked = _marks_in(table)
     try:
         make_folders(page.parent)
-        content = csv_of(look.findings).encode()
+        content = csv_of(look.findings, marked).encode()
         write_atomically(table, lambda stream: stream.write(content))
         html = _page(look, table).encode()
         write_atomically(page, lambda stream: stream.write(html))
@@ -132,14 +134,46 @@ def write_look(look: Look, page: Path) -> Path:
     return table
 
 
-def csv_of(findings: Sequence[Finding]) -> str:
-    """A row a finding; an x in the first column marks a sample that `--without` is to leave out."""
+def _marks_in(table: Path) -> set[str]:
+    """Names that somebody marked in an earlier csv of that name.
+
+    Raises:
+        UsageError: the file is something else, and would be lost.
+    """
+    if not table.exists():
+        return set()
+    try:
+        with table.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+            header = tuple(rows[0]) if rows else ()
+    except (OSError, UnicodeDecodeError, csv.Error):
+        rows, header = [], ("?",)
+    if not rows_are_ours(table, header):
+        raise UsageError(f"--output {table.with_suffix('.html')}: {table} is no look.csv; give another name")
+    return {row["name"] for row in rows if (row["wrong"] or "").strip()}
+
+
+def rows_are_ours(table: Path, header: tuple[str, ...]) -> bool:
+    """Whether a csv was written by `finetune look`; one without rows has the header alone."""
+    if header:
+        return header == COLUMNS
+    return table.read_text(encoding="utf-8").strip() in ("", ",".join(COLUMNS))
+
+
+def csv_of(findings: Sequence[Finding], marked: Collection[str] = ()) -> str:
+    """A row a finding; an x in the first column marks a sample that `--without` is to leave out.
+
+    Args:
+        marked: names that somebody marked before: they stay marked, also where nothing is found of them now.
+    """
     stream = io.StringIO()
     rows = csv.writer(stream, lineterminator="\n")
     rows.writerow(COLUMNS)
     for one in findings:
         words = (one.name, one.label, one.part, one.kind, one.beside, one.detail, one.text[:TEXT_LETTERS])
-        rows.writerow(["", *map(plain_name, words)])
+        rows.writerow([MARK if plain_name(one.name) in marked else "", *map(plain_name, words)])
+    gone = sorted(set(marked) - {plain_name(one.name) for one in findings})
+    rows.writerows([MARK, name] + [""] * (len(COLUMNS) - 2) for name in gone)
     return stream.getvalue()
 
 
