@@ -14,6 +14,7 @@ from finetune import __version__
 from finetune.base.files import write_atomically
 from finetune.base.formatting import number_text, printable
 from finetune.base.intervals import FEW, worth_text
+from finetune.data.open import open_source
 from finetune.data.source import class_counts
 from finetune.errors import FinetuneError
 from finetune.export.verify import Trained
@@ -97,11 +98,11 @@ def _card(
         task=description["task"],
         thresholds=description.get("thresholds", []),
         data=_data_rows(data, trained, validation),
-        judged_on=_judged_on(data, description, validation, noun),
+        judged_on=_judged_on(description, noun),
         figures=_figures(description, validation),
         rows=shown,
         more_rows=len(rows) - len(shown),
-        trust=_trust(data, description, trained, validation, noun),
+        trust=_trust(description, trained, validation, noun),
         limits=_limits(run, trained, rows, noun),
         licences=_licences(trained),
         programs=programs,
@@ -164,7 +165,7 @@ def _split_text(trained: Trained) -> str:
     )
 
 
-def _judged_on(data: RunData, description: Mapping[str, Any], validation: Validation | None, noun: str) -> str:
+def _judged_on(description: Mapping[str, Any], noun: str) -> str:
     which = description["checkpoint"]["which"]
     if not description["metrics"]:
         return "None: nothing was validated."
@@ -197,9 +198,7 @@ def _figures(description: Mapping[str, Any], validation: Validation | None) -> l
     return [*rows, ("Samples", f"{record.samples:,}", "all of them")]
 
 
-def _trust(
-    data: RunData, description: Mapping[str, Any], trained: Trained, validation: Validation | None, noun: str
-) -> list[str]:
+def _trust(description: Mapping[str, Any], trained: Trained, validation: Validation | None, noun: str) -> list[str]:
     """What a probability, a number, a distance is worth."""
     lines = []
     error = validation.record.calibration_error if validation else None
@@ -276,8 +275,6 @@ def _limits(run: RunFolder, trained: Trained, rows: list[ClassRow], noun: str) -
 
 def _class_counts(trained: Trained) -> dict[str, int]:
     """Samples by class, where the data is at hand."""
-    from finetune.data.open import open_source
-
     try:
         source = open_source(trained.recipe.data, trained.recipe.task.kind)
     except FinetuneError:

@@ -21,7 +21,7 @@ from finetune.errors import RunError, UsageError, one_line
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # What the inputs of such a file are called; what it gives is called so.
-IMAGES, TOKENS, OUTPUT = ("images",), ("input_ids", "attention_mask"), "logits"
+IMAGES, TOKENS, OUTPUT = "images", ("input_ids", "attention_mask"), "logits"
 
 
 class Inputs(NamedTuple):
@@ -53,7 +53,7 @@ def inputs_of(samples: Tensor) -> Inputs:
     files have for them."""
     any_number: Any = torch.export.Dim.AUTO
     if samples.is_floating_point():
-        return Inputs({"images": samples}, ({0: any_number},))
+        return Inputs({IMAGES: samples}, ({0: any_number},))
     mask = samples != PADDING
     tensors = dict(zip(TOKENS, (samples.masked_fill(~mask, 0), mask.long()), strict=True))
     return Inputs(tensors, ({0: any_number, 1: any_number},) * 2)
@@ -117,7 +117,7 @@ def write_torch_export(model: nn.Module, samples: Tensor, path: Path) -> Tensor:
 
 
 def _by_place(model: nn.Module, inputs: Inputs) -> nn.Module:
-    return model if "images" in inputs.tensors else _OfTokens(model).eval()
+    return model if IMAGES in inputs.tensors else _OfTokens(model).eval()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from finetune.base.halves import freeing, in_halves
 from finetune.base.terminal import say_aside
 from finetune.data.decode import Picture
 from finetune.data.inputs import ImageInputs, TextInput, TextInputs, image_files, texts_in
+from finetune.data.preprocess import Preprocessing
 from finetune.data.source import Reading
 from finetune.data.table import TABLE_SUFFIXES
 from finetune.data.texts import TEXT_SUFFIXES
@@ -143,6 +144,11 @@ class LoadedModel:
         """What the export knows of the samples that it was trained on; None = nothing."""
         return read_novelty(self.file, self.description)
 
+    @functools.cached_property
+    def preprocessing(self) -> Preprocessing | Tokenization:
+        """What is done to images, or texts, before the network sees them."""
+        return prepared(self.file, self.description)
+
     @property
     def reads_texts(self) -> bool:
         return "pooling" in self.description["architecture"]["options"]
@@ -190,7 +196,7 @@ class LoadedModel:
 
     def samples(self, inputs: object, allow_outside: bool = False) -> tuple[ImageInputs | TextInputs, bool]:
         """The samples that are meant; whether it is a single one."""
-        preprocessing = prepared(self.file, self.description)
+        preprocessing = self.preprocessing
         is_text = isinstance(preprocessing, Tokenization)
         is_one = isinstance(inputs, str | os.PathLike | Image.Image | Tensor) or (
             isinstance(inputs, np.ndarray) and inputs.dtype.kind in "uifb"

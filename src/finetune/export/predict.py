@@ -16,7 +16,6 @@ from finetune.data.inputs import ImageInputs, TextInputs, image_files, texts_in
 from finetune.data.source import Reading
 from finetune.data.tokens import Tokenization
 from finetune.errors import UsageError
-from finetune.export.load import prepared
 from finetune.export.model import LoadedModel, load_model
 
 
@@ -74,7 +73,7 @@ def _samples(
     Raises:
         UsageError: an option of the other kind of data, or nothing that can be read.
     """
-    preprocessing = prepared(model.file, model.description)
+    preprocessing = model.preprocessing
     reads = "texts" if isinstance(preprocessing, Tokenization) else "images"
     for option, value, of in (("--image-column", image_column, "images"), ("--text-column", text_column, "texts")):
         if value and of != reads:

@@ -4,7 +4,6 @@ It is printed, and stands in the card beside the export; `receiver` runs it.
 """
 
 import functools
-import inspect
 import json
 import re
 import sys
@@ -17,9 +16,9 @@ from torch import nn
 
 from finetune.data.preprocess import MAX_ASPECT
 from finetune.data.tokens import tokenizer_folder
-from finetune.models import text_encoders
 from finetune.models.backbones import backbone_of_export
 from finetune.models.heads import NO_HEAD, StandardisedConv2d, StandardisedLinear, replaced_layers
+from finetune.models.text_encoders import config_of, no_pooler
 
 TEMPLATE = Path(__file__).with_name("program.py.j2")
 KINDS = {".onnx": "onnx", ".pt2": "torch-export"}
@@ -66,7 +65,7 @@ def program_of(
             "max_length": plain["max_length"],
             "tokenizer": tokenizer_folder(file).name,
             "prefix": getattr(model, "base_model_prefix", ""),
-            "no_pooler": bool(_pooler_switch(options)),
+            "no_pooler": bool(no_pooler(config_of(options))),
             "head": _head_of(description, model) if pooling != "stock" else "",
         }
     else:
@@ -117,9 +116,7 @@ def _tidied(text: str) -> str:
     others = [line for line in lines if line not in own]
     body = re.sub(r"\n{2,}(?=    )", "\n\n", body)  # within a function one blank line
     body = re.sub(r"\n+(?=(@.*\n)?(def|class|if __name__) ?)", "\n\n\n", body)
-    body = re.sub(r"\n\n\n(?=def )", "\n\n\n", body).replace(
-        "@torch.inference_mode()\n\n\n", "@torch.inference_mode()\n"
-    )
+    body = body.replace("@torch.inference_mode()\n\n\n", "@torch.inference_mode()\n")
     body = re.sub(r"\n{4,}", "\n\n\n", body)
     return "\n".join(own) + "\n\n" + "\n".join(others) + "\n\n" + body.strip() + "\n"
 
@@ -164,7 +161,8 @@ def _build_lines(description: Mapping[str, Any], model: nn.Module) -> str:
     architecture, backbone = description["architecture"], backbone_of_export(description)
     options = architecture["options"]
     if options.get("pooling", "stock") != "stock":
-        prefix, switch = str(getattr(model, "base_model_prefix", "")), _pooler_switch(options)
+        prefix, switches = str(getattr(model, "base_model_prefix", "")), no_pooler(config_of(options))
+        switch = "".join(f", {name}={value}" for name, value in switches.items())
         return (
             "from transformers import AutoConfig, AutoModel\n"
             'config = AutoConfig.for_model(**ABOUT["architecture"]["options"]["config"])\n'
@@ -179,12 +177,3 @@ def _build_lines(description: Mapping[str, Any], model: nn.Module) -> str:
         if not any(path.startswith(f"{other}.") for other in paths):
             lines.append(f"model.set_submodule({path!r}, {constructor(model.get_submodule(path))})")
     return "\n".join(lines)
-
-
-def _pooler_switch(options: Mapping[str, Any]) -> str:
-    """What an encoder is told that is to have no pooler of its own; "" = it has none anyway."""
-    from transformers import AutoModel
-
-    kind: Any = AutoModel._model_mapping[type(text_encoders.config_of(dict(options)))]
-    takes = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
-    return ", add_pooling_layer=False" if takes else ""

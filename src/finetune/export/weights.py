@@ -8,6 +8,7 @@ ever executed. An `.onnx` or `.pt2` holds the network as well; what "hf" writes 
 import math
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -119,13 +120,12 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
         write_atomically(novelty_file(output), lambda stream: _copy_into(stream, run.novelty_file))
     description |= {"sha256": sha256, "files": {output.name: sha256} | other_formats(output, description)}
     write_json(output.with_suffix(".json"), description)
-    program = program_of(output, description, model, heif=trained.compared.has_heif)
+    program_for = partial(program_of, description=description, model=model, heif=trained.compared.has_heif)
+    program = program_for(output)
     seen = receive(program, trained, description)
     others = [output.with_name(name) for name in description["files"] if name != output.name]
     programs = [Program(output.name, program, seen.text())]
-    programs += [
-        Program(other.name, program_of(other, description, model, heif=trained.compared.has_heif)) for other in others
-    ]
+    programs += [Program(other.name, program_for(other)) for other in others]
     card = write_card(output.with_suffix(".md"), run, trained, description, programs)
     return ExportReport(output, description, difference, trained, program, seen, card)
 

@@ -275,6 +275,15 @@ def _masked(padding_token: int, _module: nn.Module, args: tuple, kwargs: dict) -
     return (), {"input_ids": tokens, "attention_mask": mask.long()}
 
 
+def no_pooler(config: Any) -> dict[str, bool]:
+    """What transformers' encoder of a config is told to have no pooler of its own; {} = it never has one."""
+    from transformers import AutoModel
+
+    encoder_class: Any = AutoModel._model_mapping[type(config)]
+    takes = "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters
+    return {"add_pooling_layer": False} if takes else {}
+
+
 def build(options: dict[str, Any], output_count: int) -> nn.Module:
     """The network of these options, randomly initialised. It takes tokens (batch, length) int64, `PADDING` behind the
     end of a text, and returns (batch, output_count)."""
@@ -290,10 +299,8 @@ def build(options: dict[str, Any], output_count: int) -> nn.Module:
             model = stock_class().from_config(config, dtype=torch.float32, trust_remote_code=False)
             model.register_forward_hook(hub.only_logits)
         else:
-            encoder_class: Any = AutoModel._model_mapping[type(config)]
-            has_pooler = "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters
-            switch = {"add_pooling_layer": False} if has_pooler else {}
-            encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **switch)
+            switches = no_pooler(config)
+            encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **switches)
             model = PooledClassifier(encoder, kind.base_model_prefix, options["pooling"], output_count)
     hook = functools.partial(_masked, config.pad_token_id or 0)
     model.register_forward_pre_hook(hook, with_kwargs=True)

@@ -63,9 +63,14 @@ def picture_of(source: ImageSource, index: int) -> bytes:
     except Exception:  # a missing picture is no reason to show nothing at all
         return b""
     image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
-    factor = SMALL_PIXELS // max(image.size)
-    if factor > 1:
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     stream = io.BytesIO()
-    image.save(stream, "PNG")
+    enlarged(image).save(stream, "PNG")
     return stream.getvalue()
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """A small picture larger, by a whole factor, its pixels as squares; any other one is returned itself."""
+    factor = SMALL_PIXELS // max(image.size)
+    if factor <= 1:
+        return image
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ class Kind(NamedTuple):
     """A kind of finding.
 
     Attributes:
-        title: of its section; "" = it is told in a sentence alone.
+        title: of its section.
         text: what to do about it.
     """
 
@@ -100,7 +100,6 @@ class Look:
     findings: list[Finding]
     augment: str
     train: str
-    words: tuple[str, ...] = field(default=())
 
 
 class _Group(NamedTuple):
@@ -144,20 +143,15 @@ def _marks_in(table: Path) -> set[str]:
         return set()
     try:
         with table.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-            header = tuple(rows[0]) if rows else ()
+            reader = csv.DictReader(stream)
+            rows = list(reader)
+        # An empty file has no header; what a row has beyond it stands under None.
+        is_ours = tuple(reader.fieldnames or COLUMNS) == COLUMNS and not any(None in row for row in rows)
     except (OSError, UnicodeDecodeError, csv.Error):
-        rows, header = [], ("?",)
-    if not rows_are_ours(table, header):
+        is_ours = False
+    if not is_ours:
         raise UsageError(f"--output {table.with_suffix('.html')}: {table} is no look.csv; give another name")
     return {row["name"] for row in rows if (row["wrong"] or "").strip()}
-
-
-def rows_are_ours(table: Path, header: tuple[str, ...]) -> bool:
-    """Whether a csv was written by `finetune look`; one without rows has the header alone."""
-    if header:
-        return header == COLUMNS
-    return table.read_text(encoding="utf-8").strip() in ("", ",".join(COLUMNS))
 
 
 def csv_of(findings: Sequence[Finding], marked: Collection[str] = ()) -> str:

@@ -19,7 +19,7 @@ from finetune.data.preprocess import Preprocessing
 from finetune.data.sample import spread_over_classes
 from finetune.data.source import ArraySource, FileSource, Source, TextSource, class_counts
 from finetune.recipe.spec import Recipe
-from finetune.report.examples import SMALL_PIXELS, TEXT_CHARACTERS
+from finetune.report.examples import TEXT_CHARACTERS, enlarged
 from finetune.tasks.evaluation import class_names
 
 SHOWN_SAMPLES = 24
@@ -192,10 +192,9 @@ def _encoded(prepared: Tensor, preprocessing: Preprocessing) -> bytes:
     pixels = ((prepared * std + mean) * 255).round().clamp(0, 255).byte()
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     stream = io.BytesIO()
-    factor = SMALL_PIXELS // max(image.size)
-    if factor > 1:  # its pixels as squares
-        size = (image.width * factor, image.height * factor)
-        image.resize(size, Image.Resampling.NEAREST).save(stream, "PNG", optimize=True)
+    shown = enlarged(image)
+    if shown is not image:
+        shown.save(stream, "PNG", optimize=True)
     else:
         image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
         image.save(stream, "JPEG", quality=JPEG_QUALITY)

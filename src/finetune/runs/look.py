@@ -16,10 +16,9 @@ from finetune.base.formatting import printable
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
 from finetune.base.words import without_option
-from finetune.data.copies import Copies, digests_of_texts, find_copies
-from finetune.data.groups import straddling
+from finetune.data.copies import Copies, find_copies
 from finetune.data.preprocess import Preprocessing
-from finetune.data.source import ArraySource, TextSource
+from finetune.data.source import PARTS, ArraySource, TextSource
 from finetune.data.texts import TextPipeline
 from finetune.report.examples import picture_of
 from finetune.report.look_page import KINDS, SHOWN_FINDINGS, Finding, Look
@@ -28,7 +27,7 @@ from finetune.runs.start import Plan, new_setup, surroundings_put_back
 from finetune.store.finish_state import Finish
 from finetune.tasks.doubts import find_doubts, plain_name
 from finetune.training.advice import of_labels
-from finetune.training.data_check import BrokenSample, look, measured_view, near_pairs
+from finetune.training.data_check import BrokenSample, known_digests, look, measured_view, near_pairs, notes_on_groups
 from finetune.training.dataset import Data
 from finetune.training.finish import gather, reason_against, temperature_of_head, workers
 from finetune.training.phase import Feed, feed_if_kept
@@ -36,7 +35,6 @@ from finetune.training.regularisation import next_strength, try_next
 from finetune.training.setup import Setup
 
 SHOWN_CLASSES, SHOWN_NOTES = 12, 12
-PARTS = ("train", "validation", "test")
 
 
 class _Teller:
@@ -101,10 +99,10 @@ def look_at(plan: Plan, terminal: Terminal, stop: StopRequest) -> Look:
             finally:
                 feed.features.close()
             found += near + doubts
-            notes += [f"{len(near):,} {data.source.noun}(s) that validate are near to one that is trained on"] * bool(
-                near
-            )
-            notes += [f"{len(doubts):,} label(s) look wrong"] * bool(doubts)
+            if near:
+                notes.append(f"{len(near):,} {data.source.noun}(s) that validate are near to one that is trained on")
+            if doubts:
+                notes.append(f"{len(doubts):,} label(s) look wrong")
             checked = "near copies and labels that look wrong were looked for in features that an earlier run kept"
         return _look(plan, setup, teller, found, notes, checked)
 
@@ -140,11 +138,9 @@ def _broken(broken: list[BrokenSample]) -> list[Finding]:
 
 
 def _copies(setup: Setup, data: Data) -> Copies:
-    source = data.source
-    if isinstance(source, ArraySource):
+    if isinstance(data.source, ArraySource):
         return Copies()
-    digests = digests_of_texts(source) if isinstance(source, TextSource) else setup.loaders.train.contents.digests
-    return find_copies(digests, source.targets, data.split)
+    return find_copies(known_digests(setup), data.source.targets, data.split)
 
 
 def _of_copies(copies: Copies, teller: _Teller) -> list[Finding]:
@@ -195,10 +191,7 @@ def _notes(plan: Plan, setup: Setup, data: Data, broken: list[BrokenSample], cop
         done = "left out, as --skip-broken says" if plan.skip_broken else "--skip-broken leaves them out"
         notes.append(f"{len(broken):,} broken {source.noun}(s), like: {first}; {done}")
     if not isinstance(source, ArraySource):
-        notes += copies.notes(source)
-        if source.groups is not None and (count := straddling(source.groups, data.split)):
-            notes.append(f"{count:,} group(s) stand on both sides of the split that the data brings along")
-        notes += source.notes
+        notes += [*copies.notes(source), *notes_on_groups(data), *source.notes]
     return notes + of_labels(data, setup.recipe)
 
 

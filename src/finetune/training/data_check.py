@@ -236,7 +236,7 @@ def check_copies(setup: Setup, feed: Feed) -> Data:
     data, source = setup.data, setup.data.source
     if isinstance(source, ArraySource):  # ships with the kit, and is known
         return data
-    digests = digests_of_texts(source) if isinstance(source, TextSource) else setup.loaders.train.contents.digests
+    digests = known_digests(setup)
     copies = find_copies(digests, source.targets, data.split)
     notes = copies.notes(source, limits_of(digests, data.split))
     if setup.recipe.data.drop_duplicates and copies.dropped:
@@ -245,15 +245,28 @@ def check_copies(setup: Setup, feed: Feed) -> Data:
         # What was advised has been done.
         notes = [note.rpartition(":")[0] for note in notes]
         notes.append(f"{len(names):,} {source.noun}(s) left out as copies (--drop-duplicates), like {names[0]}")
-    if source.groups is not None and (count := straddling(source.groups, data.split)):
-        notes.append(
-            f"{count:,} group(s) have {source.noun}s in more than one part that the data brings along: figures will be "
-            "better than the model is; divide the data anew, or leave the parts to be drawn"
-        )
-    notes += of_labels(data, setup.recipe)
+    notes += [*notes_on_groups(data), *of_labels(data, setup.recipe)]
     if feed.features is not None:
         notes += near_copies(feed.features, data, measured_view(setup))
     return data.with_source(dataclasses.replace(source, notes=(*source.notes, *notes))) if notes else data
+
+
+def known_digests(setup: Setup) -> Tensor:
+    """(samples,) int64 by content, as far as samples were read; 0 = not known."""
+    source = setup.data.source
+    return digests_of_texts(source) if isinstance(source, TextSource) else setup.loaders.train.contents.digests
+
+
+def notes_on_groups(data: Data) -> list[str]:
+    """What to say of groups on both sides of the split."""
+    groups, noun = data.source.groups, data.source.noun
+    count = 0 if groups is None else straddling(groups, data.split)
+    if not count:
+        return []
+    return [
+        f"{count:,} group(s) have {noun}s in more than one part that the data brings along: figures will be better "
+        "than the model is; divide the data anew, or leave the parts to be drawn"
+    ]
 
 
 def near_copies(features: Features, data: Data, view: int | None) -> list[str]:

@@ -188,10 +188,11 @@ def feed_if_kept(setup: Setup, terminal: Terminal, stop: StopRequest) -> Feed | 
         return None
     try:
         found = cut(setup.network.module, setup.backbone, setup.device)
-        run = _pass_of(setup, found, freeze.sha256())
+        frozen_sha256 = freeze.sha256()
+        run = _pass_of(setup, found, frozen_sha256)
         if any(KeptRows(run, samples, view).missing_bytes for view, samples in _parts(setup).items()):
             return None
-        return _feed_of_rows(setup, found, freeze.sha256(), terminal, stop, 0)
+        return _feed_of_rows(setup, found, frozen_sha256, terminal, stop, 0)
     except (CannotSplit, CannotKeep):
         return None
 
