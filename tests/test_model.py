@@ -1,11 +1,14 @@
 """Predicting from Python: what `finetune.load` gives says what `finetune predict` prints, of whatever it is handed."""
 
+import copy
 import dataclasses
 import inspect
 import json
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import numpy as np
@@ -15,12 +18,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import finetune
-from finetune import RunError, UsageError
+from finetune import RunError, StoppedEarly, UsageError
 from finetune.api import fit, resume
 from finetune.cli import main
 from finetune.data.digits import load_digits
+from finetune.data.open import open_source, split_data
 from finetune.export.weights import export
 from finetune.options import ResumeOptions, RunOptions
+from finetune.store.restore import trained_network
+from finetune.store.run_folder import RunFolder
 from finetune.tasks.conformal import half_width_of
 from finetune.tasks.levels import levels_of
 from finetune.tasks.novelty import NoveltyReference, reference_of
@@ -91,6 +97,10 @@ def test_a_broken_one_raises_alone_and_is_an_error_in_its_place_among_others(pla
     column = np.array([str(place / "digits" / "0.png"), str(tmp_path / "nowhere.png")], dtype=object)
     first, second = model.predict(column)
     assert first.label == "0" and "does not exist" in second.error
+    first, second = model.predict([str(place / "digits" / "0.png"), str(tmp_path / "nowhere.png")])
+    assert first.label == "0" and "does not exist" in second.error
+    with pytest.raises(UsageError, match="no such file"):
+        model.predict(tmp_path / "nowhere.png")
 
 
 def test_the_network_itself_is_there_and_the_model_can_be_called_like_it(model):
@@ -102,6 +112,50 @@ def test_the_network_itself_is_there_and_the_model_can_be_called_like_it(model):
     assert "10 classes" in repr(model)
     with pytest.raises(AttributeError):
         _ = model.no_such_thing
+
+
+def test_what_is_asked_of_the_network_is_done_to_it_and_the_model_predicts_as_before(place, capsys):
+    model, file = finetune.load(place / "model.pt"), place / "digits" / "4.png"
+    wanted = model.predict(file)
+    assert model.train() is model and model.module.training and model.training
+    assert model.predict(file) == wanted and model.module.training  # dropout draws nothing
+    assert model.eval().double().predict(file).probability == pytest.approx(wanted.probability, abs=1e-6)
+    assert next(model.module.parameters()).dtype == torch.float64
+    assert model.to(torch.bfloat16).predict(file).label == "4" and model.device == torch.device("cpu")
+    model.note = "mine"
+    assert model.module.note == "mine"
+    model = copy.deepcopy(finetune.load(place / "model.pt"))
+    layer = model.classifier[-1]
+    model.classifier = torch.nn.Sequential(*model.classifier[:-1], layer)
+    assert model.module.classifier[-1] is layer and model.predict(file).label == "4"
+
+
+def test_threads_share_a_model_and_what_it_computes_in_is_put_back(place, model):
+    files = sorted((place / "digits").glob("*.png"))
+    wanted = [one.top for one in model.predict(files)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: model.predict(files, batch_size=1), range(24)))
+    assert all([one.top[0].label for one in rows] == [top[0].label for top in wanted] for rows in found)
+    distances = [[one.distance_percentile for one in rows] for rows in found]
+    assert all(row == distances[0] for row in distances)
+    before = torch.backends.cudnn.allow_tf32
+    assert before  # as torch has it
+    going = model.predictions(model.samples(files)[0], batch_size=1)
+    next(going)
+    assert torch.backends.cudnn.allow_tf32 == before  # also while somebody reads it line by line
+
+
+def test_what_is_no_number_is_refused_in_words(model, place, tmp_path):
+    for options, words in (
+        ({"top_k": 2.5}, "--top-k 2.5: is no whole number"),
+        ({"batch_size": "8"}, "--batch-size '8': is no whole number"),
+        ({"unsure_below": "half"}, "--unsure-below 'half': is no number"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(words)):
+            model.predict(place / "digits", **options)
+    (tmp_path / "model.pt2").write_bytes(b"")
+    with pytest.raises(RunError, match=r"is a file for torch\.export\.load; give the \.pt"):
+        finetune.load(tmp_path / "model.pt2")
 
 
 def test_a_run_folder_stands_for_its_model_and_without_one_says_what_to_type(place, trained, tmp_path, capsys):
@@ -127,6 +181,19 @@ def test_texts_of_a_list_and_of_a_column_with_gaps(tmp_path):
     assert (run.folder / "model.pt").stat().st_mtime_ns == written  # made once
     (tmp_path / "letter.txt").write_text(text)
     assert run.predict(tmp_path / "letter.txt").where["file"].endswith("letter.txt")
+    # In a list a str is a text, whatever it looks like; a path is a file, or says why not.
+    words = [text, "letter.txt", "no/such/folder/", "I wrote to you about the report.csv"]
+    assert [one.where["text"] for one in run.predict(words)] == words
+    found = run.predict([tmp_path / "letter.txt", tmp_path / "nowhere.txt", run.folder / "recipe.json"])
+    assert found[0].label == "late_delivery" and "nowhere.txt" in found[1].error and found[2].error
+    assert run.predict("please look at the report.csv").where["text"].endswith("report.csv")  # one text, no list
+    with pytest.raises(UsageError, match=r"gone\.csv: no such file"):
+        run.predict("gone.csv")
+    frame = SimpleNamespace(columns=["text", "when"], __iter__=None)
+    with pytest.raises(
+        UsageError, match=r"a SimpleNamespace of the columns text, when: .* as in predict\(table\['text'\]"
+    ):
+        run.predict(frame)
     figures = run.evaluate(device="cpu")
     assert figures["samples"] == 316 and figures["accuracy"] > 0.7
     assert finetune.load(run.folder / "model.pt").predict([text])[0].label == "late_delivery"
@@ -187,8 +254,12 @@ def test_distances_are_those_of_plain_cosines_and_copies_are_near(tmp_path):
     assert reference_of(rows[:3]) is None
     twice = reference_of(rows.repeat(2, 1))  # copies among them change nothing
     assert torch.equal(twice.distances, reference.distances) and reference_of(rows[:1].repeat(50, 1)) is None
-    again = NoveltyReference.from_tensors(reference.to_tensors())
+    (tmp_path / "kept.safetensors").write_bytes(reference.to_file("sha256"))
+    again = NoveltyReference.from_tensors(load_file(tmp_path / "kept.safetensors"))
     assert again.percentiles(rows * 2 + 1) == reference.percentiles(rows * 2 + 1)
+    # As far as the rows lie from one another is not farther than they do.
+    even = reference_of(torch.eye(20))
+    assert len(set(even.distances.tolist())) == 1 and even.percentiles(torch.eye(21)[20:, :20] + 1) != [100.0]
 
 
 def test_what_the_head_reads_is_kept_small_and_goes_with_the_export(trained, place):
@@ -214,10 +285,49 @@ def test_the_features_of_the_best_epoch_are_kept_where_the_backbone_trains(tmp_p
     run = train_run(tmp_path / "run", recipe, save_every_steps=0)
     export(run, "best", tmp_path / "model.pt")
     model = finetune.load(tmp_path / "model.pt")
-    pictures = [load_digits().images[index, 0].numpy() for index in range(40)]
-    # Of those that it was trained on most lie at no distance at all: the features are those of this network.
-    at_none = sum(one.distance_percentile < 5 for one in model.predict(pictures))
-    assert at_none > 5
+    train = split_data(open_source(recipe.data, "classification"), recipe).train[:20]
+    pictures = [load_digits().images[index, 0].numpy() for index in train.tolist()]
+    # Those that it was trained on lie at no distance at all: the features are those of this network.
+    assert {one.distance_percentile for one in model.predict(pictures)} == {0.0}
+    export(run, "latest", tmp_path / "latest.pt")  # the best epoch is the last one, or its head reads other features
+    best, latest = (trained_network(run, which)[1].progress.step for which in ("best", "latest"))
+    assert ("novelty" in json.loads((tmp_path / "latest.json").read_text())) == (best == latest)
+    # Trained on, another epoch is best: until its features are kept, nothing is said of distances.
+    kept = run.novelty_file.read_bytes()
+    finetune.resume(run.path, epochs=4, lr=1e-3, quiet=True, device="cpu")
+    assert trained_network(run, "best")[1].progress.step > best and run.novelty_file.read_bytes() != kept
+    export(run, "best", tmp_path / "model.pt")
+    assert (tmp_path / "model-novelty.safetensors").read_bytes() == run.novelty_file.read_bytes()
+    run.novelty_file.write_bytes(kept)  # of the epoch that was best before
+    export(run, "best", tmp_path / "model.pt")
+    assert "novelty" not in json.loads((tmp_path / "model.json").read_text())
+    assert finetune.load(tmp_path / "model.pt").predict(pictures[0]).distance_percentile is None
+    assert not (tmp_path / "model-novelty.safetensors").exists()
+
+
+def test_a_stop_after_the_last_step_is_heard_and_whoever_resumes_goes_on_there(tmp_path, capsys):
+    class Asking:
+        def __init__(self, stop):
+            self.stop = stop
+
+        def validated(self, event):
+            if event.epoch == event.epochs:
+                self.stop.ask("by a test")
+
+    recipe, stop = small_recipe(epochs=2), finetune.StopRequest()
+    options = {"track": "none", "report": False, "device": "cpu", "cache": False, "workers": 0}
+    with pytest.raises(StoppedEarly, match="in the pass that follows the last step; saved"):
+        fit(recipe, tmp_path / "stopped", trackers=[Asking(stop)], stop=stop, **options)
+    assert not (tmp_path / "stopped" / "novelty.safetensors").exists()
+    capsys.readouterr()
+    assert resume(tmp_path / "stopped", device="cpu", workers=0).status == "finished"
+    whole = fit(recipe, tmp_path / "whole", **options)
+    first, second = (load_file(tmp_path / run / "novelty.safetensors") for run in ("stopped", "whole"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    states = [trained_network(RunFolder(tmp_path / run), "best")[0].module.state_dict() for run in ("stopped", "whole")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    steps = [one["step"] for one in whole.validations()]
+    assert [one["step"] for one in dataclasses.replace(whole, folder=tmp_path / "stopped").validations()] == steps
 
 
 # ---- Numbers ----------------------------------------------------------------------------------------------------------

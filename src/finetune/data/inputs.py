@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple, TypedDict
+from typing import ClassVar, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -130,11 +130,12 @@ class ImageInputs:
 
 
 class TextInput(TypedDict):
-    """A text, and the file and line that it is from; "" where there is none."""
+    """A text, and the file and line that it is from; "" where there is none. Where it cannot be read, why."""
 
     file: str
     line: int | str
     text: str
+    error: NotRequired[str]
 
 
 def texts_in(
@@ -143,12 +144,15 @@ def texts_in(
     allow_outside: bool = False,
     say: Callable[[str], None] = print,
     reading: Reading = Reading(),
+    *,
+    are_files: bool = False,
 ) -> list[TextInput]:
     """The texts meant: of a table the rows, of a folder every .txt file below it, a .txt file as a whole; anything else
     is a text itself.
 
     Args:
         say: told what of a folder is no text.
+        are_files: they are paths, and none is a text.
 
     Returns:
         Of each its "text", and the "file" and "line" that it is from.
@@ -158,7 +162,7 @@ def texts_in(
     """
     found: list[TextInput] = []
     for name in inputs:
-        path, is_name = Path(name), len(name.split()) == 1
+        path, is_name = Path(name), are_files or len(name.split()) == 1
         suffix = path.suffix.lower()
         if _is(Path.is_dir, name):
             files = _files_of(path, TEXTS, ".txt files", say)
@@ -171,7 +175,7 @@ def texts_in(
             found += [{"file": name, "line": row.line, "text": text_of(row.content, row.where)} for row in rows]
         elif suffix in TEXT_SUFFIXES and (is_name or _is(Path.exists, name)):
             found.append({"file": name, "line": "", "text": read_text(path)})
-        elif _is(Path.exists, name) or (is_name and name.endswith(("/", os.sep))):
+        elif are_files or _is(Path.exists, name) or (is_name and name.endswith(("/", os.sep))):
             known = ", ".join([*TABLE_SUFFIXES, *TEXT_SUFFIXES])
             raise UsageError(
                 f"{name}: is no folder, and no file of texts ({known}); rename it, or give the text itself"
@@ -206,7 +210,8 @@ class TextInputs:
         """In order."""
         for start in range(0, len(self.texts), batch_size):
             chunk = self.texts[start : start + batch_size]
-            errors = ["" if one["text"].strip() else "is empty; write a text" for one in chunk]
+            errors = [one.get("error") or ("" if one["text"].strip() else "is empty; write a text") for one in chunk]
             good = [one["text"] for one, error in zip(chunk, errors, strict=True) if not error]
             tokens = self.tokenization.tokenize(good).batch(list(range(len(good)))) if good else None
-            yield Inputs([{name: value for name, value in one.items() if value != ""} for one in chunk], errors, tokens)
+            where = [{k: value for k, value in one.items() if k != "error" and value != ""} for one in chunk]
+            yield Inputs(where, errors, tokens)

@@ -25,6 +25,8 @@ from finetune.store.state import generators_put_back
 from finetune.tasks.novelty import NoveltyReference
 
 SCHEMA_VERSION = 3
+# What runs files that hold the network itself.
+OTHER_RUNTIMES = {".onnx": "onnxruntime", ".pt2": "torch.export.load"}
 # From the schema that is the key to the next one; 3 is the first that outlives a version of the kit.
 MIGRATIONS: Steps = {}
 
@@ -100,8 +102,8 @@ def load_described(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     file = Path(path)
     if not file.is_file():
         raise RunError(f"export {file} does not exist; make it with: finetune export RUN")
-    if file.suffix == ".onnx":
-        raise RunError(f"export {file}: an .onnx is for onnxruntime; give the .pt or .safetensors of the same run")
+    if runtime := OTHER_RUNTIMES.get(file.suffix):
+        raise RunError(f"export {file}: is a file for {runtime}; give the .pt or .safetensors of the same run")
     description = read_description(file)
     found = sha256_of_file(file)
     if found not in {description["sha256"], *description["files"].values()}:

@@ -1,32 +1,30 @@
 """An export, ready to predict: what `finetune.load` gives, and what `finetune predict` asks."""
 
-import dataclasses
 import functools
+import inspect
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from finetune.base.device import NO_TF32, module_to_device, numerics_put_back, pick_device, set_tf32, to_device
 from finetune.base.halves import freeing, in_halves
 from finetune.base.terminal import say_aside
-from finetune.data.decode import Picture
-from finetune.data.inputs import ImageInputs, TextInput, TextInputs, image_files, texts_in
+from finetune.data.given import images_given, texts_given
+from finetune.data.inputs import ImageInputs, TextInputs
 from finetune.data.preprocess import Preprocessing
 from finetune.data.source import Reading
-from finetune.data.table import TABLE_SUFFIXES
-from finetune.data.texts import TEXT_SUFFIXES
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, UsageError
 from finetune.export.load import in_own_unit, load_described, prepared, read_novelty
+from finetune.export.prediction import Prediction, Ranked
+from finetune.models.freeze import in_eval
 from finetune.models.heads import beside_zero
 from finetune.recipe.spec import TASKS
 from finetune.tasks.levels import nearest_level
@@ -35,80 +33,16 @@ from finetune.tasks.novelty import NOVEL_PERCENTILE, NoveltyReference, watched
 
 # Classes that are listed, and samples that are computed at once, unless other numbers are given.
 TOP_K, BATCH_SIZE = 3, 64
-
-
-class Ranked(NamedTuple):
-    """A class and its probability."""
-
-    label: str
-    probability: float
-
-
-@dataclass(frozen=True, repr=False)
-class Prediction:
-    """What is predicted of an image or a text.
-
-    Attributes:
-        label, probability: the most probable class; None where a number is predicted, or the sample is not known well
-            enough for `unsure_below`.
-        top: the most probable classes, the first of them first.
-        labels: of several labels a sample those that apply; else None.
-        value: the number, in the unit of the training data; None where classes are predicted.
-        level: the step of the scale that is nearest to it, where the training data is such, as stars are; else None.
-        low, high: the true number lies between them with 90 % probability; None where nothing is known of that.
-        distance_percentile: how many of 100 training samples lie nearer to another one than this sample does to any:
-            from 99 on it is like nothing that the model was trained on. None where the export does not know.
-        unsure: why nobody should rely on it; "" = nothing speaks against it.
-        error: what is wrong with the sample, of which then nothing is predicted; else "".
-        where: "file", "line", "text" of the sample, what there is of them.
-    """
-
-    label: str | None = None
-    probability: float | None = None
-    top: list[Ranked] = field(default_factory=list)
-    labels: list[str] | None = None
-    value: float | None = None
-    level: float | None = None
-    low: float | None = None
-    high: float | None = None
-    distance_percentile: float | None = None
-    unsure: str = ""
-    error: str = ""
-    where: dict[str, object] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        """What there is to say."""
-        said = {
-            one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name not in ("top", "where")
-        }
-        words = [f"{name}={value!r}" for name, value in said.items() if value not in (None, "")]
-        return f"Prediction({', '.join(words)})"
-
-    def to_plain(self) -> dict[str, object]:
-        """As a line of JSON holds it."""
-        if self.error:
-            return self.where | {"error": self.error}
-        row: dict[str, object] = dict(self.where)
-        if self.value is not None:
-            row["value"] = self.value
-            row |= {"level": self.level} if self.level is not None else {}
-            row |= {"low": self.low, "high": self.high} if self.low is not None else {}
-        else:
-            if self.labels is not None:
-                row["labels"] = self.labels
-            else:
-                chance = None if self.probability is None else round(self.probability, 6)
-                row |= {"label": self.label, "probability": chance}
-            row["top"] = [{"label": one.label, "probability": round(one.probability, 6)} for one in self.top]
-        if self.distance_percentile is not None:
-            row["distance_percentile"] = round(self.distance_percentile, 2)
-        return row | ({"unsure": self.unsure} if self.unsure else {})
+# What is computed in TF32 is set for the whole process, so whatever its threads predict, one batch at a time.
+COMPUTING = threading.RLock()
 
 
 class LoadedModel:
     """A trained model, loaded: it does to an image or a text what was done to those that it was trained on.
 
-    It can be called like the network itself, and whatever else is asked of it the network answers.
+    It can be called like the network itself, and whatever else is asked of it, or set, is the network's: after
+    `model.to("cuda").half()` it predicts there and so. Threads may share it. It is no `nn.Module`: where a library
+    wants one, give it `module`.
 
     Attributes:
         file: the export.
@@ -119,12 +53,12 @@ class LoadedModel:
         task: "classification", "multi-label" or "regression".
     """
 
-    def __init__(self, file: Path, module: nn.Module, description: dict[str, Any], device: torch.device):
-        self.file, self.description, self.device = file, description, device
-        self.module = module
+    def __init__(self, file: Path, module: nn.Module, description: dict[str, Any]):
+        self.file, self.description = file, description
         self.classes: list[str] = description["classes"]
         self.task: str = description["task"]
         self.thresholds = torch.tensor(description.get("thresholds") or [0.5] * len(self.classes))
+        self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -132,7 +66,22 @@ class LoadedModel:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "module" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self.module, name)
+        found = getattr(self.module, name)
+        if not inspect.ismethod(found):
+            return found
+
+        @functools.wraps(found)
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            given = found(*args, **kwargs)
+            return self if given is self.module else given
+
+        return answer
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if "module" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.module, name, value)
 
     def __repr__(self) -> str:
         what = f"{len(self.classes)} classes" if self.classes else "numbers"
@@ -148,6 +97,11 @@ class LoadedModel:
     def preprocessing(self) -> Preprocessing | Tokenization:
         """What is done to images, or texts, before the network sees them."""
         return prepared(self.file, self.description)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.module.parameters()).device
 
     @property
     def reads_texts(self) -> bool:
@@ -172,7 +126,8 @@ class LoadedModel:
         Args:
             inputs: of images a path, a picture of PIL, an array (height, width, 3) of uint8 or a tensor (3, height,
                 width) of uint8; of texts a text, or a path. A folder or a table is a list of what it holds. Or a list,
-                a column of a DataFrame or an array of such; a column of texts holds texts, whatever they look like.
+                a column of a DataFrame or an array of such; in these a str of a text model is a text, whatever it looks
+                like, and a file is given as a `Path`.
             top_k: classes to list.
             unsure_below: no label is given where the probability is below this, or where a sample is like nothing that
                 the model was trained on.
@@ -197,52 +152,12 @@ class LoadedModel:
     def samples(self, inputs: object, allow_outside: bool = False) -> tuple[ImageInputs | TextInputs, bool]:
         """The samples that are meant; whether it is a single one."""
         preprocessing = self.preprocessing
-        is_text = isinstance(preprocessing, Tokenization)
-        is_one = isinstance(inputs, str | os.PathLike | Image.Image | Tensor) or (
-            isinstance(inputs, np.ndarray) and inputs.dtype.kind in "uifb"
-        )
-        if isinstance(inputs, bytes | dict) or not (is_one or isinstance(inputs, Iterable)):
-            what = "a text or a path" if is_text else "a path, a picture of PIL or an array"
-            raise UsageError(f"predict: {type(inputs).__name__} is nothing to predict; give {what}, or a list of such")
-        if is_one and isinstance(inputs, str | os.PathLike):
-            is_one = not os.path.isdir(inputs) and Path(inputs).suffix.lower() not in TABLE_SUFFIXES
-        # A column of a DataFrame, or an array: each of its values is a sample.
-        is_column = not is_one and hasattr(inputs, "tolist")
-        values = [inputs] if is_one or isinstance(inputs, str | os.PathLike) else list(cast(Iterable[Any], inputs))
         if isinstance(preprocessing, Tokenization):
-            texts = self._texts(values, is_column, allow_outside)
-            return TextInputs(texts, preprocessing), is_one and len(texts) == 1
-        return ImageInputs(self._images(values, is_column, allow_outside), preprocessing), is_one
+            texts, is_one = texts_given(inputs, allow_outside, say_aside, self.reading)
+            return TextInputs(texts, preprocessing), is_one
+        images, is_one = images_given(inputs, allow_outside, say_aside, self.reading)
+        return ImageInputs(images, preprocessing), is_one
 
-    def _images(self, values: Sequence[Any], is_column: bool, allow_outside: bool) -> list[Picture]:
-        found: list[Picture] = []
-        for value in values:
-            if not isinstance(value, str | os.PathLike):
-                found.append(value)
-            elif is_column:
-                found.append(Path(value))
-            else:
-                name = os.fspath(value)
-                found += image_files([name], allow_outside=allow_outside, say=say_aside, reading=self.reading)
-        return found
-
-    def _texts(self, values: Sequence[Any], is_column: bool, allow_outside: bool) -> list[TextInput]:
-        found: list[TextInput] = []
-        for value in values:
-            if isinstance(value, os.PathLike):
-                path = Path(value)
-                if not path.is_dir() and path.suffix.lower() not in (*TABLE_SUFFIXES, *TEXT_SUFFIXES):
-                    raise UsageError(f"{path}: is no folder, and no file of texts; give the text itself as a str")
-                found += texts_in([str(path)], "", allow_outside, say_aside, self.reading)
-            elif is_column:  # what is missing there is a number, or None
-                found.append({"file": "", "line": "", "text": value if isinstance(value, str) else ""})
-            elif isinstance(value, str):
-                found += texts_in([value], "", allow_outside, say_aside, self.reading)
-            else:
-                raise UsageError(f"predict: {type(value).__name__} is no text; give texts, or paths of files of them")
-        return found
-
-    @numerics_put_back()
     def predictions(
         self,
         samples: ImageInputs | TextInputs,
@@ -261,7 +176,6 @@ class LoadedModel:
             UsageError: a number that cannot be, or that has no effect.
         """
         self.check(top_k, batch_size, unsure_below)
-        set_tf32(NO_TF32)
         free, halvings = freeing(self.device, lambda text: say_aside(f"finetune: {text}")), 0
         for batch in samples.batches(batch_size):
             outputs: Iterator[tuple[Tensor, float | None]] = iter(())
@@ -278,6 +192,11 @@ class LoadedModel:
 
     def check(self, top_k: int, batch_size: int, unsure_below: float) -> None:
         """Raises: UsageError: see `predictions`."""
+        for option, value in (("top-k", top_k), ("batch-size", batch_size)):
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise UsageError(f"--{option} {value!r}: is no whole number; give one from 1 on")
+        if not isinstance(unsure_below, Real):
+            raise UsageError(f"--unsure-below {unsure_below!r}: is no number; give a probability, 0 to 1")
         if top_k < 1 or batch_size < 1:
             raise UsageError(f"--top-k {top_k} --batch-size {batch_size}: both must be 1 or more")
         if not 0 <= unsure_below <= 1:
@@ -294,7 +213,6 @@ class LoadedModel:
                         "out"
                     )
 
-    @torch.inference_mode()
     def _compute(self, inputs: Tensor, halvings: int = 0) -> list[tuple[Tensor, float | None]]:
         """Of each sample what is decided by: (classes,) probabilities, of several labels each on its own, or a number;
         and its `Prediction.distance_percentile`.
@@ -304,19 +222,23 @@ class LoadedModel:
         """
         task = make_task(TASKS[self.task](), len(self.classes))
         one_logit = self.description["architecture"].get("one_logit", False)
+        weight = next(self.module.parameters())
 
         def decide(part: Tensor) -> list[Tensor]:
-            outputs = self.module(to_device(part, self.device))
+            part = to_device(part.to(weight.dtype) if part.is_floating_point() else part, weight.device)
+            outputs = self.module(part)
             return _decided(beside_zero(outputs) if one_logit else outputs, task)
 
         found: list[tuple[Tensor, float | None]] = []
-        for part in inputs.split(max(1, len(inputs) >> halvings)):
-            if self.novelty is None:
-                found += [(one, None) for one in decide(part)]
-                continue
-            with watched(self.module.get_submodule(self.description["novelty"]["layer"])) as features:
-                decided = decide(part)
-            found += zip(decided, self.novelty.percentiles(features[-1]), strict=True)
+        with COMPUTING, numerics_put_back(), torch.inference_mode(), in_eval(self.module):
+            set_tf32(NO_TF32)
+            for part in inputs.split(max(1, len(inputs) >> halvings)):
+                if self.novelty is None:
+                    found += [(one, None) for one in decide(part)]
+                    continue
+                with watched(self.module.get_submodule(self.description["novelty"]["layer"])) as features:
+                    decided = decide(part)
+                found += zip(decided, self.novelty.percentiles(features[-1]), strict=True)
         return found
 
     def _prediction(
@@ -361,7 +283,7 @@ def _decided(outputs: Tensor, task: Task) -> list[Tensor]:
     if isinstance(task, RegressionTask):
         return list(outputs.cpu().double().squeeze(1))
     assert isinstance(task, Classifying), "nothing else predicts"
-    return list(task.probabilities(outputs).cpu())
+    return list(task.probabilities(outputs.float()).cpu())
 
 
 def load_model(path: str | Path, device_name: str = "cpu", *, in_fast_format: bool = False) -> LoadedModel:
@@ -384,4 +306,4 @@ def load_model(path: str | Path, device_name: str = "cpu", *, in_fast_format: bo
     device = pick_device(device_name)
     module, description = load_described(file)
     module = module_to_device(module, device) if in_fast_format else module.to(device)
-    return LoadedModel(file, in_own_unit(module, description), description, device)
+    return LoadedModel(file, in_own_unit(module, description), description)

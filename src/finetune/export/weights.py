@@ -27,14 +27,17 @@ from finetune.export.load import SCHEMA_VERSION, novelty_file, read_description,
 from finetune.export.program import program_of
 from finetune.export.receiver import Seen, receive
 from finetune.export.verify import Trained, hold_against, trained_tensors
+from finetune.models.freeze import hash_tensors
 from finetune.models.network import Network
 from finetune.models.stock import is_stock, no_stock_lines, threshold_lines
 from finetune.models.weights import read_weights
+from finetune.recipe.spec import Recipe
 from finetune.store.checkpoint import read_checkpoint
 from finetune.store.restore import shipped_half_width, shipped_thresholds
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import CheckpointState, generators_put_back
 from finetune.tasks.conformal import COVERAGE
+from finetune.tasks.novelty import READ_BY, ROWS, about_file
 
 FORMATS = (".pt", ".safetensors", ".onnx", ".pt2")
 # What `--format` says, by the end of the file's name.
@@ -116,7 +119,9 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
         sha256 = write_atomically(output, lambda stream: _copy_into(stream, temporary))
     if isinstance(trained.backbone.preprocessing, Tokenization):
         trained.backbone.preprocessing.write(tokenizer_folder(output))
-    if "novelty" in description and output.suffix not in WHERE_CHECKED:  # only this kit reads it
+    if "novelty" not in description:
+        novelty_file(output).unlink(missing_ok=True)  # of another checkpoint
+    elif output.suffix not in WHERE_CHECKED:  # only this kit reads it
         write_atomically(novelty_file(output), lambda stream: _copy_into(stream, run.novelty_file))
     description |= {"sha256": sha256, "files": {output.name: sha256} | other_formats(output, description)}
     write_json(output.with_suffix(".json"), description)
@@ -163,7 +168,7 @@ def describe(run: RunFolder, which: str, trained: Trained) -> dict[str, Any]:
         # Numbers that are steps of a scale.
         **({"levels": state.data.levels} if state.data.levels else {}),
         **({"interval": {"coverage": COVERAGE, "half_width": width}} if (width := _half_width(which, state)) else {}),
-        **({"novelty": _novelty(run, network)} if _knows_novelty(run, which, trained) else {}),
+        **_novelty(run, network, recipe),
         "preprocessing": preprocessing.to_plain(),
         "preprocessing_text": how,
         "quotes": recipe.data.quotes,
@@ -180,15 +185,14 @@ def _half_width(which: str, state: CheckpointState) -> float:
     return width if math.isfinite(width) else 0.0
 
 
-def _novelty(run: RunFolder, network: Network) -> dict[str, str]:
-    return {"sha256": sha256_of_file(run.novelty_file), "layer": network.first_layer_path}
-
-
-def _knows_novelty(run: RunFolder, which: str, trained: Trained) -> bool:
-    """Whether the run kept what the head read of training samples, and this checkpoint reads the same."""
-    head = f"{trained.network.head_paths[-1]}."
-    reads_best = which != "latest" or all(name.startswith(head) for name in trained.state.frozen.trainable)
-    return run.novelty_file.is_file() and reads_best
+def _novelty(run: RunFolder, network: Network, recipe: Recipe) -> dict[str, Any]:
+    """What the JSON says of the features of training samples; {} = the run kept none that this checkpoint's head
+    reads."""
+    about = about_file(run.novelty_file)
+    if not about or about.get(READ_BY) != hash_tensors(network.changeable_before_head(recipe.trainable)):
+        return {}
+    layer = network.first_layer_path
+    return {"novelty": {"sha256": sha256_of_file(run.novelty_file), "layer": layer, "samples": int(about[ROWS])}}
 
 
 def _metrics(which: str, state: CheckpointState) -> dict[str, float]:

@@ -72,13 +72,17 @@ class FreezeMap:
         """What is frozen in an epoch, counted from 0."""
         return Freeze(self, epoch)
 
+    @property
+    def last_thaw(self) -> int:
+        """The epoch of the last one; 0 = there is none."""
+        return max((rule.from_epoch for rule in self.rules), default=0)
+
     def ever_trains(self) -> dict[str, nn.Parameter]:
         """The parameters that train in any epoch, by name."""
-        last = max((rule.from_epoch for rule in self.rules), default=0)
         return {
             name: parameter
             for path, module in self.module.named_modules()
-            if self.trains(path, last)
+            if self.trains(path, self.last_thaw)
             for name, parameter in module.named_parameters(path, recurse=False)
         }
 

@@ -61,6 +61,17 @@ class Network:
         """Of what gives the network's numbers."""
         return last_layer(self.head_paths[-1], self.head_kind)
 
+    @property
+    def new_head_path(self) -> str:
+        """Of what is new: the old layer under an appended head stays as it is."""
+        return f"{self.head_paths[-1]}.1" if self.head_kind == "append" else self.head_paths[-1]
+
+    def changeable_before_head(self, trainable: Trainable) -> dict[str, Tensor]:
+        """What can ever change of that which computes the features that the head reads, by name."""
+        freeze_map = self.freeze_map(trainable)
+        found = freeze_map.at(freeze_map.last_thaw).changeable()
+        return {name: value for name, value in found.items() if not name.startswith(f"{self.new_head_path}.")}
+
     def head(self) -> nn.Module | None:
         """The head, if it has one."""
         return self.module.get_submodule(self.head_paths[-1]) if self.head_kind != NO_HEAD else None
@@ -75,8 +86,7 @@ class Network:
         Raises:
             UsageError: a state that is neither "trainable" nor "frozen".
         """
-        # The old layer under an appended head stays as it is.
-        heads = [f"{self.head_paths[-1]}.1"] if self.head_kind == "append" else self.head_paths
+        heads = [self.new_head_path] if self.head_kind == "append" else self.head_paths
         heads = [*self.new_paths, *(heads if self.head_kind != NO_HEAD else [])]
         for pattern, state, _ in trainable.rules:
             if state not in ("trainable", "frozen"):

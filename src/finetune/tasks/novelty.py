@@ -7,8 +7,11 @@ nearest neighbors", ICML 2022). What it is worth says the share of the training 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,6 +23,8 @@ LEVELS = 127
 # Farther than this share of the training samples is from the rest of them: like nothing that the model knows.
 NOVEL_PERCENTILE = 99.0
 PART_ROWS = 1_024
+# What such a file says beside its tensors.
+READ_BY, ROWS = "read_by_sha256", "rows"
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,14 @@ class NoveltyReference:
     rows: Tensor
     distances: Tensor
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        return {"rows": self.rows, "distances": self.distances}
+    def to_file(self, read_by: str) -> bytes:
+        """A file of safetensors.
+
+        Args:
+            read_by: sha256 over what can ever change of the network before its head.
+        """
+        about = {READ_BY: read_by, ROWS: str(len(self.rows))}
+        return save({"rows": self.rows, "distances": self.distances}, about)
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "NoveltyReference":
@@ -56,10 +67,20 @@ class NoveltyReference:
             features: as `watched` gives them.
         """
         known = functional.normalize(self.rows.float(), dim=1)
-        rows = functional.normalize(_rows_of(features), dim=1)
+        # Rounded as those are, so that one of them lies at no distance from itself.
+        rows = functional.normalize(_rounded(_rows_of(features)), dim=1)
         found = 1 - torch.cat([(part @ known.T).amax(1) for part in rows.split(PART_ROWS)])
-        places = torch.searchsorted(self.distances, found.contiguous(), right=True)
+        places = torch.searchsorted(self.distances, found.contiguous())
         return (100.0 * places / len(self.distances)).tolist()
+
+
+def about_file(path: Path) -> dict[str, str]:
+    """What such a file says beside its tensors; nothing where there is none, or none that can be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return {}
 
 
 def rows_to_keep(samples: Tensor, features: int) -> Tensor:
@@ -75,9 +96,8 @@ def reference_of(features: Tensor) -> NoveltyReference | None:
     """
     if len(features) < FEWEST_ROWS or not features.isfinite().all():
         return None
-    largest = features.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     # Of copies one will do: else the rest would lie at no distance, and whatever is no copy would seem strange.
-    rows = (features / largest * LEVELS).round().to(torch.int8).unique(dim=0)
+    rows = _rounded(features).to(torch.int8).unique(dim=0)
     if len(rows) < FEWEST_ROWS:
         return None
     known, nearest = functional.normalize(rows.float(), dim=1), []
@@ -86,6 +106,12 @@ def reference_of(features: Tensor) -> NoveltyReference | None:
         alike.diagonal(start).fill_(-1)
         nearest.append(alike.amax(1))
     return NoveltyReference(rows, (1 - torch.cat(nearest)).sort().values)
+
+
+def _rounded(features: Tensor) -> Tensor:
+    """Rows in whole numbers of 8 bits, each by its own largest."""
+    largest = features.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (features / largest * LEVELS).round()
 
 
 def _rows_of(features: Tensor) -> Tensor:

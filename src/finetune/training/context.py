@@ -5,8 +5,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import save
-
 from finetune.base.files import write_atomically
 from finetune.base.lock import hold_lock
 from finetune.base.memory import guard_memory
@@ -20,7 +18,6 @@ from finetune.store.metrics_log import MetricsFile
 from finetune.store.run_folder import RunFolder
 from finetune.store.state import CheckpointState, LogMark
 from finetune.tasks.doubts import Doubt, csv_of, read_doubts
-from finetune.tasks.novelty import NoveltyReference
 from finetune.watch.trackers import HandedIn, watching
 from finetune.watch.watch import Watch
 
@@ -154,15 +151,15 @@ class RunContext:
             except OSError as error:
                 self.watch.say(f"{self.run.labels_file} cannot be written ({one_line(error)})")
 
-    def save_novelty(self, reference: NoveltyReference | None) -> None:
-        """Write what the head read of training samples; that it cannot be written stops no run."""
+    def save_novelty(self, content: bytes) -> None:
+        """Write the file of what the head read of training samples; b"" = there is none. That it cannot be written
+        stops no run."""
         if not self.writes:
             return
         try:
-            if reference is None:
+            if not content:
                 self.run.novelty_file.unlink(missing_ok=True)
             else:
-                content = save(reference.to_tensors())
                 write_atomically(self.run.novelty_file, lambda stream: stream.write(content))
         except OSError as error:
             self.watch.say(f"{self.run.novelty_file} cannot be written ({one_line(error)})")

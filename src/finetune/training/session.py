@@ -36,7 +36,7 @@ from finetune.training.finish import (
 from finetune.training.nan_guard import Losses
 from finetune.training.optimizer import learning_rates, load_optimizer_state, optimizer_state
 from finetune.training.phase import Phase, start_phase
-from finetune.training.reference import novelty_reference
+from finetune.training.reference import keep_reference, wants_reference
 from finetune.training.setup import Setup
 from finetune.training.validation import adjustments, record_validation, validate
 
@@ -133,7 +133,7 @@ class Session:
         # Last of all: whatever was built above may have drawn random numbers.
         if self._resumed is not None:
             restore_generators(self._resumed.rng)
-        if self._validation_is_due():
+        if self._validation_is_due() or self._outcome():
             self.conclude_step(save_is_due=False)
 
     @property
@@ -225,27 +225,44 @@ class Session:
         progress, stop = self.progress, self.context.stop
         due = self._validation_is_due()
         is_best = self._validate() if due and not stop.requested else False
+        outcome = ""
         if not self._validation_is_due():
-            if due and 0 < self.recipe.stop.patience <= progress.validations_without_best:
-                self._end("stopped early")
-            elif progress.step >= self.steps.end:
-                self._end("finished")
-            if progress.status != "running" or progress.finish.status:
-                self._keep_reference(is_best)
             if progress.position_samples >= self.samples:
                 progress.epoch, progress.position_samples = progress.epoch + 1, 0
                 progress.loss_sum, progress.loss_samples = torch.zeros(()), 0
-        if due or save_is_due or stop.requested:
+            if outcome := self._outcome():
+                self._keep_reference(is_best)
+                self._end(outcome)
+        if due or outcome or save_is_due or stop.requested:
             self.save(is_best)
         if stop.requested and progress.status == "running":
             saved = ", saved" if self.context.writes else ""
             raise stop.stopped(f"at step {progress.step} of {self.steps.end}{saved}")
 
+    def _outcome(self) -> str:
+        """How the loop ends where it stands; "" = it goes on, or has ended."""
+        progress = self.progress
+        if progress.status != "running" or progress.finish.status:
+            return ""
+        if 0 < self.recipe.stop.patience <= progress.validations_without_best:
+            return "stopped early"
+        return "finished" if progress.step >= self.steps.end else ""
+
     def _keep_reference(self, is_best: bool) -> None:
-        """Before the save that ends the loop: after it a kill would lose it."""
-        if self.context.writes:
-            reference = novelty_reference(self.setup, self.phase, self.context, self.best_model, is_best=is_best)
-            self.context.save_novelty(reference)
+        """Before the save that ends the loop: after it a kill would lose it.
+
+        Raises:
+            StoppedEarly: asked for; the state is saved, and whoever resumes begins with this.
+        """
+        setup, phase, context = self.setup, self.phase, self.context
+        if not context.writes:
+            return
+        if not wants_reference(setup, phase):
+            context.save_novelty(b"")
+            return
+        if not phase.feed.is_kept:  # it takes as long as an epoch, or a part of it
+            self.save(is_best)
+        keep_reference(setup, phase, context, self.best_model, is_best=is_best)
 
     def _end(self, status: str) -> None:
         """The loop is over; the run is, too, unless its head is still to be solved."""
