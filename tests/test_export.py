@@ -10,6 +10,7 @@ import finetune
 from finetune import Images, RunError
 from finetune.cli import main
 from finetune.data.batch import Request
+from finetune.export.graphs import write_onnx, write_torch_export
 from finetune.export.verify import FOLDED_TOLERANCE, Own
 from finetune.export.weights import GRAPH_TOLERANCE, export
 from finetune.models.backbones import find_backbone
@@ -194,6 +195,21 @@ def test_an_onnx_file_gives_the_runs_logits_in_onnxruntime_for_any_number_of_ima
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["model.json", "model.md", "model.onnx"]
     with pytest.raises(RunError, match=r"is a file for onnxruntime"):
         finetune.load(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("write", [write_onnx, write_torch_export])
+def test_a_network_that_was_written_with_a_single_sample_takes_any_number(write, tmp_path):
+    network, path = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)).eval(), tmp_path / "model"
+    sample = torch.randn(1, 3, 2, 2)
+    assert write(network, sample, path).shape == (1, 2)
+    images = torch.randn(5, 3, 2, 2)
+    if write is write_onnx:
+        import onnxruntime
+
+        found = onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})[0]
+    else:
+        found = torch.export.load(path).module()(images).detach().numpy()
+    torch.testing.assert_close(torch.from_numpy(found), network(images).detach(), rtol=0, atol=1e-5)
 
 
 def test_without_the_packages_for_onnx_the_line_says_what_to_install(trained, tmp_path, monkeypatch, capsys):

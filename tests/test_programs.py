@@ -18,11 +18,13 @@ from finetune import ImageTraining, TextTable, image_head, text_head
 from finetune.data.decode import read_image
 from finetune.export.hf_folder import export_folder
 from finetune.export.load import prepared, read_description
+from finetune.export.receiver import receive
 from finetune.export.weights import ExportReport, export
 
 from conftest import train_run  # isort: skip
 
 TEXT = "a text"  # as the programs have it
+STEM = """it's "mine" """  # of files: people call them anything
 FEW = ImageTraining(finish="none", train_samples=60, validation_fraction=0.05)
 
 
@@ -122,12 +124,12 @@ def tried(place: Path, cases: dict[str, list[str]]) -> dict:
                 if kind == "hf":
                     report = export_folder(run, which, Path("hf"), half=False)
                 else:
-                    report = export(run, which, Path(f"model{kind}"))
+                    report = export(run, which, Path(f"{STEM}{kind}"))
                 program, said = report.program, report.text()
                 assert said.endswith(f"\n{program}") and 'Path("' in program
                 assert f"run on {report.seen.samples} samples that validate" in said
                 sample = TEXT if TEXT in program.splitlines()[-1] else "photo.jpg"
-                ours = finetune.load("model.pt").predict(sample) if kind == ".pt" else found[name, ".pt"][2]
+                ours = finetune.load(f"{STEM}.pt").predict(sample) if kind == ".pt" else found[name, ".pt"][2]
             programs.append((folder, program))
             found[name, kind] = [None, report, ours]
     for key, printed in zip(found, run_programs(python, programs, place), strict=True):
@@ -170,6 +172,18 @@ def test_the_printed_program_gives_what_the_kit_predicts_where_the_kit_is_not_in
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in MORE.items() for kind in kinds])
 def test_so_do_the_programs_of_other_heads_and_formats(more, name, kind):
     check(*more[name, kind])
+
+
+def test_a_program_that_is_not_what_the_run_is_says_what_to_do(trained, tmp_path):
+    report = export(trained, "best", tmp_path / "a\nb.pt")
+    assert not report.seen.error and "finetune.load" not in report.seen.text()  # a name of two lines ends no comment
+    assert receive(report.program, report.trained, report.description).difference == report.seen.difference
+    swapped = report.program.replace("return image.float()", "return (0 * image.float())")
+    assert swapped != report.program
+    seen = receive(swapped, report.trained, report.description)
+    assert seen.alike < seen.samples and "more than rounding and resizing explain, so please report it" in seen.text()
+    nothing = receive("def predict(path):\n    return '3', float('nan')", report.trained, report.description)
+    assert "more than rounding" in nothing.text()
 
 
 @pytest.mark.slow

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-
 from finetune import __version__
 from finetune.base.files import write_atomically
 from finetune.base.formatting import number_text, printable
 from finetune.base.intervals import FEW, worth_text
+from finetune.base.templates import templates_in
 from finetune.data.open import open_source
 from finetune.data.source import class_counts
 from finetune.errors import FinetuneError
@@ -27,7 +26,7 @@ from finetune.store.run_folder import RunFolder
 from finetune.tasks.doubts import read_doubts
 from finetune.tasks.evaluation import ClassRow
 
-TEMPLATE = Path(__file__).with_name("card.md.j2")
+TEMPLATES = templates_in(Path(__file__).parent)
 SHOWN_CLASSES, SHOWN_ROWS = 50, 30
 # A class of so many times fewer samples than another is one that the model hardly knows.
 LOPSIDED = 10
@@ -77,10 +76,9 @@ def _card(
     validation = _validation_of(data, description["checkpoint"]["which"], trained)
     rows = validation.classes if validation else []
     shown = rows if len(rows) <= SHOWN_ROWS else sorted(rows, key=lambda row: (row.f1, row.recall))[:SHOWN_ROWS]
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["md"] = markdown
     noun = "text" if trained.backbone.reads_texts else "image"
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    text = TEMPLATES.get_template("card.md.j2").render(
+        md=markdown,
         name=f"{path.stem} of {description['source_run']}",
         what=TASKS[description["task"]].format(noun=noun),
         version=__version__,

@@ -78,16 +78,16 @@ def write_onnx(model: nn.Module, samples: Tensor, path: Path) -> Tensor:
         raise UsageError(f"--format onnx: needs {', '.join(missing)}; install with: pip install {' '.join(missing)}")
     import onnxruntime
 
-    inputs = inputs_of(samples)
+    inputs, traced = inputs_of(samples), inputs_of(_several(samples))
     with _quietly("onnx"):
         torch.onnx.export(
             _by_place(model, inputs),
-            tuple(inputs.tensors.values()),
+            tuple(traced.tensors.values()),
             str(path),
             dynamo=True,
             input_names=list(inputs.tensors),
             output_names=[OUTPUT],
-            dynamic_shapes=inputs.dynamic_shapes,
+            dynamic_shapes=traced.dynamic_shapes,
             external_data=False,
         )
     options = onnxruntime.SessionOptions()
@@ -103,17 +103,22 @@ def write_torch_export(model: nn.Module, samples: Tensor, path: Path) -> Tensor:
     Raises:
         RunError: the network cannot be written so.
     """
-    inputs = inputs_of(samples)
+    inputs, traced = inputs_of(samples), inputs_of(_several(samples))
     with _quietly("torch-export"):
         exported = torch.export.export(
             _by_place(model, inputs),
-            tuple(inputs.tensors.values()),
-            dynamic_shapes=inputs.dynamic_shapes,
+            tuple(traced.tensors.values()),
+            dynamic_shapes=traced.dynamic_shapes,
             strict=False,
         )
         torch.export.save(exported, path)
         found: Tensor = torch.export.load(path).module()(*inputs.tensors.values())
     return found
+
+
+def _several(samples: Tensor) -> Tensor:
+    """A single sample twice: torch takes a dimension of 1 for one that is always 1."""
+    return samples.repeat(2, *[1] * (samples.dim() - 1)) if len(samples) == 1 else samples
 
 
 def _by_place(model: nn.Module, inputs: Inputs) -> nn.Module:

@@ -3,7 +3,6 @@
 It is printed, and stands in the card beside the export; `receiver` runs it.
 """
 
-import functools
 import json
 import re
 import sys
@@ -11,16 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from torch import nn
 
+from finetune.base.formatting import printable
+from finetune.base.templates import templates_in
 from finetune.data.preprocess import MAX_ASPECT
 from finetune.data.tokens import tokenizer_folder
 from finetune.models.backbones import backbone_of_export
 from finetune.models.heads import NO_HEAD, StandardisedConv2d, StandardisedLinear, replaced_layers
 from finetune.models.text_encoders import config_of, no_pooler
 
-TEMPLATE = Path(__file__).with_name("program.py.j2")
+TEMPLATES = templates_in(Path(__file__).parent)
 KINDS = {".onnx": "onnx", ".pt2": "torch-export"}
 IMPORT = re.compile(r"(?:import|from) \S+.*")
 
@@ -63,7 +63,7 @@ def program_of(
         values |= {
             "pooling": pooling,
             "max_length": plain["max_length"],
-            "tokenizer": tokenizer_folder(file).name,
+            "tokenizer": _quoted(tokenizer_folder(file).name),
             "prefix": getattr(model, "base_model_prefix", ""),
             "no_pooler": bool(no_pooler(config_of(options))),
             "head": _head_of(description, model) if pooling != "stock" else "",
@@ -78,13 +78,7 @@ def program_of(
             "by_torchvision": kind == "torch",
             "gives_logits": "config" in options,
         }
-    return _tidied(_template().render(**values))
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return _tidied(TEMPLATES.get_template("program.py.j2").render(**values))
 
 
 def _quoted(text: str) -> str:
@@ -93,7 +87,7 @@ def _quoted(text: str) -> str:
 
 
 def _beside(file: Path, reads_texts: bool) -> str:
-    return f"{file.stem}.json" + (f", {tokenizer_folder(file).name}" if reads_texts else "")
+    return printable(f"{file.stem}.json" + (f", {tokenizer_folder(file).name}" if reads_texts else ""))
 
 
 def _tidied(text: str) -> str:

@@ -17,6 +17,8 @@ from finetune.export.verify import Trained
 from finetune.models import hub
 from finetune.tasks.losses import ClassificationTask, MultiLabelTask, RegressionTask, make_task
 
+# Of probabilities, and of numbers in deviations of the targets: more than another way to resize changes them.
+LARGEST_DIFFERENCE = 0.05
 # The classes that apply, and the probability of each.
 _Decided = tuple[set[str], dict[str, float]]
 
@@ -47,12 +49,15 @@ class Seen:
             return f"tried here, it failed ({self.error}): please report it, and load the file with finetune.load"
         what = "samples that validate" if self.validate else "made-up samples, as the data is not at hand"
         differs = f"within {self.difference:.1g}" if self.difference else "bit for bit"
+        but = ": more than rounding and resizing explain, so please report it, and load the file with finetune.load"
+        if self.difference <= LARGEST_DIFFERENCE:
+            but = ""
         if self.alike is None:
             of = f" {self.unit}" if self.difference and self.unit else ""
-            return f"run on {self.samples} {what}, it gives the run's numbers {differs}{of}"
+            return f"run on {self.samples} {what}, it gives the run's numbers {differs}{of}{but}"
         return (
             f"run on {self.samples} {what}, it decides {self.alike} as the run does, and gives the run's probabilities "
-            f"{differs}"
+            f"{differs}{but}"
         )
 
 
@@ -64,7 +69,7 @@ def receive(program: str, trained: Trained, description: Mapping[str, Any]) -> S
     """
     # The text is ours, and all that it holds of others' is quoted.
     scope: dict[str, Any] = {"__name__": "receiver"}
-    expected, alike, difference = _expected(trained, description), 0, 0.0
+    expected, alike, differences = _expected(trained, description), 0, [0.0]
     with TemporaryDirectory(prefix="finetune-") as place:
         try:
             with hub.silent() if "config" in trained.backbone.options else nullcontext():
@@ -75,18 +80,19 @@ def receive(program: str, trained: Trained, description: Mapping[str, Any]) -> S
             return Seen(0, None, math.inf, trained.compared.validate, error=one_line(error))
     for one, wanted in zip(found, expected, strict=True):
         if isinstance(wanted, float):
-            difference = max(difference, abs(one - wanted) / trained.deviation)
+            differences.append(abs(one - wanted) / trained.deviation)
             continue
         if isinstance(wanted, list):
-            difference = max(difference, *(abs(a - b) for a, b in zip(one, wanted, strict=True)))
+            differences += [abs(a - b) for a, b in zip(one, wanted, strict=True)]
             continue
         labels, chances = wanted
         pairs = one if isinstance(one, list) else [one]
         alike += {name for name, _ in pairs} == labels
-        difference = max([difference, *(abs(chances[name] - chance) for name, chance in pairs)])
+        differences += [abs(chances[name] - chance) for name, chance in pairs]
     are_classes = bool(description["classes"])
     unit = "of the targets' deviation" if description["task"] == "regression" else ""
-    return Seen(len(found), alike if are_classes else None, difference, trained.compared.validate, unit)
+    largest = math.inf if any(map(math.isnan, differences)) else max(differences)
+    return Seen(len(found), alike if are_classes else None, largest, trained.compared.validate, unit)
 
 
 def _on_disk(trained: Trained, folder: Path) -> list[object]:

@@ -3,10 +3,10 @@
 import base64
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 from finetune.base.formatting import number_text, printable
+from finetune.base.templates import templates_in
 
 FOLDER = Path(__file__).parent
 STYLE = FOLDER / "page.css"
@@ -14,14 +14,7 @@ STYLE = FOLDER / "page.css"
 
 def render_page(template: str, **values: object) -> str:
     """A page as HTML, of a template in this folder; it is also given the style sheet, as `style`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
+    environment = templates_in(FOLDER, are_pages=True).overlay(finalize=_shown)
     environment.filters |= {"svg": Markup, "number": number_text, "picture": picture_address}
     style = Markup(STYLE.read_text(encoding="utf-8"))
     return environment.get_template(template).render(style=style, **values)
