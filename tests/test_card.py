@@ -5,8 +5,10 @@ import re
 import shutil
 
 import pytest
+from encoders import ANIMALS, FILLERS, TOOLS
+from safetensors.torch import load_file
 
-from finetune import text_head
+from finetune import Training, text_head
 from finetune.export.card import markdown
 from finetune.export.hf_folder import export_folder
 from finetune.export.weights import export
@@ -52,6 +54,32 @@ def test_what_is_not_known_is_said_to_be_so(tmp_path):
     assert "How honest its probabilities are is not known." in card
     assert "It gives an answer to any image, also to one of a kind that it has never seen." in card
     assert "finetune predict" not in card.rpartition("```")[2]  # this kit loads no .onnx
+
+
+def test_limits_are_those_of_what_was_trained_on(tmp_path):
+    rows = [
+        f"{FILLERS[n % 9]} {ANIMALS[n % 5] if n % 6 else TOOLS[n % 5]} {n},{'animal' if n % 6 else 'tool'}"
+        for n in range(160)
+    ]
+    (tmp_path / "texts.csv").write_text("text,label\n" + "\n".join([*rows, *rows[:8]]) + "\n")
+    training = Training(drop_duplicates=True, final="train")
+    recipe = text_head(texts=str(tmp_path / "texts.csv"), backbone="bundled/bert", epochs=1, training=training)
+    run = train_run(tmp_path / "a run", recipe, save_every_steps=0)
+    report = export(run, "final", tmp_path / "my model.pt")
+    card = report.card.read_text()
+    sizes = report.trained.compared.class_sizes
+    assert sum(sizes.values()) == report.trained.state.data.train_samples  # copies and what validates do not count
+    assert sizes["tool"] < 40 and f"like tool ({sizes['tool']})" in card and "texts to train on" in card
+    kept = len(load_file(run.novelty_file)["rows"])
+    assert "about one in a hundred of the texts" in card if kept >= 100 else f"about one in {kept + 1} of" in card
+    assert "`finetune predict 'my model.pt' TEXT`" in card and "finetune.load('my model.pt')" in card
+    # The same of an .onnx alone: this kit does not load it.
+    (tmp_path / "other").mkdir()
+    assert "distance_percentile" not in export(run, "final", tmp_path / "other" / "model.onnx").card.read_text()
+    # Of data that has changed since nothing is said of classes.
+    with (tmp_path / "texts.csv").open("a") as stream:
+        stream.write("one more,tool\n")
+    assert not export(run, "final", tmp_path / "my model.pt").trained.compared.class_sizes
 
 
 def test_in_a_folder_for_transformers_it_is_its_readme(tmp_path):

@@ -1,3 +1,4 @@
+import ast
 import json
 import os
 import shutil
@@ -61,6 +62,23 @@ def test_a_recipe_of_ones_own_with_a_module_beside_it_keeps_both_with_the_run(tm
     assert sorted(path.name for path in Path("runs/my_head-1/code").iterdir()) == ["my_defaults.py", "my_head.py"]
     assert main(["resume"]) == 2  # it is finished, and there is no other
     assert "1 run(s) there, all finished" in capsys.readouterr().err
+
+
+def test_a_new_recipe_can_be_made_of_any_and_be_called_anything(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = 'C:\\new\\users "x".py'
+    assert main(["new", "photo_head", name]) == 0
+    text = Path(name).read_text()
+    assert ast.get_docstring(ast.parse(text)).splitlines()[2] == f"    finetune '{name}'"
+    assert "Regression" not in text  # of images no number is learnt
+    assert main(["summary", name]) == 0
+    own = (
+        "from finetune import Recipe, image_head\n\n\ndef recipe(images: str, epochs: int = 0) -> Recipe:\n"
+        '    backbone = "bundled/vgg"\n    return image_head(**locals())\n'
+    )
+    Path("own.py").write_text(own)
+    assert main(["new", "own.py", "copy.py"]) == 0
+    assert Path("copy.py").read_text() == own  # somebody must say which images
 
 
 def test_an_existing_run_is_not_overwritten_and_resumed_only_as_what_it_is(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """`finetune look`: what a data set is like, and what is wrong with it, before anything is trained."""
 
 import csv
+import html
 import json
 import re
 import shutil
@@ -11,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from finetune import text_head
 from finetune.cli import main
 from finetune.data.digits import load_digits
 from finetune.data.glyphs import render_glyphs
+from finetune.data.open import open_source, split_data
 from finetune.report.overview import overview_of
 
 from conftest import small_recipe, train_run  # isort: skip
@@ -189,7 +192,7 @@ def test_samples_are_shown_as_the_network_sees_them(tmp_path):
     """Cropped and resized: nothing else than what is normalised for it."""
     import io
 
-    from finetune.data.open import open_source, split_data
+    from finetune.data.open import open_source
     from finetune.models.backbones import find_backbone
 
     recipe = small_recipe(augment="none")
@@ -223,5 +226,33 @@ def test_a_table_of_somebody_elses_is_never_written_over_and_marks_stay(tmp_path
     (tmp_path / "look.csv").write_text((tmp_path / "look.csv").read_text().replace("\n,", "\nx,", 1))
     look(*words, capsys=capsys)  # once more
     assert [row["wrong"] for row in rows_of(tmp_path / "look.csv")] == ["x"] + [""] * (len(found) - 1)
+    (tmp_path / "look.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "look.csv").read_bytes())  # as Excel saves it
     look(*words, "--without", tmp_path / "look.csv", capsys=capsys)  # nothing is found of it now
     assert [(row["wrong"], row["name"]) for row in rows_of(tmp_path / "look.csv")] == [("x", found[0]["name"])]
+    # What a run's labels.csv marks is marked in the new table too: one --without has both.
+    other = "message 7 of mine"
+    line = next(number for number, row in enumerate(rows[1:]) if row[0] == other)
+    name = open_source(
+        text_head(texts=str(tmp_path / "mail.csv"), backbone="bundled/bert").data, "classification"
+    ).name(line)
+    (tmp_path / "labels.csv").write_text(f"wrong,name\nx,{name}\n")
+    words[-1] = tmp_path / "second look.html"
+    look(*words, "--without", tmp_path / "labels.csv", capsys=capsys)
+    assert ("x", name) in [(row["wrong"], row["name"]) for row in rows_of(tmp_path / "second look.csv")]
+    page = html.unescape((tmp_path / "second look.html").read_text())
+    assert f"--without '{tmp_path / 'second look.csv'}'</code>" in page and page.count("--without") == 2
+
+
+def test_it_never_says_that_something_was_looked_for_which_was_not(tmp_path, capsys):
+    look("vgg_head", "--output", tmp_path / "digits.html", capsys=capsys)
+    page = (tmp_path / "digits.html").read_text()
+    assert "These images come with finetune: none is broken, and copies were not looked for." in page
+    folder, targets = tmp_path / "digits", load_digits().targets
+    for digit in (0, 1):
+        for index in (targets == digit).nonzero().flatten().tolist()[:15]:
+            save(folder / str(digit), f"{index}.png", index)
+    run = ["vgg_head", "--images", str(folder), "--epochs", "1", "--finish", "none", "--head", "mlp", "--track", "none"]
+    assert main([*run, "--no-report", "--device", "cpu", "--run", str(tmp_path / "run")]) == 0
+    words = ["vgg_head", "--images", folder, "--head", "mlp", "--output", tmp_path / "look.html"]
+    said = re.sub(r"\s+", " ", look(*words, capsys=capsys))
+    assert "labels that look wrong were not: no head is solved, because the head is not one linear layer" in said

@@ -81,7 +81,9 @@ def test_pictures_arrays_and_tensors_in_memory_are_what_their_files_are(place, m
         assert (found.label, found.top) == (wanted.label, wanted.top) and not found.where
     assert [row.label for row in model.predict([picture, file, grey])] == ["4"] * 3
     for wrong in (np.zeros((2, 2, 5), np.uint8), np.zeros((4, 4)), torch.zeros(3, 4, 4)):
-        with pytest.raises(RunError, match=r"a picture cannot be a .* of .*; give a path, a picture of PIL, an array"):
+        with pytest.raises(
+            RunError, match=r"a picture cannot be an? .* of .*; give a path, a picture of PIL, an array"
+        ):
             model.predict(wrong)
     with pytest.raises(UsageError, match="int is nothing to predict; give a path, a picture of PIL or an array"):
         model.predict(3)

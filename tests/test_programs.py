@@ -127,7 +127,7 @@ def tried(place: Path, cases: dict[str, list[str]]) -> dict:
                     report = export(run, which, Path(f"{STEM}{kind}"))
                 program, said = report.program, report.text()
                 assert said.endswith(f"\n{program}") and 'Path("' in program
-                assert f"run on {report.seen.samples} samples that validate" in said
+                assert f"run on {report.seen.samples} samples of those that validate" in said
                 sample = TEXT if TEXT in program.splitlines()[-1] else "photo.jpg"
                 ours = finetune.load(f"{STEM}.pt").predict(sample) if kind == ".pt" else found[name, ".pt"][2]
             programs.append((folder, program))

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import importlib
+import inspect
 import io
 import os
 import shlex
@@ -210,8 +211,10 @@ def command_new(arguments: Sequence[str]) -> int:
         raise UsageError(f"finetune new: {target} exists already; give another name")
     text = source.read_text(encoding="utf-8")
     if is_one_call(text):
-        # What the call hides is what people want to change.
-        text = recipe_file(load_recipe_function(source)(), source.stem, shlex.quote(str(target)))
+        function = load_recipe_function(source)
+        # What the call hides is what people want to change; but not all is known of it where somebody must say more.
+        if all(one.default is not one.empty for one in inspect.signature(function).parameters.values()):
+            text = recipe_file(function(), source.stem, shlex.quote(str(target)))
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
     print(f"finetune {target}")

@@ -23,6 +23,16 @@ def is_printable(one: str) -> bool:
     return one.isprintable() or unicodedata.category(one) == "Zs"
 
 
+def with_article(noun: str) -> str:
+    """As in "an image", "a text"."""
+    return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
+
+
+def counted(count: int, noun: str) -> str:
+    """As in "1 sample", "1,200 samples"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def number_text(value: float, decimals: int = 4) -> str:
     """A loss or a metric: 0.9861, 12.3400; of very small and large ones about as many digits: 3.1e-05, 12,345.7."""
     if 1000 <= abs(value) < 1e9:

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from finetune.base.formatting import with_article
 from finetune.data.wide import is_wide, scaled, values_of
 from finetune.errors import RunError, one_line
 
@@ -174,6 +175,6 @@ def picture_tensor(picture: Picture, pixel_range: Sequence[float] = ()) -> Tenso
     if isinstance(picture, np.ndarray | Tensor):
         what = f"{'array' if isinstance(picture, np.ndarray) else 'tensor'} {tuple(picture.shape)} of {picture.dtype}"
     raise BrokenImage(
-        f"a picture cannot be a {what}; give a path, a picture of PIL, an array (height, width, 3) of uint8, or a "
-        "tensor (3, height, width) of uint8"
+        f"a picture cannot be {with_article(what)}; give a path, a picture of PIL, an array (height, width, 3) of "
+        "uint8, or a tensor (3, height, width) of uint8"
     )

@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 
 from finetune import __version__
 from finetune.base.files import write_atomically
-from finetune.base.formatting import number_text, printable
+from finetune.base.formatting import number_text, printable, with_article
 from finetune.base.intervals import FEW, worth_text
 from finetune.base.templates import templates_in
-from finetune.data.open import open_source
-from finetune.data.source import class_counts
 from finetune.errors import FinetuneError
 from finetune.export.verify import Trained
 from finetune.models.backbones import default_member, torchvision_names
 from finetune.models.bundled import LICENCES, NOVELTY_FIGURES
 from finetune.models.heads import NO_HEAD
+from finetune.report.commands import typed
 from finetune.report.data import RunData, Validation, gather
 from finetune.report.words import capitalised, metric_text
 from finetune.store.run_folder import RunFolder
@@ -37,7 +36,7 @@ OWN_DATA_LICENCES = {
 }
 TASKS = {
     "classification": "Gives one class to each {noun}.",
-    "multi-label": "Says of each class whether it applies to a {noun}.",
+    "multi-label": "Says of each class whether it applies to {a_noun}.",
     "regression": "Predicts a number from each {noun}.",
     "distillation": "Gives an embedding of each {noun}.",
 }
@@ -80,7 +79,7 @@ def _card(
     text = TEMPLATES.get_template("card.md.j2").render(
         md=markdown,
         name=f"{path.stem} of {description['source_run']}",
-        what=TASKS[description["task"]].format(noun=noun),
+        what=TASKS[description["task"]].format(noun=noun, a_noun=with_article(noun)),
         version=__version__,
         run=description["source_run"],
         which=description["checkpoint"]["which"],
@@ -89,7 +88,7 @@ def _card(
         head=_head_text(description),
         input=description["preprocessing_text"],
         files=description["files"],
-        kit_file=kit_file,
+        commands=_with_kit(kit_file, noun),
         json=path.with_suffix(".json").name,
         classes=[printable(name) for name in description["classes"]],
         shown_classes=SHOWN_CLASSES,
@@ -100,15 +99,22 @@ def _card(
         figures=_figures(description, validation),
         rows=shown,
         more_rows=len(rows) - len(shown),
-        trust=_trust(description, trained, validation, noun),
+        trust=_trust(description, trained, validation, noun, kit_file),
         limits=_limits(run, trained, rows, noun),
         licences=_licences(trained),
         programs=programs,
-        reads_texts=trained.backbone.reads_texts,
     )
     # Of what stands between the programs, which are given word for word.
     parts = text.split("```")
     return "```".join(part if number % 2 else re.sub(r"\n{3,}", "\n\n", part) for number, part in enumerate(parts))
+
+
+def _with_kit(kit_file: str, noun: str) -> tuple[str, str] | None:
+    """What to type, and in Python."""
+    if not kit_file:
+        return None
+    sample = "TEXT" if noun == "text" else "PHOTO"
+    return typed(["finetune", "predict", kit_file, sample]), f"finetune.load({kit_file!r}).predict(...)"
 
 
 def markdown(text: str) -> str:
@@ -147,14 +153,15 @@ def _data_rows(data: RunData, trained: Trained, validation: Validation | None) -
     rows.append(("split", _split_text(trained)))
     rows.append(("fingerprint", facts.fingerprint))
     if data.record.command:
-        rows.append(("command", " ".join(["finetune", *data.record.command])))
+        rows.append(("command", typed(["finetune", *data.record.command])))
     rows.append(("who collected and labelled it", "not known to finetune"))
     return rows
 
 
 def _split_text(trained: Trained) -> str:
     spec = trained.recipe.data
-    drawn = f"where the data brings no part of its own, {spec.validation_fraction:.0%} of each class, seed "
+    of = "each class" if trained.state.data.classes else "the samples"
+    drawn = f"where the data brings no part of its own, {spec.validation_fraction:.0%} of {of}, seed "
     grouped = spec.group_column or spec.group_by
     return (
         drawn.replace("%", " %")
@@ -196,8 +203,14 @@ def _figures(description: Mapping[str, Any], validation: Validation | None) -> l
     return [*rows, ("Samples", f"{record.samples:,}", "all of them")]
 
 
-def _trust(description: Mapping[str, Any], trained: Trained, validation: Validation | None, noun: str) -> list[str]:
-    """What a probability, a number, a distance is worth."""
+def _trust(
+    description: Mapping[str, Any], trained: Trained, validation: Validation | None, noun: str, kit_file: str
+) -> list[str]:
+    """What a probability, a number, a distance is worth.
+
+    Args:
+        kit_file: of the export, the file that `finetune predict` reads; "" = it has none.
+    """
     lines = []
     error = validation.record.calibration_error if validation else None
     if error is not None:
@@ -222,12 +235,12 @@ def _trust(description: Mapping[str, Any], trained: Trained, validation: Validat
         )
     elif description["task"] == "regression":
         lines.append("How far a number lies from the true one is not known beyond the figures above.")
-    if "novelty" in description:
+    if "novelty" in description and kit_file:
         lines.append(
             f"`finetune predict` says of each {noun} how many of 100 training {noun}s lie nearer to another one than "
-            f"it does (`distance_percentile`), and calls it unsure from 99 on: about one in a hundred {noun}s of the "
-            "right kind, and most of a quite different kind. The program below does not: it gives an answer to "
-            "everything."
+            f"it does (`distance_percentile`), and calls it unsure from 99 on: about {_rare(description)} of the "
+            f"{noun}s of the right kind, and most of a quite different kind. The program below does not: it gives an "
+            "answer to everything."
         )
         if figures := NOVELTY_FIGURES.get(trained.backbone.name):
             lines.append(
@@ -239,28 +252,36 @@ def _trust(description: Mapping[str, Any], trained: Trained, validation: Validat
     return lines
 
 
+def _rare(description: Mapping[str, Any]) -> str:
+    """How many of new samples of the right kind lie farther than 99 of 100 that were kept: of few that is the one which
+    lies farthest of all."""
+    kept = description["novelty"]["samples"]
+    return "one in a hundred" if kept >= 100 else f"one in {kept + 1}"
+
+
 def _limits(run: RunFolder, trained: Trained, rows: list[ClassRow], noun: str) -> list[str]:
     facts = trained.state.data
     lines = [f"Judged on {noun}s of the same origin as those it was trained on; on others it was not tried."]
     if facts.validation_samples < FEW:
         lines.append(f"Only {facts.validation_samples} {noun}(s) validated: the figures say little.")
-    counts = _class_counts(trained)
-    if counts:
+    if counts := trained.compared.class_sizes:
         fewest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
         if counts[fewest] < FEW:
             few = [name for name, count in counts.items() if count < FEW]
             lines.append(
-                f"{len(few)} class(es) with fewer than {FEW} {noun}s, like {markdown(fewest)} ({counts[fewest]})."
+                f"{len(few)} class(es) with fewer than {FEW} {noun}s to train on, like {markdown(fewest)} "
+                f"({counts[fewest]})."
             )
         if counts[most] > LOPSIDED * max(counts[fewest], 1):
             lines.append(
-                f"Classes of very different size: {markdown(most)} has {counts[most]:,} {noun}s, {markdown(fewest)} "
-                f"{counts[fewest]:,}."
+                f"Classes of very different size: {markdown(most)} has {counts[most]:,} {noun}s to train on, "
+                f"{markdown(fewest)} {counts[fewest]:,}."
             )
     weak = [row for row in rows if row.samples and row.recall < 0.5]
     if weak:
         names = ", ".join(markdown(row.name) for row in weak[:5])
-        lines.append(f"More than half of these are taken for something else: {names}.")
+        missed = "missed" if trained.recipe.task.kind == "multi-label" else "taken for something else"
+        lines.append(f"More than half of the {noun}s of these classes are {missed}: {names}.")
     try:
         wrong = sum(one.looks_wrong for one in read_doubts(run.labels_file))
     except (FinetuneError, OSError):
@@ -269,18 +290,6 @@ def _limits(run: RunFolder, trained: Trained, rows: list[ClassRow], noun: str) -
         lines.append(f"{wrong:,} of the labels that it learnt from look wrong (labels.csv of the run).")
     lines.append("Whether it treats all kinds of people alike was not examined.")
     return lines
-
-
-def _class_counts(trained: Trained) -> dict[str, int]:
-    """Samples by class, where the data is at hand."""
-    try:
-        source = open_source(trained.recipe.data, trained.recipe.task.kind)
-    except FinetuneError:
-        return {}
-    if list(source.classes) != trained.state.data.classes:
-        return {}
-    counts = class_counts(source.targets, len(source.classes)).tolist()
-    return dict(zip(source.classes, counts, strict=bool(source.classes)))
 
 
 def _licences(trained: Trained) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from finetune.base.formatting import counted
 from finetune.errors import one_line
 from finetune.export.verify import Trained
 from finetune.models import hub
@@ -47,17 +48,17 @@ class Seen:
         """A sentence for a person."""
         if self.error:
             return f"tried here, it failed ({self.error}): please report it, and load the file with finetune.load"
-        what = "samples that validate" if self.validate else "made-up samples, as the data is not at hand"
+        what = counted(self.samples, "sample" if self.validate else "made-up sample")
+        what += " of those that validate" if self.validate else ", as the data is not at hand"
         differs = f"within {self.difference:.1g}" if self.difference else "bit for bit"
         but = ": more than rounding and resizing explain, so please report it, and load the file with finetune.load"
         if self.difference <= LARGEST_DIFFERENCE:
             but = ""
         if self.alike is None:
             of = f" {self.unit}" if self.difference and self.unit else ""
-            return f"run on {self.samples} {what}, it gives the run's numbers {differs}{of}{but}"
+            return f"run on {what}, it gives the run's numbers {differs}{of}{but}"
         return (
-            f"run on {self.samples} {what}, it decides {self.alike} as the run does, and gives the run's probabilities "
-            f"{differs}{but}"
+            f"run on {what}, it decides {self.alike} as the run does, and gives the run's probabilities {differs}{but}"
         )
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from finetune.base.device import PRECISIONS, autocast, module_to_device, numerics_put_back, set_tf32, to_device
-from finetune.data.batch import Request
+from finetune.base.formatting import counted
+from finetune.data.batch import Request, Split
 from finetune.data.decode import PACKAGES
+from finetune.data.images import names_to_indices, without
 from finetune.data.open import open_source, split_data
 from finetune.data.order import keyed_generator
-from finetune.data.source import ArraySource, FileSource, TextSource
+from finetune.data.source import ArraySource, FileSource, Source, TextSource, class_counts
 from finetune.data.tokens import Tokenization
 from finetune.errors import FinetuneError, RunError
 from finetune.models.backbones import Backbone
@@ -81,7 +83,7 @@ class Own:
 
     def text(self) -> str:
         """A line for a person."""
-        decided = "" if self.alike is None else f"; {self.alike} of {self.samples} samples are decided alike"
+        decided = "" if self.alike is None else f"; {self.alike} of {counted(self.samples, 'sample')} decided alike"
         line = f"the run computed in {self.precision}: what it gave lies within {self.share:.2g} of the spread{decided}"
         # TF32 has as many bits as fp16, in the range of fp32.
         bits = torch.finfo(PRECISIONS["fp16" if self.precision == "tf32" else self.precision])
@@ -98,11 +100,14 @@ class Compared:
         inputs: of the network.
         originals: the same as people have them: paths of files, pictures (channels, height, width) uint8, or texts.
         validate: whether they are of the validation set; else they are made up.
+        class_sizes: how many samples of each class were trained on; {} where the data is not at hand, or has changed,
+            and where numbers are predicted.
     """
 
     inputs: Tensor
     originals: list[Path | Tensor | str]
     validate: bool
+    class_sizes: dict[str, int] = field(default_factory=dict)
 
     @property
     def has_heif(self) -> bool:
@@ -290,13 +295,15 @@ def comparison_samples(recipe: Recipe, backbone: Backbone, state: CheckpointStat
             else:
                 assert isinstance(source, ArraySource)
                 originals = [source.images[index] for index in chosen]
-            return Compared(inputs, originals, True)
+            return Compared(inputs, originals, True, _class_sizes(source, data.split, state))
         texts = open_source(recipe.data, recipe.task.kind)  # to tokenize all of it would take long
         assert isinstance(texts, TextSource)
-        originals = [texts.texts[index] for index in split_data(texts, recipe).validation[:COMPARED_SAMPLES].tolist()]
-        validate = True
+        dropped = names_to_indices(texts, state.data.skipped)
+        split = Split(*(without(part, dropped) for part in split_data(texts, recipe)))
+        originals = [texts.texts[index] for index in split.validation[:COMPARED_SAMPLES].tolist()]
+        validate, sizes = True, _class_sizes(texts, split, state)
     except FinetuneError:
-        validate = False
+        validate, sizes = False, {}
         originals = [" ".join(MADE_UP_WORDS[: 1 + number]) for number in range(len(MADE_UP_WORDS))]
         if not isinstance(preprocessing, Tokenization):
             with keyed_generator("split"):
@@ -304,7 +311,15 @@ def comparison_samples(recipe: Recipe, backbone: Backbone, state: CheckpointStat
             inputs = torch.stack([preprocessing.resize(picture).float() for picture in pictures])
             return Compared(preprocessing.normalise(inputs), list(pictures), False)
     words = [one for one in originals if isinstance(one, str)]
-    return Compared(preprocessing.tokenize(words).batch(list(range(len(words)))), originals, validate)
+    return Compared(preprocessing.tokenize(words).batch(list(range(len(words)))), originals, validate, sizes)
+
+
+def _class_sizes(source: Source, split: Split, state: CheckpointState) -> dict[str, int]:
+    """See `Compared`."""
+    if source.fingerprint != state.data.fingerprint or list(source.classes) != state.data.classes:
+        return {}
+    counts = class_counts(source.targets[split.train], len(source.classes)).tolist()
+    return dict(zip(source.classes, counts, strict=bool(source.classes)))
 
 
 def hold_against(

@@ -27,8 +27,7 @@ ABOUT_PARTS = {
     "model": "The network: a pretrained backbone, and the new head.",
     "trainable": "What trains, by the paths that `finetune summary` shows: the first rule that matches wins.",
     "data": "The samples: which, how split, how prepared.",
-    "task": "What is learnt: Classification(...); MultiLabel(...) of several labels a sample, with a separator;\n"
-    "Regression() of numbers.",
+    "task": "What is learnt: Classification(...); or, of several labels a sample, MultiLabel(...) and a separator.",
     "optimizer": "How weights move.",
     "schedule": "How the learning rate goes from step to step.",
     "stop": "Which epoch is best, and when to stop early.",
@@ -37,6 +36,7 @@ ABOUT_PARTS = {
 WIDTH = 100
 # Of what does not belong to the other kind of data.
 ONLY_TEXTS = ("pooling",)
+ONLY_TEXTS_TASK = "Of numbers: Regression()."
 
 
 def is_one_call(text: str) -> bool:
@@ -52,7 +52,7 @@ def recipe_file(recipe: Recipe, name: str, file: str) -> str:
         name: of the recipe that it was made of.
         file: that it is to be written to, as a shell takes it.
     """
-    place = recipe.data.kind
+    place, name, file = recipe.data.kind, _in_docstring(name), _in_docstring(file)
     parts = {one.name: getattr(recipe, one.name) for one in dataclasses.fields(recipe) if one.name in SHOWN}
     names = sorted({type(part).__name__ for part in parts.values()} | {"Recipe"})
     body = "\n".join(line for part, value in parts.items() for line in _part(part, value, recipe))
@@ -101,7 +101,10 @@ def recipe(
 def _part(name: str, value: object, recipe: Recipe) -> Iterator[str]:
     """Lines that make a part of the recipe."""
     assert dataclasses.is_dataclass(value)
-    for line in ABOUT_PARTS[name].splitlines():
+    about_part = ABOUT_PARTS[name]
+    if name == "task" and recipe.data.kind == "texts":
+        about_part += f"\n{ONLY_TEXTS_TASK}"
+    for line in about_part.splitlines():
         yield f"        # {line}"
     yield f"        {name}={type(value).__name__}("
     about = _attributes(type(value))
@@ -133,6 +136,10 @@ def _field(name: str, found: object, part: object) -> Iterator[str]:
     for rule in part.rules:
         yield f"                ({', '.join(map(_literal, rule))}),"
     yield "            ),"
+
+
+def _in_docstring(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 def _literal(value: object) -> str:

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from finetune import __version__
 from finetune.base.files import make_folders, write_atomically
+from finetune.base.words import without_option
 from finetune.errors import RunError, UsageError
+from finetune.report.commands import typed
 from finetune.report.html import render_page
 from finetune.report.overview import Overview
 from finetune.tasks.doubts import MARK, TEXT_LETTERS, plain_name
@@ -90,7 +92,9 @@ class Look:
         notes: sentences about what a person should know first.
         findings: by kind, in the order of `KINDS`.
         augment: of the recipe.
-        train: what to type to train on it.
+        train: words to type to train on it.
+        left_out: names of samples that were marked before, by --without.
+        all_clear: what to say where there is no note.
     """
 
     name: str
@@ -99,7 +103,9 @@ class Look:
     notes: list[str]
     findings: list[Finding]
     augment: str
-    train: str
+    train: list[str]
+    left_out: list[str]
+    all_clear: str
 
 
 class _Group(NamedTuple):
@@ -121,12 +127,12 @@ def write_look(look: Look, page: Path) -> Path:
         UsageError: in the csv's place lies something else.
     """
     table = page.with_suffix(".csv")
-    marked = _marks_in(table)
+    marked = _marks_in(table) | set(map(plain_name, look.left_out))
     try:
         make_folders(page.parent)
         content = csv_of(look.findings, marked).encode()
         write_atomically(table, lambda stream: stream.write(content))
-        html = _page(look, table).encode()
+        html = _page(look, table, bool(marked)).encode()
         write_atomically(page, lambda stream: stream.write(html))
     except OSError as error:
         raise RunError(f"--output {page}: cannot be written ({error.strerror}); name another file") from None
@@ -142,7 +148,7 @@ def _marks_in(table: Path) -> set[str]:
     if not table.exists():
         return set()
     try:
-        with table.open(newline="", encoding="utf-8") as stream:
+        with table.open(newline="", encoding="utf-8-sig") as stream:  # Excel begins a file with a byte order mark
             reader = csv.DictReader(stream)
             rows = list(reader)
         # An empty file has no header; what a row has beyond it stands under None.
@@ -171,7 +177,7 @@ def csv_of(findings: Sequence[Finding], marked: Collection[str] = ()) -> str:
     return stream.getvalue()
 
 
-def _page(look: Look, table: Path) -> str:
+def _page(look: Look, table: Path, has_marks: bool) -> str:
     view, groups = look.view, []
     for number, (kind, about) in enumerate(KINDS.items()):
         found = [one for one in look.findings if one.kind == kind]
@@ -181,9 +187,10 @@ def _page(look: Look, table: Path) -> str:
     if view.classes:
         figures.append(("classes", f"{len(view.classes):,}"))
     figures.append(("findings", f"{len(look.findings):,}"))
-    commands = [(look.train, "train on it")]
-    if look.findings:
-        commands.append((f"{look.train} --without {table}", f"the same without what you marked with an x in {table}"))
+    commands = [(typed(look.train), "train on it")]
+    if look.findings or has_marks:
+        words = [*without_option(look.train, "--without"), "--without", str(table)]
+        commands.append((typed(words), f"the same without what you marked with an x in {table}"))
     return render_page(
         "look.html.j2",
         version=__version__,

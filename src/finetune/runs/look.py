@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shlex
 from contextlib import closing
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from finetune.report.look_page import KINDS, SHOWN_FINDINGS, Finding, Look
 from finetune.report.overview import label_of, overview_of
 from finetune.runs.start import Plan, new_setup, surroundings_put_back
 from finetune.store.finish_state import Finish
-from finetune.tasks.doubts import find_doubts, plain_name
+from finetune.tasks.doubts import find_doubts, marked_as_wrong, plain_name
 from finetune.training.advice import of_labels
 from finetune.training.data_check import BrokenSample, known_digests, look, measured_view, near_pairs, notes_on_groups
 from finetune.training.dataset import Data
@@ -95,7 +94,7 @@ def look_at(plan: Plan, terminal: Terminal, stop: StopRequest) -> Look:
         if feed is not None and feed.features is not None:
             try:
                 setup = dataclasses.replace(setup, data=data)
-                near, doubts = _near(setup, feed, teller), _doubts(setup, feed, teller)
+                near, (doubts, why_not) = _near(setup, feed, teller), _doubts(setup, feed, teller)
             finally:
                 feed.features.close()
             found += near + doubts
@@ -103,7 +102,8 @@ def look_at(plan: Plan, terminal: Terminal, stop: StopRequest) -> Look:
                 notes.append(f"{len(near):,} {data.source.noun}(s) that validate are near to one that is trained on")
             if doubts:
                 notes.append(f"{len(doubts):,} label(s) look wrong")
-            checked = "near copies and labels that look wrong were looked for in features that an earlier run kept"
+            both = "near copies" if why_not else "near copies and labels that look wrong"
+            checked = f"{both} were looked for in features that an earlier run kept{why_not}"
         return _look(plan, setup, teller, found, notes, checked)
 
 
@@ -126,8 +126,11 @@ def _look(plan: Plan, setup: Setup, teller: _Teller, found: list[Finding], notes
         for number, one in enumerate(one for one in found if one.kind == kind)
     ]
     name = Path(spec.place).name or spec.place
-    train = shlex.join(["finetune", *without_option(plan.command, "--output")])
-    return Look(name, view, facts, notes, found, spec.augment, train)
+    train = ["finetune", *without_option(plan.command, "--output")]
+    all_clear = f"No broken {source.noun}, no copy, nothing left aside that looks like data."
+    if isinstance(source, ArraySource):
+        all_clear = f"These {source.noun}s come with finetune: none is broken, and copies were not looked for."
+    return Look(name, view, facts, notes, found, spec.augment, train, marked_as_wrong(spec.without, source), all_clear)
 
 
 # ---- What is found --------------------------------------------------------------------------------------------------
@@ -165,10 +168,12 @@ def _near(setup: Setup, feed: Feed, teller: _Teller) -> list[Finding]:
     ]
 
 
-def _doubts(setup: Setup, feed: Feed, teller: _Teller) -> list[Finding]:
-    """Labels that heads on kept features, solved without each, find improbable; [] where no head can be solved."""
-    if reason_against(setup, feed):
-        return []
+def _doubts(setup: Setup, feed: Feed, teller: _Teller) -> tuple[list[Finding], str]:
+    """Labels that heads on kept features, solved without each, find improbable; or why they were not looked for."""
+    if not setup.data.source.classes:
+        return [], "; numbers are not judged"
+    if reason := reason_against(setup, feed):
+        return [], f"; labels that look wrong were not: no head is solved, because {reason}"
     stage, finish = gather(setup, feed, setup.make_task()), Finish()
     while next_strength(finish) is not None:
         try_next(finish, stage.held, workers())
@@ -180,7 +185,7 @@ def _doubts(setup: Setup, feed: Feed, teller: _Teller) -> list[Finding]:
     return [
         teller.finding("label looks wrong", teller.places[plain_name(one.name)], None, detail)
         for one, detail in zip(wrong, details, strict=True)
-    ]
+    ], ""
 
 
 def _notes(plan: Plan, setup: Setup, data: Data, broken: list[BrokenSample], copies: Copies) -> list[str]:
