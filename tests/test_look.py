@@ -192,7 +192,6 @@ def test_samples_are_shown_as_the_network_sees_them(tmp_path):
     """Cropped and resized: nothing else than what is normalised for it."""
     import io
 
-    from finetune.data.open import open_source
     from finetune.models.backbones import find_backbone
 
     recipe = small_recipe(augment="none")

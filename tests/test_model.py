@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import finetune
 from finetune import RunError, StoppedEarly, UsageError
-from finetune.api import fit, resume
+from finetune.api import FinishedRun, fit, resume
 from finetune.cli import main
 from finetune.data.digits import load_digits
 from finetune.data.open import open_source, split_data
@@ -147,7 +147,7 @@ def test_threads_share_a_model_and_what_it_computes_in_is_put_back(place, model)
     assert torch.backends.cudnn.allow_tf32 == before  # also while somebody reads it line by line
 
 
-def test_what_is_no_number_is_refused_in_words(model, place, tmp_path):
+def test_what_cannot_be_is_refused_in_words(model, place, trained, tmp_path):
     for options, words in (
         ({"top_k": 2.5}, "--top-k 2.5: is no whole number"),
         ({"batch_size": "8"}, "--batch-size '8': is no whole number"),
@@ -155,6 +155,13 @@ def test_what_is_no_number_is_refused_in_words(model, place, tmp_path):
     ):
         with pytest.raises(UsageError, match=re.escape(words)):
             model.predict(place / "digits", **options)
+    with pytest.raises(UsageError, match="load: NoneType is no path"):
+        finetune.load(None)
+    run = FinishedRun(tmp_path / "run", "finished", {}, "")
+    with pytest.raises(UsageError, match="--workers -1: not allowed"):
+        dataclasses.replace(run, folder=trained.path).evaluate(workers=-1)
+    with pytest.raises(RunError, match="check the path and its rights"):
+        dataclasses.replace(run, folder=trained.path).export("/proc/nowhere/model.pt")
     (tmp_path / "model.pt2").write_bytes(b"")
     with pytest.raises(RunError, match=r"is a file for torch\.export\.load; give the \.pt"):
         finetune.load(tmp_path / "model.pt2")

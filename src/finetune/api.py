@@ -6,6 +6,7 @@ import functools
 import html
 import inspect
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 from finetune.base.events import Best
 from finetune.base.signals import StopRequest
 from finetune.commands import training
-from finetune.errors import RunError, UsageError
+from finetune.errors import RunError, UsageError, os_error_text
 from finetune.export.model import LoadedModel, Prediction, load_model
-from finetune.options import ResumeOptions, RunOptions
+from finetune.options import ResumeOptions, RunOptions, check_workers
 from finetune.recipe.spec import Recipe
 
 if TYPE_CHECKING:
@@ -31,6 +32,19 @@ __all__ = ["FinishedRun", "LoadedModel", "Prediction", "fit", "load", "resume"]
 Options = TypeVar("Options", RunOptions, ResumeOptions)
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+
+def _files_in_words(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """The function, but of a file that cannot be read or written it says which and what to do."""
+
+    @functools.wraps(function)
+    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        try:
+            return function(*arguments, **options)
+        except OSError as error:
+            raise RunError(os_error_text(error)) from error
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,7 @@ class FinishedRun:
                 lines.append(json.loads(text))
         return [line for line in lines if isinstance(line, dict) and "val/loss" in line]
 
+    @_files_in_words
     def export(self, output: str | Path = "") -> Path:
         """The best weights, for `finetune.load` and for stock torchvision or transformers.
 
@@ -82,8 +97,14 @@ class FinishedRun:
         export(run, shipped(run, "auto"), path)
         return path
 
+    @_files_in_words
     def load(self) -> LoadedModel:
-        """The model that ships, out of model.pt in the run's folder, which is written where it is not there or old."""
+        """The model that ships, out of model.pt in the run's folder, which is written where it is not there or old.
+
+        Raises:
+            FinetuneError: see `finetune export`. Where the folder cannot be written, `export` to another place, and
+                `finetune.load` that.
+        """
         from finetune.export.load import is_export_of
         from finetune.store.restore import shipped
         from finetune.store.run_folder import RunFolder
@@ -97,6 +118,7 @@ class FinishedRun:
         """Predict with the model that ships; see `LoadedModel.predict`."""
         return self.load().predict(inputs, **options)
 
+    @_files_in_words
     def evaluate(
         self, data: str | Path = "", *, device: str = "auto", workers: int | None = None, checkpoint: str = "auto"
     ) -> dict[str, Any]:
@@ -119,7 +141,7 @@ class FinishedRun:
 
         run = RunFolder(self.folder)
         which = shipped(run, checkpoint)
-        return evaluate(run, which, str(data), AnyTable(), device, workers)
+        return evaluate(run, which, str(data), AnyTable(), device, check_workers(workers))
 
     def show_report(self, height_pixels: int = 600) -> "HTML":
         """The report within the notebook.
@@ -168,7 +190,7 @@ def _told_of_wrong_names(function: Callable[Parameters, Result]) -> Callable[Par
 @_told_of_wrong_names
 def fit(
     recipe: Recipe,
-    run: str | Path = "",
+    run: str | Path | None = "",
     *,
     name: str = "notebook",
     trackers: Sequence[object] = (),
@@ -245,7 +267,7 @@ def fit(
 
 @_told_of_wrong_names
 def resume(
-    run: str | Path = "",
+    run: str | Path | None = "",
     *,
     trackers: Sequence[object] = (),
     stop: StopRequest | None = None,
@@ -289,6 +311,7 @@ def resume(
     return training.resume(options, _conclude, trackers=trackers, stop=stop)
 
 
+@_files_in_words
 def load(path: str | Path, device: str = "cpu") -> LoadedModel:
     """Load the model of an export, to predict with: `load("model.pt").predict("photo.jpg")`. Runs no code from it.
 
@@ -305,6 +328,8 @@ def load(path: str | Path, device: str = "cpu") -> LoadedModel:
     Raises:
         RunError: the files are missing, damaged, or do not belong together.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(f"load: {type(path).__name__} is no path; give the .pt of an export, or a run's folder")
     return load_model(path, device)
 
 
@@ -319,7 +344,7 @@ def _check_handed_in(trackers: object, stop: object) -> None:
         raise UsageError(f"stop: {type(stop).__name__} is no finetune.StopRequest; make one: stop=StopRequest()")
 
 
-def _given(kind: type[Options], command: str, run: str | Path, values: dict[str, Any]) -> Options:
+def _given(kind: type[Options], command: str, run: str | Path | None, values: dict[str, Any]) -> Options:
     """Options, checked as those of the command line are, and by the same parser.
 
     Args:
@@ -345,7 +370,7 @@ def _given(kind: type[Options], command: str, run: str | Path, values: dict[str,
         parsed = parse(kind, command, "", words)
     finally:
         random.setstate(state)  # the parser draws from these numbers, which are the caller's
-    return dataclasses.replace(parsed, run=str(run))
+    return dataclasses.replace(parsed, run=str(run or ""))
 
 
 def _conclude(context: "RunContext", progress: "Progress") -> FinishedRun:

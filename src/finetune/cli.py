@@ -24,6 +24,7 @@ from finetune.errors import (
     in_words,
     is_out_of_memory,
     one_line,
+    os_error_text,
     reader_is_gone,
     say_nothing_of_large_images,
 )
@@ -261,9 +262,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         # While training, Ctrl-C is a request that saves; here nothing had begun that could be lost.
         return "interrupted before the first step; the same command starts again", StoppedEarly.exit_code
     if isinstance(error, OSError):
-        # A file or folder that cannot be read or written, wherever it was met.
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}; check the path and its rights", FinetuneError.exit_code
+        return os_error_text(error), FinetuneError.exit_code
     if is_out_of_memory(error):
         return f"out of memory ({one_line(error)}); close other programs, or give less to do at once", 1
     return (

@@ -69,6 +69,12 @@ def one_line(error: BaseException, length: int = 200) -> str:
     return " ".join(str(error).split())[:length] or type(error).__name__
 
 
+def os_error_text(error: OSError) -> str:
+    """What a person is told of a file or folder that cannot be read or written, wherever it was met."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; check the path and its rights"
+
+
 def in_words(error: BaseException) -> str:
     """What a person is told of any error, on one line: what we say ourselves as it is, of others the kind as well."""
     return error.args[0] if isinstance(error, FinetuneError) else f"{type(error).__name__}: {one_line(error)}"
