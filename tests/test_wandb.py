@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import assert_equal_runs, finetune, finish, kill_after_progress, metrics_lines
+from filelock import FileLock
 from postbox import bad_server, begun, closed_port, mailbox, outside, service, validated, wait_until
 from wandb.proto import wandb_internal_pb2
 
@@ -220,6 +221,25 @@ def test_a_stopped_run_is_shown_as_one_to_go_on_with(tmp_path, monkeypatch):
     assert rows(found) == [{"_step": 10, "train/loss": 0.1}]
     state = json.loads((folder / "wandb-step.json").read_text())
     assert state == {"run_id": begun(folder).run_id, "sent_step": 10, "step": 23, "row": {"train/loss": 0.2}}
+
+
+def test_whoever_goes_on_waits_for_the_last_words_of_whoever_told_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    earlier = FileLock(tmp_path / "wandb-step.lock")
+    earlier.acquire()  # as of a run that was killed a moment ago
+    with outside(tmp_path, services=("wandb",)) as (one, said):
+        one.begin(begun(tmp_path))
+        one.logged(5, {"train/loss": 0.5})
+        one.logged(7, {"train/loss": 0.25})
+        time.sleep(2)
+        assert not folders(tmp_path)
+        state = {"run_id": begun(tmp_path).run_id, "sent_step": 5, "step": 5, "row": {}}
+        (tmp_path / "wandb-step.json").write_text(json.dumps(state))
+        earlier.release()
+        one.end(Ended("finished", "finished"))
+        one.process.wait(60)
+    assert [text for text in said if not text.startswith("waiting for wandb")] == []
+    assert rows(read_folder(folders(tmp_path)[0])) == [{"_step": 7, "train/loss": 0.25}]
 
 
 def test_a_run_begun_anew_in_its_folder_is_another_with_all_of_its_steps(tmp_path, monkeypatch):

@@ -11,13 +11,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
 from finetune.base.events import Begun, Example, Validated
 from finetune.base.files import link_or_copy
 from finetune.base.formatting import printable
 from finetune.errors import one_line
 from finetune.watch.pipe import Ended, Logged, Told
 
-STATE_FILE = "wandb-step.json"
+STATE_FILE, LOCK_FILE = "wandb-step.json", "wandb-step.lock"
+# Whoever told it of a run that was killed may still be busy with its last words when the run goes on.
+EARLIER_SECONDS = 30.0
 DEFAULT_PROJECT = "finetune"
 NO_ACCOUNT = (
     "no account is configured here; log in once with `wandb login`, or set WANDB_MODE=offline to keep everything on "
@@ -46,7 +50,7 @@ class WandbService:
     name = "wandb"
 
     def __init__(self, state_folder: Path, run_pid: int, problem: Callable[[str, str], None]):
-        self._state_file = state_folder / STATE_FILE
+        self._state_file, self._lock = state_folder / STATE_FILE, FileLock(state_folder / LOCK_FILE)
         self._run_pid, self._problem = run_pid, problem
         self._run: Any = None
         self._folder, self._run_id = Path(), ""
@@ -77,6 +81,8 @@ class WandbService:
     def _begin(self, begun: Begun) -> None:
         assert begun.folder is not None  # a run that is told to others has one
         self._folder, self._run_id = begun.folder, begun.run_id
+        with suppress(Timeout, OSError):
+            self._lock.acquire(timeout=EARLIER_SECONDS)
         self._read_state()
         import wandb
 
@@ -174,6 +180,7 @@ class WandbService:
         if ended.status in ("finished", "stopped early"):
             self._send_row()
         self._write_state()
+        self._lock.release()
         copies = list[Path]()
         try:
             if ended.worst:
