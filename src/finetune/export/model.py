@@ -41,7 +41,7 @@ class LoadedModel:
     """A trained model, loaded: it does to an image or a text what was done to those that it was trained on.
 
     It can be called like the network itself, and whatever else is asked of it, or set, is the network's: after
-    `model.to("cuda").half()` it predicts there and so. Threads may share it. It is no `nn.Module`: where a library
+    `model.to(torch.bfloat16)` it predicts so. Threads may share it. It is no `nn.Module`: where a library
     wants one, give it `module`.
 
     Attributes:
