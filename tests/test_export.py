@@ -164,12 +164,12 @@ def test_an_export_says_how_far_what_the_run_computed_lies_from_what_its_weights
     run = train_run(tmp_path / "run", recipe, precision=precision, backbone_precision=backbone, save_every_steps=0)
     text = export(run, "best", tmp_path / "model.pt").text()
     assert "its logits equal the run's within" in text and ", both computed in fp32\n" in text
-    said = re.search(r"the run computed in bf16: what it gave lies within (\S+) of the spread; (\d+) of 16 sam", text)
+    said = re.search(r"the run computed in bf16: what it gave lies within (\S+) of the spread; decided alike: (\d+) of 16 sam", text)
     assert 1e-4 < float(said[1]) < 0.05 and int(said[2]) >= 14 and "more than rounding explains" not in text
 
 
 def test_what_rounding_does_not_explain_is_said():
-    assert Own("bf16", 0.1, 15, 16).text().endswith("15 of 16 samples are decided alike")
+    assert Own("bf16", 0.1, 15, 16).text().endswith("; decided alike: 15 of 16 samples")
     assert "more than rounding explains, so judge the file anew" in Own("bf16", 0.2, 12, 16).text()
     assert Own("fp16", 0.1, None, 16).text() == (
         "the run computed in fp16: what it gave lies within 0.1 of the spread: more than rounding explains, so judge the "

@@ -242,7 +242,8 @@ def test_a_table_of_somebody_elses_is_never_written_over_and_marks_stay(tmp_path
     assert f"--without '{tmp_path / 'second look.csv'}'</code>" in page and page.count("--without") == 2
 
 
-def test_it_never_says_that_something_was_looked_for_which_was_not(tmp_path, capsys):
+def test_it_never_says_that_something_was_looked_for_which_was_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     look("vgg_head", "--output", tmp_path / "digits.html", capsys=capsys)
     page = (tmp_path / "digits.html").read_text()
     assert "These images come with finetune: none is broken, and copies were not looked for." in page

@@ -83,7 +83,7 @@ class Own:
 
     def text(self) -> str:
         """A line for a person."""
-        decided = "" if self.alike is None else f"; {self.alike} of {counted(self.samples, 'sample')} decided alike"
+        decided = "" if self.alike is None else f"; decided alike: {self.alike} of {counted(self.samples, 'sample')}"
         line = f"the run computed in {self.precision}: what it gave lies within {self.share:.2g} of the spread{decided}"
         # TF32 has as many bits as fp16, in the range of fp32.
         bits = torch.finfo(PRECISIONS["fp16" if self.precision == "tf32" else self.precision])
