@@ -164,7 +164,9 @@ def test_an_export_says_how_far_what_the_run_computed_lies_from_what_its_weights
     run = train_run(tmp_path / "run", recipe, precision=precision, backbone_precision=backbone, save_every_steps=0)
     text = export(run, "best", tmp_path / "model.pt").text()
     assert "its logits equal the run's within" in text and ", both computed in fp32\n" in text
-    said = re.search(r"the run computed in bf16: what it gave lies within (\S+) of the spread; decided alike: (\d+) of 16 sam", text)
+    said = re.search(
+        r"the run computed in bf16: what it gave lies within (\S+) of the spread; decided alike: (\d+) of 16 sam", text
+    )
     assert 1e-4 < float(said[1]) < 0.05 and int(said[2]) >= 14 and "more than rounding explains" not in text
 
 
