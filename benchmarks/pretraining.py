@@ -24,7 +24,8 @@ from finetune.models.bundled import BUNDLED
 from finetune.models.heads import StandardisedLinear
 from finetune.models.network import build_network
 from finetune.models.standardisation import standardise
-from finetune.models.weights import choose_weights, read_weights
+from finetune.models.weight_files import read_weights
+from finetune.models.weights import choose_weights
 from finetune.training.optimizer import build_optimizer, set_learning_rate
 from finetune.training.schedule import schedule_factor
 

@@ -16,7 +16,7 @@ from finetune.data.tokens import TOKENIZER_FILE
 from finetune.export.hf_folder import export_folder
 from finetune.features.cache import cache_folder
 from finetune.models.pretrained import find_pretrained, pretrained
-from finetune.models.weights import read_weights
+from finetune.models.weight_files import read_weights
 from finetune.recipe.scripts import load_recipe_function, shipped_recipes
 from finetune.training.dataset import open_data
 

@@ -16,7 +16,7 @@ from finetune.export.weights import GRAPH_TOLERANCE, export
 from finetune.models.backbones import find_backbone
 from finetune.models.bundled import bundled_weights
 from finetune.models.heads import folded_state
-from finetune.models.weights import read_weights
+from finetune.models.weight_files import read_weights
 from finetune.store.restore import trained_network
 from finetune.training.dataset import open_data
 

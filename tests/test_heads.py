@@ -149,7 +149,7 @@ def test_a_linear_head_keeps_the_stock_names():
 
 
 def test_an_appended_head_leaves_the_old_layer_as_it_was_pretrained():
-    from finetune.models.weights import read_weights
+    from finetune.models.weight_files import read_weights
 
     pretrained = read_weights(bundled_weights("bundled/vgg"))
     network = make_network(small_recipe(head="append"))

@@ -26,7 +26,7 @@ from finetune.base.files import BadFile, sha256_of_file, write_atomically, write
 from finetune.base.safe_load import load_plain
 from finetune.cli import main
 from finetune.data.decode import BrokenImage, read_image
-from finetune.models.weights import read_weights
+from finetune.models.weight_files import read_weights
 from finetune.store.run_folder import RunFolder
 
 

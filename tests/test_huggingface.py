@@ -17,7 +17,8 @@ from finetune import Images, Model, UsageError
 from finetune.cli import main
 from finetune.export.weights import export
 from finetune.models.backbones import find_backbone
-from finetune.models.weights import choose_weights, read_weights
+from finetune.models.weight_files import read_weights
+from finetune.models.weights import choose_weights
 from finetune.store.restore import trained_network
 from finetune.store.run_folder import RunFolder
 

@@ -18,7 +18,8 @@ from finetune.errors import FinetuneError, RunError, UsageError, one_line
 from finetune.models.backbones import backbone_of_export
 from finetune.models.folding import is_scale, take_apart
 from finetune.models.heads import find_head, plain_head, replaced_layers
-from finetune.models.weights import load_state, read_weights
+from finetune.models.weight_files import read_weights
+from finetune.models.weights import load_state
 from finetune.recipe.spec import TASKS
 from finetune.store.run_folder import RunFolder, peek
 from finetune.store.state import generators_put_back

@@ -30,7 +30,7 @@ from finetune.export.verify import Trained, hold_against, trained_tensors
 from finetune.models.freeze import hash_tensors
 from finetune.models.network import Network
 from finetune.models.stock import is_stock, no_stock_lines, threshold_lines
-from finetune.models.weights import read_weights
+from finetune.models.weight_files import read_weights
 from finetune.recipe.spec import Recipe
 from finetune.store.checkpoint import read_checkpoint
 from finetune.store.restore import shipped_half_width, shipped_thresholds

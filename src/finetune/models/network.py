@@ -27,7 +27,9 @@ from finetune.models.heads import (
     replaced_layers,
 )
 from finetune.models.shapes import build_shapes
-from finetune.models.weights import Weights, load_backbone_weights, locate, read_weights, stock_names
+from finetune.models.state_dicts import pick
+from finetune.models.weight_files import INDEX_SUFFIX, files_of, hash_of, read_weights
+from finetune.models.weights import Weights, load_backbone_weights, locate
 from finetune.recipe.spec import Trainable
 
 # Of the largest output: so much may rounding move where a text stands in a larger batch.
@@ -43,6 +45,7 @@ class Network:
         old_class_count: classes of the layer that an appended head stands behind; else those of the data.
         new_paths: modules before the head that the pretrained file lacks, as the poolers of some text classifiers are:
             they train like the head.
+        picked_text: what a person should know of what was taken of the pretrained file; "" = nothing.
     """
 
     module: nn.Module
@@ -50,6 +53,7 @@ class Network:
     head_kind: str
     old_class_count: int
     new_paths: tuple[str, ...] = ()
+    picked_text: str = ""
 
     @property
     def first_layer_path(self) -> str:
@@ -134,20 +138,25 @@ def build_network(
     if head != "append":
         old_class_count = class_count
     elif not old_class_count:
-        old_class_count = _old_class_count(backbone, state, head_paths[-1], source)
+        old_class_count = _old_class_count(backbone, state, head_paths, source)
+    picked_text = ""
     with keyed_generator("model", seed):
         module = backbone.build(old_class_count)
         # An old head that stays must be whole; one that goes may be missing.
         may_lack = head_paths[:-1] if head == "append" else head_paths
         if backbone.reads_texts:
+            if state is not None:
+                base_prefix = str(getattr(module, "base_model_prefix", ""))
+                picked = pick(state, module.state_dict(), may_lack, source, base_prefix)
+                # Pooling other than the stock one leaves some of the file aside.
+                own = module.state_dict()
+                if picked.share:
+                    state = {name: value for name, value in picked.state.items() if name in own}
             if new_paths is None:
                 new_paths = _lacking(module, state, may_lack)
-            if state is not None:  # pooling other than the stock one leaves some of the file aside
-                own = module.state_dict()
-                state = {name: value for name, value in state.items() if name in own}
         new_paths = tuple(new_paths or ())
         if state is not None:
-            load_backbone_weights(module, state, [*may_lack, *new_paths], source)
+            picked_text = load_backbone_weights(module, state, [*may_lack, *new_paths], source).text
         for path in new_paths:
             renew_layer(module, path, dropout)
         for path in replaced_layers(head_paths, head):
@@ -156,7 +165,7 @@ def build_network(
                 module, path, head, class_count, dropout, head_width, measured=not new_paths, unit_rows=unit_rows,
                 one_logit=one_logit,
             )  # fmt: skip
-    return Network(module, head_paths, head, old_class_count, new_paths)
+    return Network(module, head_paths, head, old_class_count, new_paths, picked_text)
 
 
 def check_padding(network: Network, backbone: Backbone, source: str) -> None:
@@ -186,14 +195,16 @@ def _lacking(module: nn.Module, state: dict[str, Tensor] | None, head_paths: lis
     ))  # fmt: skip
 
 
-def _old_class_count(backbone: Backbone, state: dict[str, Tensor] | None, path: str, source: str) -> int:
+def _old_class_count(
+    backbone: Backbone, state: dict[str, Tensor] | None, head_paths: Sequence[str], source: str
+) -> int:
     """How many classes the old head has that a new one is appended to.
 
     Raises:
         UsageError: there is no old head.
     """
-    shapes = build_shapes(backbone.build, 2).state_dict()
-    old = stock_names(state or {}, shapes, source).get(f"{path}.weight")
+    shapes, path = build_shapes(backbone.build, 2).state_dict(), head_paths[-1]
+    old = pick(state or {}, shapes, head_paths, source).state.get(f"{path}.weight")
     if old is None or old.dim() != shapes[f"{path}.weight"].dim():
         raise UsageError("--head append needs pretrained weights with their old head; give others, or --head linear")
     return len(old)
@@ -230,11 +241,15 @@ def store_frozen(
         place = copy_file if copy or not weights.reference else link_or_copy
         record |= {"kind": "source", "reference": weights.reference, "sha256": weights.sha256}
         keeps = copy or not weights.reference or (link and on_one_file_system(weights.path, folder))
-        if weights.path.is_dir():
+        if weights.key:
+            record["key"] = weights.key
+        if weights.path.is_dir() or weights.path.name.endswith(INDEX_SUFFIX):
             if keeps:
                 record["file"] = "model"
                 (folder / "model").mkdir(exist_ok=True)
-                for path in hub.source_files(weights.path, [huggingface.PREPROCESSOR_FILE]):
+                is_model = (weights.path / hub.CONFIG_FILE).is_file()
+                others = [huggingface.PREPROCESSOR_FILE]
+                for path in hub.source_files(weights.path, others) if is_model else files_of(weights.path):
                     place(path.resolve(), folder / "model" / path.name)
         elif keeps:
             record["file"] = f"weights{weights.path.suffix}"
@@ -266,7 +281,7 @@ def load_frozen(folder: Path) -> tuple[str, dict[str, Tensor] | None]:
             raise BadFile(f"{record_file} names {file}, which lies outside {folder}; restore it")
         if not path.exists():
             raise RunError(f"frozen weights {path} are gone; put the file with sha256 {sha256} there")
-        found = hub.hash_of_folder(path) if path.is_dir() else sha256_of_file(path)
+        found = hub.hash_of_folder(path) if (path / hub.CONFIG_FILE).is_file() else hash_of(path)
     else:
         path, found = locate(fields.text("reference"))
     if found != sha256:
@@ -274,4 +289,4 @@ def load_frozen(folder: Path) -> tuple[str, dict[str, Tensor] | None]:
             f"frozen weights {path} are not those of this run: sha256 {found}, expected {sha256}; "
             "put the right file there"
         )
-    return kind, read_weights(path)
+    return kind, read_weights(path, fields.text("key") if "key" in fields else "")

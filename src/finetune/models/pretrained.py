@@ -4,15 +4,15 @@ import dataclasses
 
 from torch import Tensor
 
-from finetune.base.files import BadFile
 from finetune.data.open import open_source
 from finetune.data.source import TextSource
 from finetune.data.tokens import Tokenization
-from finetune.errors import UsageError
+from finetune.errors import FinetuneError, UsageError
 from finetune.models.backbones import Backbone, check_image_size, names_of
 from finetune.models.network import Network, build_network, check_padding
 from finetune.models.student import student_of
-from finetune.models.weights import Weights, choose_teacher, choose_text_weights, choose_weights, read_weights
+from finetune.models.weight_files import read_weights
+from finetune.models.weights import Weights, choose_teacher, choose_text_weights, choose_weights
 from finetune.recipe.spec import Distillation, Recipe, Texts
 
 
@@ -69,9 +69,9 @@ def new_network(
     """
     try:
         if tensors is None and weights is not None:
-            tensors = read_weights(weights.path)
-    except BadFile as error:
-        raise UsageError(f"--weights {recipe.model.weights}: {error}") from None
+            tensors = read_weights(weights.path, weights.key)
+    except FinetuneError as error:
+        raise UsageError(f"--weights {recipe.model.weights}: {error.args[0]}", error.details) from None
     network = build_network(
         backbone,
         tensors,

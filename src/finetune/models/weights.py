@@ -1,5 +1,6 @@
 """Pretrained weights: find the file, read it safely, load it so that nothing is missing but what may be."""
 
+import dataclasses
 import difflib
 import json
 import os
@@ -8,19 +9,15 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
 from urllib.error import URLError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from finetune.base.files import BadFile, sha256_of_file
-from finetune.base.safe_load import load_plain
+from finetune.base.files import sha256_of_file
 from finetune.errors import FinetuneError, RunError, UsageError, one_line
-from finetune.models import hub, huggingface, text_encoders
+from finetune.models import hub, huggingface
 from finetune.models.backbones import (
     Backbone,
     backbone_of_export,
@@ -32,16 +29,11 @@ from finetune.models.backbones import (
     torchvision_names,
 )
 from finetune.models.bundled import BUNDLED, BUNDLED_TEXT, bundled_folder, bundled_weights
+from finetune.models.state_dicts import LEAST_SHARE, Picked, StateDict, groups_in, in_any, pick
+from finetune.models.weight_files import hash_of
 
-# What a damaged file makes of torch's and safetensors' readers.
-UNREADABLE = (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
-# Where training scripts put the network among other things, and what wrappers put before the names of its tensors.
-NESTS = ("state_dict", "model_state_dict", "model")
-PREFIXES = ("module", "_orig_mod", "backbone", "model")
 # torchvision's own files end in the first digits of their sha256.
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,})\.")
-# DenseNet's files are older than its module names.
-OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.")
 
 
 @dataclass(frozen=True)
@@ -53,16 +45,18 @@ class Weights:
         sha256: of the file.
         reference: a name by which the same bytes can be had again, or "".
         preprocessing_of: whose preprocessing goes with them, for a person to read.
+        key: the part of the file that is meant; "" = all of it.
     """
 
     path: Path
     sha256: str
     reference: str
     preprocessing_of: str
+    key: str = ""
 
     @property
     def text(self) -> str:
-        return f"{self.path.name}, sha256 {self.sha256[:12]}"
+        return f"{self.path.name}{f':{self.key}' if self.key else ''}, sha256 {self.sha256[:12]}"
 
 
 # ---- Which weights, and what they want their images prepared like -----------------------------------------------
@@ -72,7 +66,7 @@ def choose_weights(backbone_name: str, weights: str) -> tuple[Backbone, Weights 
     """The backbone as `--weights` wants it, and the weights: None for random ones.
 
     Args:
-        weights: "default", "none", a member of torchvision's enum, or a file.
+        weights: "default", "none", a member of torchvision's enum, a file or folder, or FILE:KEY.
 
     Raises:
         UsageError: no such backbone, weights or file.
@@ -95,12 +89,31 @@ def choose_weights(backbone_name: str, weights: str) -> tuple[Backbone, Weights 
         origin = f"its {huggingface.PREPROCESSOR_FILE}" if has_own else "mean and deviation 0.5"
         reference = backbone_name if backbone_name.startswith(hub.PREFIX) else ""
         return backbone, Weights(path, hub.hash_of_folder(path), reference, origin)
-    path = Path(os.path.expanduser(weights))
-    if not path.is_file():
-        raise UsageError(f"--weights {weights}: no such file; allowed are {_allowed(backbone_name, weights)}")
-    sha256 = sha256_of_file(path)
-    backbone, origin = _prepared_for_file(backbone, path, sha256)
-    return backbone, Weights(path, sha256, "", origin)
+    found = _file_of(weights, f"allowed are {_allowed(backbone_name, weights)}")
+    backbone, origin = _prepared_for_file(backbone, found.path, found.sha256)
+    return backbone, dataclasses.replace(found, preprocessing_of=origin)
+
+
+def _file_of(weights: str, allowed: str) -> Weights:
+    """FILE, FOLDER or FILE:KEY.
+
+    Raises:
+        UsageError: there is none; says what is allowed.
+    """
+    path, key = Path(os.path.expanduser(weights)), ""
+    if not path.exists() and ":" in weights:
+        name, _, key = weights.rpartition(":")
+        path = Path(os.path.expanduser(name))
+    if not path.exists():
+        raise UsageError(f"--weights {weights}: no such file; {allowed}")
+    if path.is_file() and (path.parent / hub.CONFIG_FILE).is_file() and path in hub.weight_files(path.parent):
+        path = path.parent  # transformers knows what its older files called the same tensors
+    try:
+        is_model = (path / hub.CONFIG_FILE).is_file()
+        sha256 = hub.hash_of_folder(path) if is_model else hash_of(path)
+    except FinetuneError as error:
+        raise UsageError(f"--weights {error}") from None
+    return Weights(path, sha256, "", "", key.rstrip("."))
 
 
 def choose_text_weights(
@@ -111,20 +124,21 @@ def choose_text_weights(
     Args:
         backbone_name: see `find_text_backbone`.
         revision: of a model on the hub; "" = its newest.
-        weights: "default" or "none".
+        weights: "default", "none", a file or folder, or FILE:KEY.
         pooling: "auto", "stock", "mean" or "cls".
 
     Raises:
         UsageError: no such backbone.
         RunError: it cannot be downloaded.
     """
-    if weights not in ("default", "none"):
-        raise UsageError(f"--weights {weights}: not allowed for texts; give default, or none (random)")
     if revision and (backbone_name in BUNDLED_TEXT or hub.is_folder(backbone_name)):
         raise UsageError(f"--revision {revision}: belongs to a model on the hub, not to {backbone_name}; leave it out")
     backbone, folder = find_text_backbone(f"{backbone_name}@{revision}" if revision else backbone_name, pooling)
     if weights == "none":
         return backbone, None
+    if weights != "default":
+        allowed = "give default, none (random), a folder, or a .safetensors, .bin or .pt file"
+        return backbone, dataclasses.replace(_file_of(weights, allowed), preprocessing_of="its tokenizer")
     reference = ""
     if backbone_name in BUNDLED_TEXT:
         reference = f"bundled:{backbone_name}"
@@ -161,7 +175,7 @@ def _allowed(name: str, weights: str) -> str:
     names = ["default", *(member.name for member in members(name))] if name in torchvision_names() else ["default"]
     nearest = difflib.get_close_matches(weights.upper(), names, n=1)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-    return f"{', '.join(names)}{hint}, none (random), or a .safetensors, .pt or .pth file"
+    return f"{', '.join(names)}{hint}, none (random), or a .safetensors, .pt or .pth file or folder"
 
 
 def _prepared_for_file(backbone: Backbone, path: Path, sha256: str) -> tuple[Backbone, str]:
@@ -226,109 +240,63 @@ def cached_file(member: WeightsEnum) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / member.url.rsplit("/", 1)[-1]
 
 
-# ---- Reading ----------------------------------------------------------------------------------------------------
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file, or from the folder of a transformers model. Runs no code from it.
-
-    A .pt or .pth may hold it under "model", "state_dict" or "model_state_dict".
-
-    Raises:
-        BadFile: not such a file, or one that would run code.
-    """
-    if path.is_dir():
-        return hub.read_tensors(path, _stock_class(path))
-    try:
-        content: object = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
-    except UNREADABLE as error:
-        raise BadFile(f"{path} cannot be read ({one_line(error)}); restore it") from None
-    if isinstance(content, Mapping) and {"schema_version", "frozen", "optimizer"} <= set(content):
-        raise BadFile(f"{path} is a checkpoint of a run; give what `finetune export RUN` writes")
-    if isinstance(content, Mapping) and not _is_state_dict(content):
-        content = next((content[nest] for nest in NESTS if _is_state_dict(content.get(nest))), content)
-    if not _is_state_dict(content):
-        raise BadFile(f"{path} does not hold a state dict (names to tensors), plain or under {', '.join(NESTS)}")
-    return content
-
-
-def _stock_class(folder: Path) -> Any:
-    """transformers' auto class for what lies in a folder: of images, where its config has one."""
-    from transformers import AutoModelForImageClassification
-
-    config, _ = hub.read_config(folder)
-    is_of_images = type(config) in AutoModelForImageClassification._model_mapping
-    return AutoModelForImageClassification if is_of_images else text_encoders.stock_class()
-
-
-def _is_state_dict(value: object) -> TypeGuard[dict[str, Tensor]]:
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in value.items())
-    )
-
-
 # ---- Loading ----------------------------------------------------------------------------------------------------
 
 
-def stock_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> "OrderedDict[str, Tensor]":
-    """`state` under the names of the architecture: without the prefixes of wrappers, and in today's spelling."""
-    top = {name.partition(".")[0] for name in own}
-    renamed = OrderedDict()
-    for name, value in state.items():
-        first, _, rest = name.partition(".")
-        while first in PREFIXES and first not in top and rest:
-            name = rest
-            first, _, rest = name.partition(".")
-        today = OLD_DENSENET_NAME.sub(r"\1\2.", name)
-        name = today if today in own else name
-        if name in renamed:
-            raise UsageError(f"{source}: holds {name} twice, with and without a prefix; remove one of them")
-        renamed[name] = value
-    return renamed
-
-
-def load_backbone_weights(model: nn.Module, state: dict[str, Tensor], head: list[str], source: str) -> None:
+def load_backbone_weights(model: nn.Module, state: Mapping[str, Tensor], head: list[str], source: str) -> Picked:
     """Load `state` into `model`; only tensors of the head may be missing or of another shape.
 
     Args:
+        state: see `state_dicts.pick`: what is over beside the network is left aside.
         head: module paths of the head.
         source: named in the error.
 
     Raises:
-        UsageError: anything else is missing ("-"), too much ("+") or of another shape ("~"); or holds no numbers.
+        UsageError: anything else is missing ("-"), too much within the network ("+") or of another shape ("~"); or
+            holds no numbers.
     """
     own = model.state_dict()
-
-    def in_head(name: str) -> bool:
-        return any(name.startswith(path + ".") for path in head)
-
-    named = stock_names(state, own, source)
+    picked = pick(state, own, head, source, str(getattr(model, "base_model_prefix", "")))
+    if picked.share < LEAST_SHARE:
+        raise UsageError(
+            f"{source}: holds {picked.share:.0%} of this network's names, so it is of another, or calls its tensors "
+            "otherwise; --weights FILE:KEY names a part of a file",
+            ["this network has:", *groups_in(own), "the file has:", *groups_in(state)],
+        )
+    named = picked.state
     shapes = [
         f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
         for name, value in named.items()
-        if name in own and not in_head(name) and own[name].shape != value.shape
+        if name in own and not in_any(name, head) and own[name].shape != value.shape
     ]
     for name, value in named.items():
         if name in own and own[name].is_floating_point() != value.is_floating_point():
             raise UsageError(f"{source}: {name} holds {value.dtype}, not {own[name].dtype}; give weights as trained")
-    fitting = OrderedDict(
-        (name, value)
-        for name, value in named.items()
-        if name not in own or own[name].shape == value.shape
-        if name in own or not in_head(name)
+    fitting = StateDict(
+        {
+            name: value
+            for name, value in named.items()
+            if name not in own or own[name].shape == value.shape
+            if name in own or not in_any(name, head)
+        },
+        named._metadata,
     )
-    missing, extra = load_state(model, fitting, getattr(state, "_metadata", None), source)
+    missing, extra = load_state(model, fitting, named._metadata, source)
     named_in_shapes = {line.partition(" ")[0] for line in shapes}
-    missing = [name for name in missing if not in_head(name) and name not in named_in_shapes]
+    # How often BatchNorm has been updated says nothing where its momentum is fixed, and converters leave it out.
+    missing = [
+        name
+        for name in missing
+        if not in_any(name, head) and name not in named_in_shapes and not name.endswith("num_batches_tracked")
+    ]
     if missing or extra or shapes:
         lines = [f"  - {name}" for name in missing] + [f"  + {name}" for name in extra] + [f"  ~ {s}" for s in shapes]
         shown = lines[:20] + ([f"  ... {len(lines) - 20} more"] if len(lines) > 20 else [])
         raise UsageError(f"{source} does not fit the architecture (- missing, + unknown, ~ other shape):", shown)
     for name, value in model.state_dict().items():
-        if not in_head(name) and value.is_floating_point() and not value.isfinite().all():
+        if not in_any(name, head) and value.is_floating_point() and not value.isfinite().all():
             raise UsageError(f"{source}: {name} holds values that are no numbers; give weights that are whole")
+    return picked
 
 
 def load_state(

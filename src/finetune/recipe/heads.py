@@ -187,8 +187,8 @@ def image_head(
         backbone: the pretrained network: bundled/mobilenet (for photos), bundled/vgg, bundled/resnet; any
             classification model of torchvision (resnet50, vit_b_16, ...); hf:ID or a folder: an image encoder of
             transformers. Several with commas between are compared. `finetune backbones` lists them.
-        weights: "default" (the backbone's own), "none" (random), a name of torchvision's (IMAGENET1K_V1), or a
-            .safetensors, .pt or .pth file.
+        weights: "default" (the backbone's own), "none" (random), a name of torchvision's (IMAGENET1K_V1); a file as
+            training scripts write them, FILE:KEY for a part of it, or a folder.
         image_size: edge in pixels of what the backbone sees; 0 = what it was trained at.
         augment: random changes of each training image: "light" = affine, crop, colour; "standard", for photos = crop,
             flip, RandAugment.
@@ -255,7 +255,8 @@ def text_head(
         backbone: the pretrained network: bundled/bert; a folder or a name on the hub (google-bert/bert-base-uncased,
             sentence-transformers/all-MiniLM-L6-v2, ...) of any encoder that transformers classifies texts with.
         revision: of a model on the hub: branch, tag or commit; default: the newest.
-        weights: "default" (the backbone's own) or "none" (random).
+        weights: "default" (the backbone's own), "none" (random); a folder as transformers saves it, a file, or FILE:KEY
+            for a part of it.
         pooling: how the tokens of a text become one feature vector: mean = their mean; cls = the first one; stock = as
             transformers' own class does, which then loads the export; auto = as the backbone's folder says, else mean
             where the stock class would have to train a pooler from nothing, else stock.

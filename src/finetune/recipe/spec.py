@@ -30,7 +30,8 @@ class Model:
     Attributes:
         backbone: architecture: "bundled/vgg", a classification model of torchvision by name, "hf:ID" or a folder with
             an image or text encoder of transformers.
-        weights: "default" (the backbone's own), "none" (random), a member of torchvision's weights enum, or a file.
+        weights: "default" (the backbone's own), "none" (random), a member of torchvision's weights enum; a file, a
+            folder, or FILE:KEY.
         head: "linear", "mlp", "append", "keep" (the architecture's own last layer, newly initialised), or "none" (the
             network gives what a head would read).
         dropout: probability that a feature is zeroed before each new linear layer.

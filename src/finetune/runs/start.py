@@ -229,6 +229,8 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
             instead = for_photos(plan) if is_own and knows_glyphs_only(backbone.name) else ""
             data, backbone = survey_pixels(data, backbone, recipe.data.pixel_range, for_photos=instead)
         network = new_network(recipe, backbone, weights, data.output_count, begins_with)
+        if network.picked_text and weights is not None and not weights.path.is_dir():
+            weights_text += f"; {network.picked_text}"
         if begins_with is not None:  # a part of the file is not the file
             weights, weights_text = None, f"begins as a part of {weights_text}"
     check_numbers(data, recipe)

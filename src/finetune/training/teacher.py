@@ -22,7 +22,8 @@ from finetune.models import text_encoders
 from finetune.models.heads import NO_HEAD
 from finetune.models.network import build_network
 from finetune.models.pretrained import sized
-from finetune.models.weights import choose_teacher, read_weights
+from finetune.models.weight_files import read_weights
+from finetune.models.weights import choose_teacher
 from finetune.recipe.spec import Distillation
 from finetune.store.state import numeric_environment
 from finetune.training.setup import Setup, make_loaders
