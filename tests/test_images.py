@@ -2,6 +2,11 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -32,6 +37,7 @@ from finetune.data.loader import Loader
 from finetune.data.order import keyed_generator, stratified_split
 from finetune.data.source import Reading
 from finetune.data.table import Columns
+from finetune.data.texts import open_texts
 from finetune.errors import RunError
 from finetune.models.backbones import find_backbone, members, torchvision_backbone
 from finetune.models.pretrained import find_pretrained
@@ -268,11 +274,76 @@ def test_links_to_folders_are_followed_and_circles_end(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("layout", [("train/a", "train/b", "val"), ("val/a", "val/b", "test/a", "test/b")])
-def test_parts_by_half_are_refused_instead_of_half_ignored(tmp_path, layout):
-    make_folder(tmp_path / "data", dict.fromkeys(layout, 2))
+def test_parts_by_half_are_refused_with_the_folder_that_is_in_the_way(tmp_path):
+    def refused(name: str, *folders: str) -> str:
+        make_folder(tmp_path / name, dict.fromkeys(folders, 2))
+        with pytest.raises(UsageError) as error:
+            open_images(str(tmp_path / name))
+        return str(error.value)
+
+    assert "holds test/, val/ but no train/ with one sub-folder a class; add it" in refused("a", "val/a", "test/a")
+    assert "val/ and valid/ are the same part" in refused("b", "train/a", "train/b", "val/a", "valid/a")
+    # A class called train, whose images lie in folders of their own, beside another class.
+    said = refused("c", "train/steam", "train/diesel", "ship")
+    assert "ship/ stands beside train/ and holds images: move it away, or into train/ if it is a class" in said
+
+
+def test_what_cannot_be_a_part_is_left_aside_and_named(tmp_path):
+    folders = ("train/cat", "train/dog", "val/cat", "val/dog", "test", "backup", "annotations", ".cache")
+    folder = make_folder(tmp_path / "kaggle", dict.fromkeys(folders, 2))
+    for image in (folder / "annotations").iterdir():
+        image.rename(image.with_suffix(".xml"))
+    for name in ("sample_submission.csv", "train/cover.png"):
+        shutil.copy(folder / "test" / "00.png", folder / name)
+    source = open_images(str(folder))
+    assert source.paths == [
+        f"{part}/{name}/0{n}.png" for part in ("train", "val") for name in ("cat", "dog") for n in (0, 1)
+    ]
+    assert source.left == "1 .csv, 4 folder(s) (.cache, annotations, backup, ...)"
+    assert source.notes == (
+        "1 image(s) beside the class folders of train/ have no class: left aside",
+        "test/ holds no folder of a class to train on, so its images are unlabelled and left aside; after the training: "
+        f"finetune predict RUN {folder / 'test'}",
+        "backup/ is no part, and its images are left aside",
+    )
+    # Unlabelled in a folder of a name that is no class, as some archives unpack.
+    (folder / "test").rename(folder / "inner")
+    (folder / "test").mkdir()
+    (folder / "inner").rename(folder / "test" / "test")
+    assert open_images(str(folder)).notes == source.notes
+    # A run of before goes on as it was begun: with such a folder there was none.
     with pytest.raises(UsageError, match="to bring parts along it must hold train/"):
-        open_images(str(tmp_path / "data"))
+        open_images(str(folder), reading=Reading(by_content=False))
+
+
+def test_beside_class_folders_lists_and_loose_pictures_are_left_aside_and_named(tmp_path):
+    folder = make_folder(tmp_path / "data", {"cat": 2, "dog": 2, "labels": 1, "train": 1})
+    (folder / "labels" / "00.png").rename(folder / "labels" / "all.json")
+    for name in ("cover.png", "README.md"):
+        shutil.copy(folder / "cat" / "00.png", folder / name)
+    source = open_images(str(folder))
+    assert source.classes == ["cat", "dog", "train"] and source.left == "1 .md, 1 folder(s) (labels)"
+    assert source.notes == (
+        "1 image(s) in no class folder, like cover.png: left aside", "labels/ holds 1 .json, so it is no class"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz"])
+def test_an_archive_says_how_it_is_unpacked_and_that_line_works(tmp_path, suffix, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "photos", {"cat": 1, "dog": 1})
+    kind = {"zip": "zip", "tar": "tar", "tar.gz": "gztar"}[suffix]
+    shutil.make_archive("my photos", kind, tmp_path, "photos")
+    with pytest.raises(UsageError) as error:
+        open_images(f"my photos.{suffix}")
+    found = re.fullmatch(
+        r"--images my photos\.\S+: is an archive: unpack it by (.*) and give --images (.*)", str(error.value)
+    )
+    words = [sys.executable, *shlex.split(found[1])[1:]]
+    subprocess.run(words, check=True)
+    assert open_images(*shlex.split(found[2])).classes == ["cat", "dog"]
+    with pytest.raises(UsageError, match=r"--texts .*: is an archive: unpack it by"):
+        open_texts(f"my photos.{suffix}", "classification")
 
 
 def test_an_image_named_twice_is_refused_for_it_could_be_trained_on_and_validate(tmp_path):
@@ -300,9 +371,6 @@ def test_unusable_folders_are_refused_with_what_to_do(tmp_path):
     make_folder(tmp_path / "parts" / "train", {"a": 2, "b": 2})
     make_folder(tmp_path / "parts" / "val", {"a": 2, "c": 2})
     with pytest.raises(UsageError, match=r"class 'c' is not among those trained on \('a', 'b'\)"):
-        open_images(str(tmp_path / "parts"))
-    (tmp_path / "parts" / "old").mkdir()
-    with pytest.raises(UsageError, match="must hold train/, perhaps val/ and test/, nothing else"):
         open_images(str(tmp_path / "parts"))
 
 

@@ -186,7 +186,7 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], int, list[str]]] = {
     "a backbone on a drive that is not there": (lambda: ["vgg_head", "--backbone", "~nosuch"], 2, ["unknown; allowed are"]),
     # ---- Weights
     "weights that are not there": (lambda: ["vgg_head", "--weights", "no.pt"], 2, ["--weights no.pt: no such file; allowed are default, none (random), or a .safetensors, .pt or .pth file"]),
-    "weights of another architecture": (lambda: ["vgg_head", "--weights", weights("w.pt", get_model("squeezenet1_1").state_dict())], 2, ["w.pt does not fit the architecture (- missing, + unknown, ~ other shape):"]),
+    "weights of another architecture": (lambda: ["vgg_head", "--weights", weights("w.pt", get_model("squeezenet1_1").state_dict())], 2, ["w.pt: holds 5% of this network's names, so it is of another", "--weights FILE:KEY names a part"]),
     "weights that are a text": (lambda: ["vgg_head", "--weights", table("w.pt", "weights")], 2, ["w.pt", "restore it"]),
     "weights that hold numbers only": (lambda: ["vgg_head", "--weights", weights("w.pt", {"losses": [1, 2]})], 2, ["w.pt does not hold a state dict"]),
     "weights that hold no number": (lambda: ["vgg_head", "--weights", weights("w.pt", {name: value * float("nan") for name, value in get_model("squeezenet1_1").state_dict().items()}), "--backbone", "squeezenet1_1"], 2, ["holds values that are no numbers"]),
@@ -200,7 +200,7 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], int, list[str]]] = {
     "one class": (lambda: [*IMAGES, pictures("photos", cat=4)], 2, ["1 class(es) found (cat), at least 2 are needed"]),
     "pictures without class folders": (lambda: [*IMAGES, pictures("photos", cat=4) + "/cat"], 2, ["0 class(es) found"]),
     "one image a class": (lambda: [*IMAGES, pictures("photos", cat=1, dog=1)], 2, ["no class has two images, so nothing is left to validate with; add images"]),
-    "train/ and something else": (lambda: [pictures("photos/train", cat=4, dog=4), pictures("photos/rest", cat=1), [*IMAGES, "photos"]][2], 2, ["to bring parts along it must hold train/"]),
+    "train/ and something else": (lambda: [pictures("photos/train", cat=4, dog=4), pictures("photos/rest", cat=1), [*IMAGES, "photos"]][2], 2, ["rest/ stands beside train/ and holds images", "move it away, or into train/ if it is a class"]),
     "a broken image": (broken_picture, 1, ["cat/3.png cannot be decoded (of no known image format)", "--skip-broken"]),
     "an image of gigabytes": (enormous_file, 1, ["cat/9.png has 2,000,000,000 bytes, more than 1,073,741,824; repair or remove"]),
     "a link to somewhere else": (link_out_of_the_folder, 2, ["1 image(s) lie outside photos, like cat/9.png", "--allow-outside"]),
@@ -297,7 +297,7 @@ def test_a_mistake_is_one_line_an_exit_code_and_leaves_nothing_behind(mistake, t
     for words_said in said:
         assert words_said in first, first
     # Only weights that do not fit are told of in more lines: which tensors.
-    assert all(line.startswith("  ") for line in rest) and (not rest or "does not fit the architecture" in first)
+    assert all(line.startswith("  ") for line in rest) and (not rest or "does not fit" in first or "names, so" in first)
     left = {name for name in everything_below(tmp_path) - before if not name.endswith(("lock", "__pycache__", ".pyc"))}
     assert left == set()
 

@@ -154,8 +154,8 @@ def test_where_nothing_fits_both_sides_are_shown(tmp_path, stock):
         load_backbone_weights(get_model(NAME), read_weights(tmp_path / "renamed.pth"), ["fc"], "--weights renamed.pth")
     said = str(error.value)
     assert "of this network's names, so it is of another, or calls its tensors otherwise" in said
-    assert "this network has:\n  conv1: 6 tensor(s), like conv1.0.weight" in said
-    assert "the file has:\n  net.features: " in said and "--weights FILE:KEY names a part" in said
+    assert "this network has:\n    conv1: 6 tensor(s), like conv1.0.weight" in said
+    assert "the file has:\n    net.features: " in said and "--weights FILE:KEY names a part" in said
 
 
 class Thing:

@@ -1,6 +1,14 @@
 """What somebody typed, with other options. Values stand in the same word (--a=b) or in the next."""
 
+import os
+import shlex
+import subprocess
 from collections.abc import Collection, Sequence
+
+
+def typed(words: Sequence[str]) -> str:
+    """Words as a shell takes them."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def with_option(words: Sequence[str], option: str, value: str) -> list[str]:

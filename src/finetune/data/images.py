@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from finetune.data.archives import how_to_unpack, is_archive
 from finetune.data.augment import augment, mix
 from finetune.data.batch import Batch, Request, Split
 from finetune.data.decode import BrokenImage
@@ -47,6 +48,8 @@ def open_images(
         from finetune.data.glyphs import render_glyphs
 
         return render_glyphs(fonts)
+    if is_archive(path):
+        raise UsageError(f"--images {images}: {how_to_unpack(path, '--images')}")
     if columns != Columns():
         raise UsageError(
             f"--images {images}: columns and --separator belong to a {', '.join(TABLE_SUFFIXES)} file; leave them out"

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from finetune.data.archives import how_to_unpack, is_archive
 from finetune.data.batch import Batch, Request
 from finetune.data.folder import TEXTS as TEXT_FILES
 from finetune.data.folder import before, list_folder
@@ -92,6 +93,8 @@ def open_texts(
         if not contents:
             raise UsageError(f"{what}: is empty; give a line a text")
         labels, parts = [None] * len(contents), None
+    elif is_archive(path):
+        raise UsageError(f"{what}: {how_to_unpack(path, '--texts')}")
     else:
         raise UsageError(
             f"{what}: no such data; give {BUNDLED!r}, a {', '.join(TABLE_SUFFIXES)} file, or a folder with one "

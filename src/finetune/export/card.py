@@ -13,12 +13,12 @@ from finetune.base.files import write_atomically
 from finetune.base.formatting import number_text, printable, with_article
 from finetune.base.intervals import FEW, worth_text
 from finetune.base.templates import templates_in
+from finetune.base.words import typed
 from finetune.errors import FinetuneError
 from finetune.export.verify import Trained
 from finetune.models.backbones import default_member, torchvision_names
 from finetune.models.bundled import LICENCES, NOVELTY_FIGURES
 from finetune.models.heads import NO_HEAD
-from finetune.report.commands import typed
 from finetune.report.data import RunData, Validation, gather
 from finetune.report.words import capitalised, metric_text
 from finetune.store.run_folder import RunFolder

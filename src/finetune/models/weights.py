@@ -261,7 +261,7 @@ def load_backbone_weights(model: nn.Module, state: Mapping[str, Tensor], head: l
         raise UsageError(
             f"{source}: holds {picked.share:.0%} of this network's names, so it is of another, or calls its tensors "
             "otherwise; --weights FILE:KEY names a part of a file",
-            ["this network has:", *groups_in(own), "the file has:", *groups_in(state)],
+            ["  this network has:", *_deeper(groups_in(own)), "  the file has:", *_deeper(groups_in(state))],
         )
     named = picked.state
     shapes = [
@@ -297,6 +297,10 @@ def load_backbone_weights(model: nn.Module, state: Mapping[str, Tensor], head: l
         if not in_any(name, head) and value.is_floating_point() and not value.isfinite().all():
             raise UsageError(f"{source}: {name} holds values that are no numbers; give weights that are whole")
     return picked
+
+
+def _deeper(lines: list[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
 
 
 def load_state(

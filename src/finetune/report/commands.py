@@ -1,12 +1,9 @@
 """What to type to repeat a run, to go on with it, and to use what it learnt."""
 
-import os
-import shlex
-import subprocess
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from finetune.base.plain import Fields
+from finetune.base.words import typed
 from finetune.errors import FinetuneError
 from finetune.models.backbones import backbone_from_plain
 from finetune.models.stock import reason_against_folder
@@ -22,11 +19,6 @@ class Command(NamedTuple):
 
     text: str
     meaning: str
-
-
-def typed(words: Sequence[str]) -> str:
-    """Words as a shell takes them."""
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def configured(data: RunData, part: str, name: str) -> str:

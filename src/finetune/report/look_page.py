@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from finetune import __version__
 from finetune.base.files import make_folders, write_atomically
-from finetune.base.words import without_option
+from finetune.base.words import typed, without_option
 from finetune.errors import RunError, UsageError
-from finetune.report.commands import typed
 from finetune.report.html import render_page
 from finetune.report.overview import Overview
 from finetune.tasks.doubts import MARK, TEXT_LETTERS, plain_name
