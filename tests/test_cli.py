@@ -178,7 +178,7 @@ raise SystemExit(code)
 def test_a_wrong_option_is_one_line_whatever_the_terminal_can_show(encoding):
     for words, starts in (
         (["--epohcs", "3"], "Unrecognized options: --epohcs, 3; Perhaps you meant: --epochs INT"),
-        (["--workers", "x"], "Error parsing --workers: 'x' is no INT; all options:"),
+        (["--workers", "x"], "--workers x: is no whole number; all options:"),
     ):
         command = [sys.executable, "-m", "finetune.cli", "vgg_head", *words]
         environment = os.environ | {"PYTHONIOENCODING": encoding}
@@ -236,3 +236,12 @@ def test_output_that_cannot_be_written_is_an_error(tmp_path):
             stdout=full, stderr=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
     assert process.returncode == 1 and "standard output cannot be written" in process.stderr
+
+
+@pytest.mark.parametrize("command", ["summary", "rehearse", "look", "new"])
+def test_commands_that_need_a_recipe_answer_when_they_are_asked_for_help(command, capsys):
+    with suppress(SystemExit):
+        assert main([command, "--help"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"usage: finetune {command}") and not said.err
+    assert ("photo_head" if command != "new" else "vgg_head") in said.out

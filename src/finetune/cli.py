@@ -43,7 +43,7 @@ from finetune.options import (
     repeatable,
 )
 from finetune.parsing import parse, parse_recipe
-from finetune.recipe.scripts import find_recipe_file, load_recipe_function, shipped_recipes
+from finetune.recipe.scripts import find_recipe_file, load_recipe_function, shipped_recipes, summary_of
 from finetune.recipe.written import is_one_call, recipe_file
 from finetune.rehearse.part import OPTION as PART_OPTION
 from finetune.rehearse.part import Part
@@ -129,15 +129,21 @@ def command_report(arguments: Sequence[str]) -> int:
     return import_commands("reading").write_report_of_run(options)
 
 
+def _with_recipe_for_help(arguments: Sequence[str]) -> list[str]:
+    """Words for a command that needs a recipe: asked for help alone, it shows that for a usual one."""
+    return ["photo_head", "--help"] if arguments and arguments[0] in ("-h", "--help") else list(arguments)
+
+
 def command_summary(arguments: Sequence[str]) -> int:
-    if not arguments or arguments[0].startswith("-"):
+    words = _with_recipe_for_help(arguments)
+    if not words or words[0].startswith("-"):
         raise UsageError("finetune summary: needs a recipe, as in: finetune summary vgg_head")
-    _, recipe, options, usual, _ = parse_recipe(arguments[0], arguments[1:], COMMANDS)
+    _, recipe, options, usual, _ = parse_recipe(words[0], words[1:], COMMANDS, command="summary")
     return import_commands("reading").summarise(recipe, options, usual)
 
 
 def command_rehearse(arguments: Sequence[str]) -> int:
-    part, words = None, list(arguments)
+    part, words = None, _with_recipe_for_help(arguments)
     if words[:1] == [PART_OPTION] and len(words) > 1:
         part, words = Part.from_text(words[1]), words[2:]
     if not words or words[0].startswith("-"):
@@ -156,16 +162,14 @@ def command_rehearse(arguments: Sequence[str]) -> int:
 
 
 def command_look(arguments: Sequence[str]) -> int:
-    words = list(arguments)
-    if not words or (words[0].startswith("-") and not {"-h", "--help"} & set(words[:1])):
+    words = _with_recipe_for_help(arguments)
+    if not words or words[0].startswith("-"):
         kinds = {word.partition("=")[0] for word in words} & set(LOOKED_AT)
         if len(kinds) != 1:
             raise UsageError(
                 "finetune look: needs a recipe, or data, as in: finetune look --images FOLDER; --texts FILE for texts"
             )
         words.insert(0, LOOKED_AT[kinds.pop()])
-    if words[0] in ("-h", "--help"):
-        words = ["photo_head", "--help"]
     path, recipe, options, usual, also = parse_recipe(words[0], words[1:], COMMANDS, LookOptions, "look")
     return import_commands("reading").look_at_data(path, recipe, options, usual, also.output, words)
 
@@ -200,7 +204,19 @@ def command_doctor(arguments: Sequence[str]) -> int:
     return examine(options.json)
 
 
+NEW_HELP = """\
+usage: finetune new RECIPE FILE.py
+
+A recipe of your own: a Python file with every value of RECIPE plain to see and to change, to be trained by
+finetune FILE.py. RECIPE is a shipped one, or a file:
+
+"""
+
+
 def command_new(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(NEW_HELP + "\n".join(f"    {name:<15} {summary_of(path)}" for name, path in shipped_recipes().items()))
+        return 0
     if len(arguments) != 2:
         raise UsageError(
             "finetune new: needs the name of a shipped recipe and a file, as in: finetune new vgg_head my.py"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import docstring_parser
 import tyro
 
+from finetune.base.words import typed
 from finetune.errors import UsageError
 from finetune.options import RunOptions
 from finetune.recipe.heads import image_head, text_head
@@ -23,6 +24,17 @@ from finetune.recipe.spec import Recipe
 INSTANTIATED = re.compile(
     r"Error parsing (--[\w-]+): no type matching \{None\}\|(.+?) could be instantiated from \[(.*?)\]\.?.*"
 )
+# The same in the words of our own errors: option, value, what is allowed.
+_WRONG = r"Error parsing (--[\w-]+): "
+REWORDED = {
+    _WRONG + r"invalid literal for int\(\) with base 10: '(.*)'": r"\1 \2: is no whole number",
+    _WRONG + r"could not convert string to float: '(.*)'": r"\1 \2: is no number",
+    _WRONG + r"'(.*)' is no INT": r"\1 \2: is no whole number",
+    _WRONG + r"'(.*)' is no FLOAT": r"\1 \2: is no number",
+    r"Missing value for argument '(--[\w-]+)'\. Expected 1 values": r"\1: needs a value",
+}
+# Of the other kind of data, and a recipe that reads it.
+KINDS = {"images": "photo_head", "texts": "bert_head"}
 ADDRESS = re.compile(r"([A-Za-z][\w+.-]*://)[^\s;,]+")
 
 
@@ -85,6 +97,7 @@ def parse_recipe(
     """
     path = find_recipe_file(name, commands)
     function = load_recipe_function(path)
+    _check_kind(name, function, arguments)
     groups = {"recipe": options_class(function), "run": RunOptions} | ({"also": also} if also else {})
     recipe_class = groups["recipe"]
     fields = [
@@ -99,6 +112,18 @@ def parse_recipe(
     with suppress(UsageError):
         usual = call_recipe(function, {name: getattr(recipe_class(), name) for name in options}, path)
     return Parsed(path, recipe, parsed.run, usual, getattr(parsed, "also", None))
+
+
+def _check_kind(name: str, function: Callable[..., Recipe], arguments: Sequence[str]) -> None:
+    """Raises: UsageError: data of the other kind is named; names a recipe that reads it."""
+    known = inspect.signature(function).parameters
+    for number, word in enumerate(arguments):
+        option, equals, value = word.partition("=")
+        kind = option.removeprefix("--")
+        if option.startswith("--") and kind in KINDS and kind not in known and set(KINDS) & set(known):
+            place = value if equals else next(iter(arguments[number + 1 :]), "")
+            other = typed(["finetune", KINDS[kind], option, *([place] if place else [])])
+            raise UsageError(f"{option}: {name} reads {next(iter(set(KINDS) & set(known)))}; for {kind}: {other}")
 
 
 def parse(options: type, command: str, description: str, arguments: Sequence[str]) -> Any:
@@ -126,6 +151,13 @@ def parse(options: type, command: str, description: str, arguments: Sequence[str
     if "╭" not in plain:  # where standard output is ASCII the box has a title above its first rule
         del paragraphs[0]
     meant = [words for words in paragraphs[1:] if words.startswith("Perhaps you meant")]
-    paragraphs[:1] = [INSTANTIATED.sub(r"Error parsing \1: \3 is no \2", text) for text in paragraphs[:1]]
+    paragraphs[:1] = [_reworded(text) for text in paragraphs[:1]]
     text = "; ".join([*paragraphs[:1], *meant, f"all options: finetune {command} --help"])
     raise UsageError(ADDRESS.sub(r"\1...", text))  # an address may hold a password
+
+
+def _reworded(text: str) -> str:
+    text = INSTANTIATED.sub(r"Error parsing \1: \3 is no \2", text)
+    for pattern, words in REWORDED.items():
+        text = re.sub(pattern, words, text)
+    return text

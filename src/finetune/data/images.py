@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from finetune.base.words import typed
 from finetune.data.archives import how_to_unpack, is_archive
 from finetune.data.augment import augment, mix
 from finetune.data.batch import Batch, Request, Split
-from finetune.data.decode import BrokenImage
+from finetune.data.decode import BrokenImage, is_image
 from finetune.data.digits import load_digits
 from finetune.data.folder import open_folder
 from finetune.data.order import grouped_split, key, keyed_generator, stratified_split
@@ -54,7 +55,18 @@ def open_images(
         raise UsageError(
             f"--images {images}: columns and --separator belong to a {', '.join(TABLE_SUFFIXES)} file; leave them out"
         )
+    if path.is_file():
+        raise UsageError(f"--images {images}: {_what_file(path)}")
     return open_folder(path, classes, allow_outside, reading)
+
+
+def _what_file(path: Path) -> str:
+    """Why a single file is no data set, and what to do."""
+    known = ", ".join(TABLE_SUFFIXES)
+    if is_image(str(path.parent), path.name):
+        predict = typed(["finetune", "predict", "RUN", str(path)])
+        return f"is a single image; to train, give the folder with one sub-folder a class; to classify it: {predict}"
+    return f"is a file, and no table ({known}); give one, or a folder with one sub-folder of images a class"
 
 
 def with_pixel_range(source: Source, preprocessing: object) -> Source:

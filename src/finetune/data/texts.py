@@ -95,6 +95,12 @@ def open_texts(
         labels, parts = [None] * len(contents), None
     elif is_archive(path):
         raise UsageError(f"{what}: {how_to_unpack(path, '--texts')}")
+    elif path.is_file():
+        known = ", ".join(TABLE_SUFFIXES)
+        raise UsageError(
+            f"{what}: is a file, and no table ({known}); give one, or a folder with one sub-folder of .txt files a "
+            "class"
+        )
     else:
         raise UsageError(
             f"{what}: no such data; give {BUNDLED!r}, a {', '.join(TABLE_SUFFIXES)} file, or a folder with one "

@@ -175,7 +175,7 @@ def _allowed(name: str, weights: str) -> str:
     names = ["default", *(member.name for member in members(name))] if name in torchvision_names() else ["default"]
     nearest = difflib.get_close_matches(weights.upper(), names, n=1)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-    return f"{', '.join(names)}{hint}, none (random), or a .safetensors, .pt or .pth file or folder"
+    return f"{', '.join(names)}{hint}, none (random), or a .safetensors, .pt or .pth file, or a folder"
 
 
 def _prepared_for_file(backbone: Backbone, path: Path, sha256: str) -> tuple[Backbone, str]:

@@ -18,6 +18,9 @@ from finetune.recipe.spec import Recipe
 # Of the kit itself: recipes lie in it where it is installed, beside src/ in a checkout.
 PACKAGE = Path(__file__).resolve().parents[1]
 
+# What other programs call what needs no word here.
+TRAINING_WORDS = ("finetune", "fit", "run", "start", "train")
+
 
 class RecipeFunction(Protocol):
     """What a recipe file defines: its typed, documented parameters are the options."""
@@ -55,6 +58,11 @@ def find_recipe_file(name: str, other_names: Iterable[str] = ()) -> Path:
         return path
     if name in shipped:
         return shipped[name]
+    if name.startswith("-"):
+        recipe = {"--images": "photo_head", "--texts": "bert_head"}.get(name.partition("=")[0], "vgg_head")
+        raise UsageError(f"{name}: a recipe or a command comes first, as in: finetune {recipe} {name} ...")
+    if name in TRAINING_WORDS:
+        raise UsageError(f"{name}: is no command; to train, name the recipe: finetune vgg_head ...")
     nearest = difflib.get_close_matches(path.stem, [*shipped, *other_names], n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else "give a recipe file or one of those"
     raise UsageError(f"{name}: no such file, command or recipe; shipped recipes are {', '.join(shipped)}; {hint}")
