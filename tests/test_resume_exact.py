@@ -319,7 +319,7 @@ def test_other_data_is_refused(tmp_path):
     with pytest.raises(Killed):
         train_run(tmp_path / "run", recipe, die_after_steps=3)
     (tmp_path / "images" / "a" / "0.png").unlink()
-    with pytest.raises(RunError, match=r"the data is not what run .* was trained on: fingerprint"):
+    with pytest.raises(RunError, match=r"the data is not what run .* was trained on: 1 image missing, like a/0\.png;"):
         resume_run(RunFolder(tmp_path / "run"))
 
 

@@ -324,7 +324,7 @@ def test_options_that_belong_to_another_task_are_refused(tmp_path, encoder, text
         (["--revision", "main"], "belongs to a model on the hub"),
         (["--head", "append"], "needs pretrained weights with their old head"),
         (["--text-column", "words"], "--text-column words: no such column"),
-        (["--images", "digits"], "Unrecognized options: --images"),
+        (["--images", "digits"], "--images: bert_head reads texts; for images: finetune photo_head --images digits"),
         (["--mixup", "0.2"], "Unrecognized options: --mixup"),
     ):  # fmt: skip
         assert main([*words, *more]) == 2, more

@@ -197,6 +197,7 @@ def fit(
     stop: StopRequest | None = None,
     resume: bool | None = None,
     init_from: str | Path = "",
+    new_classes: bool = False,
     device: str = "auto",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     backbone_precision: Literal["fp32", "bf16", "fp16"] | None = None,
@@ -230,6 +231,8 @@ def fit(
             finished, the state saved, and StoppedEarly raised.
         resume: go on with the run that the folder holds; default: yes, where a folder is given.
         init_from: RUN, RUN:best or RUN:latest: start from that run's weights.
+        new_classes: with init_from: the classes may be others; what the head knows of those with the same name is taken
+            over.
         device: "auto" (cuda, mps, cpu), or a device of torch.
         precision: of the network's arithmetic; fp16 on CUDA only.
         backbone_precision: of the frozen part alone; default: as `precision`.

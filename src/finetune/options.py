@@ -68,6 +68,8 @@ class RunOptions(SettingOptions, MachineOptions):
     """If the folder already holds this run, go on with it: safe in a loop."""
     init_from: str = ""
     """RUN, RUN:best or RUN:latest: start from that run's weights."""
+    new_classes: bool = False
+    """With --init-from: the classes may be others; what the head knows of those with the same name is taken over."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the network's arithmetic; fp16 on CUDA only."""
     backbone_precision: Literal["fp32", "bf16", "fp16"] | None = None
@@ -315,6 +317,8 @@ def check_run(options: RunOptions, recipe_chosen: Collection[str], device_type: 
         refuse(options, ["tf32"], f"with --precision {options.precision}, which keeps fewer bits anyway")
     if device_type != "cuda":
         refuse(options, ["tf32"], f"on {device_type}: only NVIDIA's GPUs have it")
+    if not options.init_from:
+        refuse(options, ["new_classes"], "without --init-from RUN, whose classes would be taken over")
     if options.init_from and "model.weights" in recipe_chosen:
         raise UsageError(
             f"--weights: has no effect with --init-from {options.init_from}, which brings its own; leave one out"

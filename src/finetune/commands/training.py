@@ -134,6 +134,7 @@ def train(
             name,
             code=code,
             init_from=options.init_from,
+            new_classes=options.new_classes,
             copy_frozen=options.frozen == "copy",
             skip_broken=options.skip_broken,
             command=tuple(words),

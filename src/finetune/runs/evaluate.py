@@ -17,6 +17,7 @@ from finetune.base.device import module_to_device, numerics_put_back, pick_devic
 from finetune.base.formatting import number_text, printable
 from finetune.base.halves import freeing, in_halves
 from finetune.base.intervals import share_text, worth_text
+from finetune.base.words import typed
 from finetune.data.batch import Batch, Request
 from finetune.data.contents import Contents
 from finetune.data.images import names_to_indices, without
@@ -30,6 +31,7 @@ from finetune.recipe.execution import split_config
 from finetune.recipe.heads import AnyTable
 from finetune.recipe.serialize import spec_from_plain
 from finetune.recipe.spec import Data, Distillation, Recipe, Regression
+from finetune.runs.same_data import hinting_at_a_move
 from finetune.store.finish_state import Finish
 from finetune.store.restore import backbone_of_run, shipped_thresholds, trained_network
 from finetune.store.run_folder import RunFolder
@@ -200,7 +202,9 @@ def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: DataFacts, place: s
     """Of the run's own data (also where it was moved) what it did not train on: its test part, else its validation
     part. Of other data the test part, else the validation part, else all."""
     spec = _located(recipe.data, place, table) if place else recipe.data
-    source = _opened(spec, recipe.task.kind, facts, place)
+    elsewhere = typed(["finetune", "evaluate", str(run), spec.option, "PLACE"])
+    with hinting_at_a_move(recipe, place, elsewhere):
+        source = _opened(spec, recipe.task.kind, facts, place)
     if source.fingerprint == facts.fingerprint:
         split = split_data(source, recipe)
         indices, part = (split.test, "test") if len(split.test) else (split.validation, "validation")

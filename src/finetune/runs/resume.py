@@ -12,7 +12,8 @@ from finetune.data.contents import Contents
 from finetune.errors import RunError, UsageError
 from finetune.recipe.execution import Machine, Numerics, Settings, check_precision, split_config
 from finetune.recipe.serialize import spec_from_plain
-from finetune.recipe.spec import Recipe, located
+from finetune.recipe.spec import Recipe
+from finetune.runs.same_data import opened_as_before
 from finetune.runs.start import Plan, run_setup, start, surroundings_put_back
 from finetune.store.checkpoint import (
     SUPERSEDED,
@@ -23,13 +24,12 @@ from finetune.store.checkpoint import (
     rewind,
 )
 from finetune.store.finish_state import Finish
-from finetune.store.restore import backbone_of_run, check_same_config, check_same_recipe, saved_network
+from finetune.store.restore import backbone_of_run, check_same_recipe, saved_network
 from finetune.store.run_folder import RunRecord
 from finetune.store.state import CheckpointState, Extension, Progress, environment_differences
 from finetune.store.steps import Steps, count_steps, extension_at, is_cut_short, way_on
 from finetune.training.context import RunContext
 from finetune.training.data_check import check_unbroken
-from finetune.training.dataset import open_data
 from finetune.training.phase import start_phase
 from finetune.training.schedule import learning_rate
 from finetune.training.setup import Setup, make_loaders
@@ -102,6 +102,7 @@ def start_over(context: RunContext, record: RunRecord, machine: Machine, place: 
         machine,
         record.name,
         init_from=record.init_from,
+        new_classes=record.new_classes,
         copy_frozen=record.copy_frozen,
         skip_broken=record.skip_broken,
         place=place,
@@ -216,11 +217,7 @@ def resumed_setup(
     check_precision(numerics, device.type)
     set_numerics(numerics.deterministic, numerics.tf32)
     backbone = backbone_of_run(run, state)
-    data = open_data(located(recipe, place), backbone, state.data.skipped)
-    # The teacher of a distillation, if there is one, is looked at when it runs.
-    was = dataclasses.asdict(dataclasses.replace(state.data, taught_by="", taught_halvings=0, levels=[]))
-    found = dataclasses.asdict(dataclasses.replace(data.facts(), levels=[]))
-    check_same_config(was, found, f"the data is not what run {run} was trained on")
+    data = opened_as_before(run, recipe, place, backbone, state.data)
     network = saved_network(run, recipe, state)
     # Last: which libraries the network needs is known once it is built.
     for line in environment_differences(state.versions, device):

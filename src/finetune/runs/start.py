@@ -12,7 +12,7 @@ from finetune.base.events import Begun
 from finetune.base.lock import alone_in_process
 from finetune.base.words import with_option, without_option
 from finetune.data.contents import Contents
-from finetune.data.names import order_of
+from finetune.data.names import by_meaning, meaning, order_of
 from finetune.data.open import check_data_effects
 from finetune.data.order import key
 from finetune.data.tokens import Tokenization
@@ -20,19 +20,21 @@ from finetune.errors import RunError, StoppedEarly, UsageError
 from finetune.models.backbones import Backbone
 from finetune.models.bundled import knows_glyphs_only
 from finetune.models.heads import reorder, rescale
-from finetune.models.network import store_frozen
+from finetune.models.network import Network, store_frozen
 from finetune.models.pretrained import new_network, pretrained
 from finetune.models.weights import Weights
 from finetune.recipe.effects import check_effects, idle_lines
 from finetune.recipe.execution import Machine, Numerics, check_precision
 from finetune.recipe.spec import Images, Recipe, located
+from finetune.runs.same_data import keep_names
 from finetune.runs.startup_table import facts_of
 from finetune.store.checkpoint import step_files
 from finetune.store.finish_state import outcome_text
-from finetune.store.restore import network_from_run
+from finetune.store.restore import network_from_run, with_other_classes
 from finetune.store.run_folder import RunFolder, RunRecord, fill_folder, new_run_id, next_folder
 from finetune.store.state import (
     CheckpointState,
+    DataFacts,
     Progress,
     generators_put_back,
     seed_generators,
@@ -62,6 +64,7 @@ class Plan:
         name: of the recipe.
         code: files to keep with the run: the recipe and what it imported from its own folder.
         init_from: "RUN", "RUN:best" or "RUN:latest": start from that run's weights.
+        new_classes: that run's classes may be others; what its head knows of the same ones is taken over.
         copy_frozen: copy the frozen weights into the run folder, so that it stands alone.
         skip_broken: look at every sample first, and leave broken ones out.
         place: where the recipe's data lies now, if not where it says.
@@ -76,6 +79,7 @@ class Plan:
     name: str = "run"
     code: tuple[Path, ...] = ()
     init_from: str = ""
+    new_classes: bool = False
     copy_frozen: bool = False
     skip_broken: bool = False
     place: str = ""
@@ -176,12 +180,14 @@ def lay_out(plan: Plan, context: RunContext, setup: Setup, weights: Weights | No
         config=setup.config(),
         settings=dataclasses.asdict(context.settings),
         init_from=plan.init_from,
+        new_classes=plan.new_classes,
         copy_frozen=plan.copy_frozen,
         skip_broken=plan.skip_broken,
         command=list(plan.command),
         chosen=sorted(plan.chosen),
     )
     fill_folder(run, record, list(plan.code))
+    keep_names(run, setup.data.source)
     store_frozen(run.frozen, weights, setup.freeze.at(0).frozen(), copy=plan.copy_frozen, link=not run.url)
     if isinstance(setup.backbone.preprocessing, Tokenization):
         setup.backbone.preprocessing.write(run.tokenizer)
@@ -202,17 +208,9 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     recipe_here = located(recipe, plan.place)
     if init_from:
         backbone, network, other = network_from_run(recipe, init_from)
-        weights, weights_text, preprocessing_of = None, f"from {init_from}", init_from
+        weights, preprocessing_of = None, init_from
         data = _opened(recipe_here, backbone)
-        order = order_of(data.source.classes, other.classes)
-        if order is None:
-            both = data.source.classes, other.classes
-            ours, theirs = (", ".join(map(repr, names[:SHOWN_CLASSES])) for names in both)
-            raise RunError(f"--init-from {init_from}: trained on other classes ({theirs}; here {ours})")
-        if order != sorted(order):  # one spelling sorts before another
-            tensors = network.module.state_dict()
-            reorder(tensors, network.last_layer_path, order)
-            network.module.load_state_dict(tensors)
+        network, weights_text = _with_classes_of(plan, data, backbone, network, other)
         if isinstance(recipe.data, Images):
             data, backbone = survey_pixels(data, backbone, recipe.data.pixel_range, prepared_by=init_from)
         if data.scale:
@@ -247,6 +245,41 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     )  # fmt: skip
     check_parts(setup)
     return setup, weights
+
+
+def _with_classes_of(
+    plan: Plan, data: Data, backbone: Backbone, network: Network, other: DataFacts
+) -> tuple[Network, str]:
+    """The network of another run for the classes of this one; and where its weights are from, in words.
+
+    Raises:
+        RunError: that run has other classes, and this one was not told so.
+        UsageError: it was told so, and there are none, or they are the same.
+    """
+    ours, theirs, said = data.source.classes, other.classes, f"from {plan.init_from}"
+    order = order_of(ours, theirs)
+    if plan.new_classes and (order is not None or not ours or plan.recipe.model.one_logit):
+        why = "its classes are those of that run" if order is not None and ours else "no class has a row of its own"
+        raise UsageError(f"--new-classes: has no effect with --init-from {plan.init_from}, {why}; leave it out")
+    if order is None and not plan.new_classes:
+        shown = [", ".join(map(repr, names[:SHOWN_CLASSES])) for names in (theirs, ours)]
+        raise RunError(
+            f"--init-from {plan.init_from}: trained on other classes ({shown[0]}; here {shown[1]}); --new-classes "
+            "takes over what its head knows of those with the same name"
+        )
+    if order is None:
+        known = by_meaning(theirs)
+        places = [known.get(meaning(name), -1) for name in ours]
+        network = with_other_classes(plan.recipe, backbone, network, places)
+        kept = [name for name, place in zip(ours, places, strict=True) if place >= 0]
+        said += (
+            f"; {len(kept)} of {len(ours)} classes taken over ({', '.join(map(repr, kept[:SHOWN_CLASSES])) or 'none'})"
+        )
+    elif order != sorted(order):  # one spelling sorts before another
+        tensors = network.module.state_dict()
+        reorder(tensors, network.last_layer_path, order)
+        network.module.load_state_dict(tensors)
+    return network, said
 
 
 def _opened(recipe: Recipe, backbone: Backbone) -> Data:

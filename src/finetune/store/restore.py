@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from finetune.base.plain import Plain
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, UsageError
 from finetune.models.backbones import Backbone, backbone_from_plain
+from finetune.models.heads import last_layer
 from finetune.models.network import Network, build_network, load_frozen
 from finetune.models.pretrained import sized
 from finetune.models.weights import (
@@ -80,6 +82,41 @@ def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network,
     network.module.load_state_dict(found)
     network.freeze_map(recipe.trainable).check()
     return sized(backbone, recipe), network, state.data
+
+
+def with_other_classes(recipe: Recipe, backbone: Backbone, network: Network, places: Sequence[int]) -> Network:
+    """A network for other classes: what it knows of old ones stays, and new ones begin at random.
+
+    Args:
+        places: of each new class its place among the old ones; -1 = it was none of them.
+    """
+    new = build_network(
+        backbone,
+        None,
+        "",
+        head=recipe.model.head,
+        class_count=len(places),
+        dropout=recipe.model.dropout,
+        head_width=recipe.model.head_width,
+        unit_rows=recipe.model.unit_rows,
+        seed=recipe.seed,
+        old_class_count=network.old_class_count if network.head_kind == "append" else 0,
+        new_paths=network.new_paths,
+    )
+    tensors, old = new.module.state_dict(), network.module.state_dict()
+    ours = [place for place, other in enumerate(places) if other >= 0]
+    theirs = [other for other in places if other >= 0]
+    heads = network.head_paths[-1:] if network.head_kind == "append" else network.head_paths
+    layers = [last_layer(path, network.head_kind) for path in heads]
+    with_a_row_a_class = {f"{layer}.{name}" for layer in layers for name in ("weight", "bias")}
+    for name, value in old.items():
+        if name in with_a_row_a_class:
+            tensors[name][ours] = value[theirs]
+        else:
+            tensors[name] = value
+    new.module.load_state_dict(tensors)
+    new.freeze_map(recipe.trainable).check()
+    return new
 
 
 # ---- As a run left it ------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class RunRecord:
         skip_broken: broken samples were left out.
         command: what to type after `finetune` to do the same again; for people, no secrets.
         chosen: values of the recipe that somebody chose; see `recipe.effects`. Of a run of before none are known.
+        new_classes: that run's classes may have been others.
     """
 
     id: str
@@ -59,6 +60,7 @@ class RunRecord:
     skip_broken: bool
     command: list[str] = field(default_factory=list)
     chosen: list[str] = field(default_factory=list)
+    new_classes: bool = False
 
     def to_plain(self) -> Plain:
         return {SCHEMA_KEY: SCHEMA_VERSION} | part_to_plain(self)
@@ -134,6 +136,11 @@ class RunFolder:
         return self.path / "contents.bin"
 
     @property
+    def samples_file(self) -> Path:
+        """Names of the files that the data was made of."""
+        return self.path / "samples.json.gz"
+
+    @property
     def novelty_file(self) -> Path:
         """What the head read of training samples; see `finetune.tasks.novelty`."""
         return self.path / "novelty.safetensors"
@@ -158,6 +165,7 @@ class RunFolder:
             self.report_file,
             self.labels_file,
             self.novelty_file,
+            self.samples_file,
             self.bad_batch_file,
         ):
             with suppress(OSError):
