@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from finetune.data.table import read_rows
+from finetune.data.table_files import read_rows
 from finetune.errors import UsageError
 
 

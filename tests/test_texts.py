@@ -122,7 +122,7 @@ def test_a_split_column_and_folders_of_parts_bring_the_split_along(tmp_path):
         ("a.jsonl", '{"text": {"en": "a"}, "label": "b"}\n', "a.jsonl line 1: its text is a dict"),
         ("a.jsonl", '{"text": "a", "label": ["b", "c"]}\n', "several labels a row need --separator"),
         ("a.parquet", b"PAR1 is not enough", "a.parquet: cannot be read"),
-        ("a.txt", "cat\n", "no such data; give 'messages'"),
+        ("a.txt", "cat\n", "a.txt: is a file, and no table (.csv, .tsv"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_names_the_line(tmp_path, name, content, words):
@@ -134,8 +134,10 @@ def test_a_file_that_cannot_be_used_names_the_line(tmp_path, name, content, word
 def test_a_text_file_in_another_encoding_names_file_and_line(tmp_path):
     folder = write_folder(tmp_path / "data", ROWS)
     write(folder / "tool" / "1.txt", b"one\ntw\xf6\n")
-    with pytest.raises(UsageError, match=r"tool/1\.txt line 2: is not UTF-8"):
-        open_(folder)
+    source = open_(folder)
+    ((number, reason),) = source.unreadable.items()
+    assert source.names[number] == "tool/1.txt" and source.texts[number] == ""
+    assert "tool/1.txt line 2: is not UTF-8, but looks like windows-1252 (--encoding windows-1252 reads it)" in reason
 
 
 def test_a_folder_says_what_is_wrong_with_it(tmp_path):

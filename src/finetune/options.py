@@ -167,6 +167,8 @@ class PredictOptions:
     """Column of a csv that holds the text; default: text, sentence, message, ..."""
     quotes: Literal["", "auto", "none", "standard"] = ""
     """What a quote means in a csv or tsv, as at the training; default: as there."""
+    encoding: str = "utf-8"
+    """Of a table or of .txt files that are not in UTF-8: windows-1252, utf-16, shift_jis, ..."""
     allow_outside: bool = False
     """Read files outside the folders too: behind links, paths with .. or from the root."""
     batch_size: int = 64

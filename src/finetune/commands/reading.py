@@ -59,10 +59,10 @@ def export_run(options: ExportOptions) -> int:
 
 def predict_files(options: PredictOptions) -> int:
     """`finetune predict`."""
-    from finetune.data.table import TABLE_SUFFIXES
+    from finetune.base.table_names import is_table
     from finetune.export.predict import predict
 
-    if not any(Path(name).suffix.lower() in TABLE_SUFFIXES for name in options.inputs):
+    if not any(is_table(Path(name)) for name in options.inputs):
         refuse(options, ["image_column", "text_column", "quotes"], "where no table is given")
     if not options.inputs:
         raise UsageError("finetune predict: nothing to predict; give images, texts, folders or a csv")
@@ -75,6 +75,7 @@ def predict_files(options: PredictOptions) -> int:
         image_column=options.image_column,
         text_column=options.text_column,
         quotes=options.quotes,
+        encoding=options.encoding,
         allow_outside=options.allow_outside,
         as_csv=options.csv,
         unsure_below=options.unsure_below,

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from finetune.errors import UsageError
 # A long text is one value.
 LARGEST_FIELD = 1 << 26
 QUOTE = '"'
+# What Excel writes, and reads, before the header.
+SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?[,;|\t]*\s*', re.IGNORECASE)
 # Values that are remembered of a column, to know a row by.
 MOST_VALUES, LONGEST_VALUE = 10_000, 100
 # Of more different numbers a column holds figures, and any other one between them is one, too.
@@ -48,23 +51,35 @@ class _Lines:
         return line
 
 
-def csv_rows(path: Path, stream: TextIO, quotes: str) -> Iterator[tuple[int, dict[str, object]]]:
-    """(number of its first line, column name to value) of each row; see `table.read_rows`.
+def csv_rows(path: Path, suffix: str, stream: TextIO, quotes: str) -> Iterator[tuple[int, dict[str, object]]]:
+    """(number of its first line, column name to value) of each row; see `table_files.read_rows`.
+
+    What a spreadsheet leaves around the data is no part of it: a first line that names the separator ("sep=;"), rows
+    without any value, columns without a name.
+
+    Args:
+        suffix: of the file: .csv or .tsv.
 
     Raises:
         UsageError: a row that is none; names the line.
     """
     header = stream.readline()
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
-    stream.seek(0)
-    lines = _Lines(stream)
+    if named := SEPARATOR_LINE.fullmatch(header):
+        delimiter, lines = named[1], _Lines(stream)
+        lines.number = 1
+    else:
+        delimiter = "\t" if suffix == ".tsv" else max(",;\t", key=header.count)
+        if suffix == ".csv" and delimiter not in header and "|" in header:
+            delimiter = "|"
+        stream.seek(0)
+        lines = _Lines(stream)
     letters = quotes == "none"
     read = partial(csv.reader, lines, delimiter=delimiter, strict=True)
     standard = read(quoting=csv.QUOTE_NONE) if letters else read()
     begins = 1  # where the row begins: one that is never closed is read to the end of the file
     try:
         names = [name.strip() for name in _next(standard) or []]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
+        if repeated := sorted({name for name in names if name and names.count(name) > 1}):
             raise UsageError(f"{path}: has several columns called {repeated[0]!r}; rename all but one")
         suspicion = _Suspicion(delimiter, len(names))
         between_tabs = delimiter == "\t" and quotes == "auto"
@@ -77,9 +92,11 @@ def csv_rows(path: Path, stream: TextIO, quotes: str) -> Iterator[tuple[int, dic
                 if quotes == "auto":
                     suspicion.check(path)
                 return
-            if not row:
+            if not any(value.strip() for value in row):
                 continue
             newest = list(lines.newest)
+            if len(row) > len(names) and not any(value.strip() for value in row[len(names) :]):
+                row = row[: len(names)]
             if len(row) != len(names):
                 raise UsageError(
                     f"{path} line {begins}: has {len(row)} values, the header {len(names)} columns; "

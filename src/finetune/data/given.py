@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from finetune.base.table_names import is_table
 from finetune.data.decode import Picture
 from finetune.data.inputs import TextInput, image_files, texts_in
 from finetune.data.source import Reading
-from finetune.data.table import TABLE_SUFFIXES
 from finetune.errors import FinetuneError, UsageError
 
 
@@ -101,7 +101,7 @@ def _holds_many(value: object) -> bool:
     """Whether it is the path of a folder or of a table."""
     if not isinstance(value, str | os.PathLike):
         return False
-    return os.path.isdir(value) or (os.path.isfile(value) and Path(value).suffix.lower() in TABLE_SUFFIXES)
+    return os.path.isdir(value) or (os.path.isfile(value) and is_table(Path(value)))
 
 
 def _is_one(given: _Given) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from finetune.base.table_names import KNOWN, is_table
 from finetune.base.words import typed
 from finetune.data.archives import how_to_unpack, is_archive
 from finetune.data.augment import augment, mix
@@ -19,7 +20,7 @@ from finetune.data.folder import open_folder
 from finetune.data.order import grouped_split, key, keyed_generator, stratified_split
 from finetune.data.preprocess import Preprocessing
 from finetune.data.source import ArraySource, FileSource, ImageSource, Reading, Source
-from finetune.data.table import TABLE_SUFFIXES, Columns, open_table
+from finetune.data.table import Columns, open_table
 from finetune.errors import UsageError
 
 
@@ -41,7 +42,7 @@ def open_images(
         UsageError: there is no such data, or it holds fewer than two classes.
     """
     path = Path(os.path.expanduser(images))
-    if path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir():
+    if is_table(path):
         return open_table(path, columns, classes, allow_outside, reading)
     if images == "digits" and columns == Columns():
         return load_digits()
@@ -52,9 +53,7 @@ def open_images(
     if is_archive(path):
         raise UsageError(f"--images {images}: {how_to_unpack(path, '--images')}")
     if columns != Columns():
-        raise UsageError(
-            f"--images {images}: columns and --separator belong to a {', '.join(TABLE_SUFFIXES)} file; leave them out"
-        )
+        raise UsageError(f"--images {images}: columns and --separator belong to a {KNOWN} file; leave them out")
     if path.is_file():
         raise UsageError(f"--images {images}: {_what_file(path)}")
     return open_folder(path, classes, allow_outside, reading)
@@ -62,11 +61,10 @@ def open_images(
 
 def _what_file(path: Path) -> str:
     """Why a single file is no data set, and what to do."""
-    known = ", ".join(TABLE_SUFFIXES)
     if is_image(str(path.parent), path.name):
         predict = typed(["finetune", "predict", "RUN", str(path)])
         return f"is a single image; to train, give the folder with one sub-folder a class; to classify it: {predict}"
-    return f"is a file, and no table ({known}); give one, or a folder with one sub-folder of images a class"
+    return f"is a file, and no table ({KNOWN}); give one, or a folder with one sub-folder of images a class"
 
 
 def with_pixel_range(source: Source, preprocessing: object) -> Source:

@@ -10,11 +10,12 @@ from typing import ClassVar, NamedTuple, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
+from finetune.base.table_names import KNOWN, is_table
 from finetune.data.decode import Picture, picture_tensor
 from finetune.data.folder import IMAGES, TEXTS, Kind, files_below
 from finetune.data.preprocess import Preprocessing
 from finetune.data.source import Reading, check_inside
-from finetune.data.table import TABLE_SUFFIXES, Columns, image_paths, sample_rows
+from finetune.data.table import Columns, image_paths, sample_rows
 from finetune.data.texts import TEXT_COLUMNS, TEXT_SUFFIXES, read_text, text_of
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, UsageError
@@ -80,7 +81,7 @@ def image_files(
         path = Path(name)
         if path.is_dir():
             files += below(path, _files_of(path, IMAGES, "images", say), f"folder {path}")
-        elif path.suffix.lower() in TABLE_SUFFIXES:
+        elif is_table(path):
             files += below(path.parent, image_paths(path, image_column, reading), str(path))
         elif path.exists():
             files.append(path)
@@ -168,15 +169,21 @@ def texts_in(
             files = _files_of(path, TEXTS, ".txt files", say)
             if not allow_outside:
                 check_inside(path, files, f"folder {path}", "text")
-            found += [{"file": str(path / file), "line": "", "text": read_text(path / file)} for file in files]
-        elif suffix in TABLE_SUFFIXES and (is_name or _is(Path.exists, name)):
+            for file in files:
+                one: TextInput = {"file": str(path / file), "line": "", "text": ""}
+                try:
+                    one["text"] = read_text(path / file, reading.encoding)
+                except UsageError as error:
+                    one["error"] = str(error)
+                found.append(one)
+        elif is_table(path) and (is_name or _is(Path.exists, name)):
             columns = Columns(content=text_column)
             rows = sample_rows(path, columns, TEXT_COLUMNS, "--text-column", labelled=False, reading=reading)
             found += [{"file": name, "line": row.line, "text": text_of(row.content, row.where)} for row in rows]
         elif suffix in TEXT_SUFFIXES and (is_name or _is(Path.exists, name)):
-            found.append({"file": name, "line": "", "text": read_text(path)})
+            found.append({"file": name, "line": "", "text": read_text(path, reading.encoding)})
         elif are_files or _is(Path.exists, name) or (is_name and name.endswith(("/", os.sep))):
-            known = ", ".join([*TABLE_SUFFIXES, *TEXT_SUFFIXES])
+            known = ", ".join([KNOWN, *TEXT_SUFFIXES])
             raise UsageError(
                 f"{name}: is no folder, and no file of texts ({known}); rename it, or give the text itself"
             )

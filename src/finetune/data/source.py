@@ -6,8 +6,8 @@ Images in memory, image files, or texts.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,12 +43,17 @@ class Reading:
         missing_labels: what is done with a row whose label is spelled like a missing value: "refuse", "leave-out", or
             "class", which takes the spelling for a class.
         group_by: a regular expression; samples of whose names it finds the same stay on one side of a split.
+        encoding: of files of text that do not say it themselves.
+        is_strict: a table is read to the letter, as before: no path is looked for elsewhere, a list that was printed is
+            a text, and no label has a column of its own.
     """
 
     by_content: bool = True
     quotes: str = "auto"
     missing_labels: str = "refuse"
     group_by: str = ""
+    encoding: str = "utf-8"
+    is_strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,7 @@ class TextSource:
 
     Attributes:
         texts: as they are; an empty one cannot be used.
+        unreadable: why a text could not be read, by its number: it is empty then.
         names: of each: where it stands.
         targets: (samples,) int64 class numbers, (samples, classes) uint8 of several labels, (samples,) float32 numbers
             to predict, or (samples, width) float32 embeddings to come close to.
@@ -155,6 +161,7 @@ class TextSource:
     parts: Tensor | None = None
     left: str = ""
     notes: tuple[str, ...] = ()
+    unreadable: Mapping[int, str] = field(default_factory=dict)
     noun: ClassVar[str] = "text"
 
     def name(self, index: int) -> str:

@@ -1,24 +1,28 @@
 """A table of samples: csv, tsv, jsonl or parquet, a row a sample with its label or labels."""
 
+import ast
 import dataclasses
-import importlib.util
-import json
 import math
 import posixpath
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
-from finetune.data.csv_rows import csv_rows
 from finetune.data.groups import groups_of, with_groups
 from finetune.data.names import MISSING, notes_on_separators
 from finetune.data.source import PART_NAMES, FileSource, Reading, check_inside, make_file_source
-from finetune.errors import UsageError, one_line
+from finetune.data.table_files import read_rows
+from finetune.data.table_paths import found_below
+from finetune.errors import UsageError
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 # Tried in this order where no column is named.
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "image_path", "file_path", "filepath", "file_name", "img")
+# In a column of its own, whether a label applies.
+YES, NO = {"1", "1.0", "true", "t", "yes", "y", "x"}, {"", "0", "0.0", "false", "f", "no", "n", "-"}
+SIDE_BY_SIDE = re.compile(r"['\"]\s+['\"]")
+QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "tags", "intent", "topic", "sentiment")
 
 
@@ -34,71 +38,6 @@ class Columns:
     split: str = ""
     separator: str = ""
     group: str = ""
-
-
-def read_rows(path: Path, quotes: str = "auto") -> Iterator[tuple[int, dict[str, object]]]:
-    """(line number, column name to value) of each row; of a parquet file the number of the row.
-
-    Args:
-        quotes: of a csv or tsv. "standard": a value that begins with a quote ends with the next one, lines later if it
-            must (RFC 4180); "none": a quote is a letter; "auto": standard, but a quote that would swallow whole rows is
-            refused, and between tabs one is a letter unless the value both begins and ends with one.
-
-    Raises:
-        UsageError: the file or one of its lines cannot be read; names the line.
-    """
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file; give a {', '.join(TABLE_SUFFIXES)} file with a line a sample")
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            yield from _json_rows(path, stream) if suffix == ".jsonl" else csv_rows(path, stream, quotes)
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} line {_undecodable_line(path)}: is not UTF-8; save the file as UTF-8") from None
-
-
-def _undecodable_line(path: Path) -> int:
-    """Number of the first line that is not UTF-8."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return 0
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UsageError(f"{path}: parquet files need pyarrow; install with: pip install pyarrow, or give a csv")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({one_line(error)}); save it anew") from None
-
-
-def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
-    for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path} line {number}: is not JSON ({error}); a line must be one JSON object") from None
-        if not isinstance(row, dict):
-            raise UsageError(f'{path} line {number}: must be a JSON object, as in {{"label": ..., ...}}')
-        yield number, row
 
 
 def find_column(path: Path, columns: Sequence[str], given: str, candidates: Sequence[str], option: str) -> str:
@@ -193,12 +132,13 @@ def sample_rows(
     Raises:
         UsageError: a line cannot be read, or lacks a label; names it.
     """
-    content_column = label_column = ""
-    for number, row in read_rows(path, reading.quotes):
+    content_column, label_column, several = "", "", list[str]()
+    for number, row in read_rows(path, reading.quotes, reading.encoding):
         if not content_column:
             names = list(row)
             content_column = find_column(path, names, columns.content, candidates, option)
-            if labelled:
+            several = label_columns(columns.label, names, reading) if labelled else []
+            if labelled and not several:
                 label_column = find_column(path, names, columns.label, LABEL_COLUMNS, "--label-column")
             if found is not None and not columns.content:
                 found.choose(content_column, names, candidates, option)
@@ -209,8 +149,10 @@ def sample_rows(
             if columns.group:
                 find_column(path, names, columns.group, (), "--group-column")
         where, part = f"{path} line {number}", None
-        label = None
-        if labelled:
+        label: str | tuple[str, ...] | None = None
+        if several:
+            label = tuple(name for name in several if _is_yes(plain_value(row.get(name), where), where, name))
+        elif labelled:
             value = plain_value(row.get(label_column), where)
             if _is_missing(value, columns.separator, reading.missing_labels):
                 if reading.missing_labels != "leave-out":
@@ -218,7 +160,7 @@ def sample_rows(
                 if found is not None:
                     found.left_out.append(f"line {number}")
                 continue
-            label = _labels(value, columns.separator, where, label_column)
+            label = _labels(value, columns.separator, where, label_column, reading)
         if columns.split:
             name = str(row.get(columns.split) or "").strip()
             if name.lower() not in PART_NAMES:
@@ -250,7 +192,8 @@ def image_paths(path: Path, image_column: str = "", reading: Reading = Reading()
     """The image column of a table alone."""
     columns = Columns(content=image_column)
     rows = sample_rows(path, columns, IMAGE_COLUMNS, "--image-column", labelled=False, reading=reading)
-    return [_image_of(row) for row in rows]
+    names = [_image_of(row) for row in rows]
+    return names if reading.is_strict else found_below(path.parent, names)[0]
 
 
 def open_table(
@@ -287,12 +230,15 @@ def open_table(
         rows.append(row.group)
         if row.part is not None:
             parts.append(row.part)
+    paths, said = (list(lines), "") if reading.is_strict else found_below(path.parent, list(lines))
+    if twice := [name for name, count in Counter(paths).items() if count > 1]:
+        raise UsageError(f"{path}: several of its lines mean {twice[0]!r}; give paths relative to {path.parent}")
     if not allow_outside:
-        check_inside(path.parent, list(lines), f"--images {path}")
+        check_inside(path.parent, paths, f"--images {path}")
     given_parts = parts if columns.split else None
-    source = make_file_source(path.parent, list(lines), labels, given_parts, classes, f"--images {path}", reading)
+    source = make_file_source(path.parent, paths, labels, given_parts, classes, f"--images {path}", reading)
     groups, of_groups = groups_of(source.paths, rows, columns.group, reading.group_by, "image")
-    notes = (*found.notes, *source.notes, *made_of_others(labels, classes), *of_groups)
+    notes = (*found.notes, *([said] if said else []), *source.notes, *made_of_others(labels, classes), *of_groups)
     return dataclasses.replace(source, notes=notes, groups=groups, fingerprint=with_groups(source.fingerprint, groups))
 
 
@@ -336,7 +282,41 @@ def _unlabelled(value: object, where: str, column: str) -> str:
     )
 
 
-def _labels(value: object, separator: str, where: str, column: str) -> str | tuple[str, ...]:
+def label_columns(given: str, names: Sequence[str], reading: Reading) -> list[str]:
+    """The columns, one a label and a yes or no in each row, that A,B,C names; [] = it names one column."""
+    columns = [name.strip() for name in given.split(",")]
+    is_several = len(columns) > 1 and given not in names and not reading.is_strict
+    return columns if is_several and set(columns) <= set(names) else []
+
+
+def _is_yes(value: object, where: str, column: str) -> bool:
+    """What a row says of a label that has a column of its own.
+
+    Raises:
+        UsageError: neither yes nor no.
+    """
+    word = "" if value is None else str(value).strip().lower()
+    if word in YES or word in NO:
+        return word in YES
+    raise UsageError(f"{where}: column {column!r} holds {value!r}; the column of a label holds 1 or 0, or yes or no")
+
+
+def _listed(text: str) -> list[str] | None:
+    """Of a list as pandas or numpy print it its items; None = it is none."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    if SIDE_BY_SIDE.search(text):  # of numpy, without commas, which Python would take for one long text
+        return [first or second for first, second in QUOTED.findall(text)]
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return [str(one) for one in found] if isinstance(found, list) else None
+
+
+def _labels(value: object, separator: str, where: str, column: str, reading: Reading) -> str | tuple[str, ...]:
+    listed = _listed(value.strip()) if isinstance(value, str) and not reading.is_strict else None
+    value = value if listed is None else listed
     if isinstance(value, dict):
         raise UsageError(f"{where}: column {column!r} holds a dict; give a column of labels: --label-column")
     if separator:

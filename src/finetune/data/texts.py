@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from finetune.base.table_names import KNOWN, is_table
 from finetune.data.archives import how_to_unpack, is_archive
 from finetune.data.batch import Batch, Request
 from finetune.data.folder import TEXTS as TEXT_FILES
 from finetune.data.folder import before, list_folder
 from finetune.data.groups import groups_of, with_groups
 from finetune.data.source import PARTS, Reading, TextSource, encode_labels
-from finetune.data.table import TABLE_SUFFIXES, Columns, Found, made_of_others, plain_value, sample_rows
+from finetune.data.table import Columns, Found, made_of_others, plain_value, sample_rows
+from finetune.data.table_files import decoded, undecodable
 from finetune.data.tokens import TokenTable
 from finetune.errors import RunError, UsageError
 
@@ -69,14 +71,15 @@ def open_texts(
         path = bundled_file()
     labels: Sequence[Label]
     parts: list[int] | None
-    left, of_rows, notes, row_groups = "", Found(), list[str](), list[str]()
+    left, of_rows, notes, row_groups, unreadable = "", Found(), list[str](), list[str](), dict[int, str]()
     if path.is_dir():
         if columns != Columns():
             raise UsageError(f"{what}: columns and --separator belong to a table; leave them out")
         found = list_folder(path, TEXT_FILES if reading.by_content else before(TEXT_FILES), what, allow_outside)
-        contents, names, labels = [read_text(path / file) for file in found.paths], found.paths, found.labels
+        contents, unreadable = _read_files(path, found.paths, reading.encoding)
+        names, labels = found.paths, found.labels
         parts, left, notes = found.parts, found.left.text, found.left.notes
-    elif path.suffix.lower() in TABLE_SUFFIXES:
+    elif is_table(path):
         rows = list(
             sample_rows(
                 path, columns, TEXT_COLUMNS, "--text-column", labelled=kind != "distillation", reading=reading,
@@ -88,7 +91,7 @@ def open_texts(
         labels, row_groups = [row.label for row in rows], [row.group for row in rows]
         parts = [row.part for row in rows if row.part is not None] if columns.split else None
     elif kind == "distillation" and path.is_file():
-        contents = [line for line in read_text(path).splitlines() if line.strip()]
+        contents = [line for line in read_text(path, reading.encoding).splitlines() if line.strip()]
         names = [f"text {number}" for number in range(1, len(contents) + 1)]
         if not contents:
             raise UsageError(f"{what}: is empty; give a line a text")
@@ -96,14 +99,13 @@ def open_texts(
     elif is_archive(path):
         raise UsageError(f"{what}: {how_to_unpack(path, '--texts')}")
     elif path.is_file():
-        known = ", ".join(TABLE_SUFFIXES)
         raise UsageError(
-            f"{what}: is a file, and no table ({known}); give one, or a folder with one sub-folder of .txt files a "
+            f"{what}: is a file, and no table ({KNOWN}); give one, or a folder with one sub-folder of .txt files a "
             "class"
         )
     else:
         raise UsageError(
-            f"{what}: no such data; give {BUNDLED!r}, a {', '.join(TABLE_SUFFIXES)} file, or a folder with one "
+            f"{what}: no such data; give {BUNDLED!r}, a {KNOWN} file, or a folder with one "
             "sub-folder of .txt files a class"
         )
     targets, classes, of_names = _targets(kind, labels, parts, classes, names, what, reading)
@@ -113,14 +115,28 @@ def open_texts(
     notes += of_groups
     fingerprint = with_groups(_fingerprint(contents, labels, parts), groups)
     part_numbers = None if parts is None else torch.tensor(parts, dtype=torch.int64)
-    return TextSource(contents, names, targets, classes, fingerprint, groups, part_numbers, left, tuple(notes))
+    return TextSource(
+        contents, names, targets, classes, fingerprint, groups, part_numbers, left, tuple(notes), unreadable
+    )
 
 
-def read_text(path: Path) -> str:
+def _read_files(folder: Path, paths: Sequence[str], encoding: str) -> tuple[list[str], dict[int, str]]:
+    """What files hold; of those that cannot be read nothing, and why, by their numbers."""
+    contents, unreadable = list[str](), dict[int, str]()
+    for number, path in enumerate(paths):
+        try:
+            contents.append(read_text(folder / path, encoding))
+        except UsageError as error:
+            contents.append("")
+            unreadable[number] = str(error)
+    return contents, unreadable
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
     """A text file.
 
     Raises:
-        UsageError: it cannot be read, or is not UTF-8; names the line.
+        UsageError: it cannot be read, or is not in its encoding; names the line.
     """
     try:
         if path.stat().st_size > LARGEST_FILE_BYTES:
@@ -129,10 +145,9 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from None
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{path} line {line}: is not UTF-8; save the file as UTF-8") from None
+        return decoded(content, encoding)
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} {undecodable(path, encoding)}") from None
 
 
 def text_of(content: object, where: str) -> str:
@@ -238,4 +253,6 @@ class TextPipeline:
         return Batch(self.table.batch(indices), self.source.targets[chosen], chosen, digests, broken)
 
     def _reason(self, index: int) -> str:
+        if index in self.source.unreadable:
+            return self.source.unreadable[index]
         return f"text of {self.source.name(index)} is empty; write or remove it"

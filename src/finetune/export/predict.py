@@ -2,6 +2,7 @@
 it; executes nothing of it."""
 
 import csv
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ from finetune.data.source import Reading
 from finetune.data.tokens import Tokenization
 from finetune.errors import UsageError
 from finetune.export.model import LoadedModel, load_model
+from finetune.recipe.data_spec import KNOWN_ENCODINGS, is_encoding
 
 
 def predict(
@@ -31,6 +33,7 @@ def predict(
     quotes: str,
     allow_outside: bool,
     as_csv: bool,
+    encoding: str = "utf-8",
     unsure_below: float = 0.0,
 ) -> int:
     """Print a line a sample, in their order: where it is from and its classes with their probabilities, or the number
@@ -44,7 +47,7 @@ def predict(
     """
     model = load_model(file, device_name, in_fast_format=True)
     model.check(top_k, batch_size, unsure_below)
-    samples = _samples(model, inputs, image_column, text_column, quotes, allow_outside)
+    samples = _samples(model, inputs, image_column, text_column, quotes, encoding, allow_outside)
     columns = min(top_k, len(model.classes))
     write = csv_writer(samples.fields, columns, model, unsure_below > 0) if as_csv else write_json_line
     failed = 0
@@ -66,7 +69,13 @@ def predict(
 
 
 def _samples(
-    model: LoadedModel, inputs: Iterable[str], image_column: str, text_column: str, quotes: str, allow_outside: bool
+    model: LoadedModel,
+    inputs: Iterable[str],
+    image_column: str,
+    text_column: str,
+    quotes: str,
+    encoding: str,
+    allow_outside: bool,
 ) -> ImageInputs | TextInputs:
     """What is to be predicted, as the command line names it.
 
@@ -78,7 +87,9 @@ def _samples(
     for option, value, of in (("--image-column", image_column, "images"), ("--text-column", text_column, "texts")):
         if value and of != reads:
             raise UsageError(f"{option} {value}: has no effect, {model.file} reads {reads}; leave it out")
-    reading = Reading(quotes=quotes) if quotes else model.reading
+    if not is_encoding(encoding):
+        raise UsageError(f"--encoding {encoding}: not allowed; give {KNOWN_ENCODINGS}")
+    reading = dataclasses.replace(Reading(quotes=quotes) if quotes else model.reading, encoding=encoding)
     if isinstance(preprocessing, Tokenization):
         return TextInputs(texts_in(inputs, text_column, allow_outside, say_aside, reading), preprocessing)
     return ImageInputs(image_files(inputs, image_column, allow_outside, say_aside, reading), preprocessing)

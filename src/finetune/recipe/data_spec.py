@@ -24,6 +24,9 @@ class Images:
         quotes: of a csv or tsv: "auto", "none" or "standard"; see `table.read_rows`.
         missing_labels: what is done with rows whose label is spelled like a missing value: "refuse", "leave-out" or
             "class".
+        encoding: of a table or a file of text that does not say it itself, by Python's name for it.
+        tables: "tolerant" = paths of other machines are looked for below the table's folder, printed lists are lists,
+            and --label-column A,B names a column a label; "strict" = nothing of that.
         group_column: of a table: says what samples have in common that stay on one side of a split; "" = none.
         group_by: a regular expression that finds in the names of files what samples have in common that stay on one
             side of a split; "" = none.
@@ -52,6 +55,8 @@ class Images:
     listing: str = named("content", before="suffix")
     quotes: str = named("auto", before="standard")
     missing_labels: str = named("refuse", before="class")
+    encoding: str = named("utf-8", before="utf-8")
+    tables: str = named("tolerant", before="strict")
     group_column: str = named("", before="")
     group_by: str = named("", before="")
     drop_duplicates: bool = named(False, before=False)
@@ -82,8 +87,8 @@ class Texts:
     Attributes:
         texts: "messages", a csv, tsv, jsonl or parquet file, or a folder of class/*.txt.
         text_column, label_column: of a table; "" = found by their names.
-        split_column, separator, allow_outside, listing, quotes, missing_labels, group_column, group_by,
-            drop_duplicates, without, validation_fraction, train_samples, samples: as of images.
+        split_column, separator, allow_outside, listing, quotes, missing_labels, encoding, tables, group_column,
+            group_by, drop_duplicates, without, validation_fraction, train_samples, samples: as of images.
         max_length: tokens of a text, what is longer is cut off; 0 = what the backbone takes, 512 at most.
     """
 
@@ -97,6 +102,8 @@ class Texts:
     listing: str = named("content", before="suffix")
     quotes: str = named("auto", before="standard")
     missing_labels: str = named("refuse", before="class")
+    encoding: str = named("utf-8", before="utf-8")
+    tables: str = named("tolerant", before="strict")
     group_column: str = named("", before="")
     group_by: str = named("", before="")
     drop_duplicates: bool = named(False, before=False)
@@ -123,8 +130,10 @@ DATA: dict[str, type[Data]] = {"images": Images, "texts": Texts}
 
 
 LISTINGS = ("content", "suffix")
+TABLES = ("tolerant", "strict")
 QUOTES = ("auto", "none", "standard")
 MISSING_LABELS = ("refuse", "leave-out", "class")
+KNOWN_ENCODINGS = "utf-8, windows-1252, latin-1, utf-16, shift_jis or another of Python's"
 AUGMENTATIONS = ("none", "light", "standard", "glyphs")
 
 
@@ -145,6 +154,15 @@ def pixel_limits(pixel_range: str) -> tuple[float, float] | tuple[()]:
     raise UsageError(f"--pixel-range {pixel_range}: not allowed; give auto, full, or LOW,HIGH as in 0,4095")
 
 
+def is_encoding(name: str) -> bool:
+    """Whether Python knows an encoding of texts of that name."""
+    try:
+        "a".encode(name)
+    except (LookupError, UnicodeError, TypeError, ValueError):
+        return False
+    return True
+
+
 def data_rules(data: Data, has_several: bool) -> list[tuple[str, float | str, bool, str]]:
     """(option, value, whether it is allowed, what is) of the values that data can have.
 
@@ -159,9 +177,12 @@ def data_rules(data: Data, has_several: bool) -> list[tuple[str, float | str, bo
         ("samples", data.samples, data.samples >= 0, "0 (all) or more"),
         ("validation-fraction", data.validation_fraction, 0 < data.validation_fraction < 1, "between 0 and 1"),
     ]
-    for name, choices in (("listing", LISTINGS), ("quotes", QUOTES), ("missing-labels", MISSING_LABELS)):
+    for name, choices in (
+        ("listing", LISTINGS), ("quotes", QUOTES), ("missing-labels", MISSING_LABELS), ("tables", TABLES),
+    ):  # fmt: skip
         chosen = getattr(data, name.replace("-", "_"))
         rules.append((name, chosen, chosen in choices, f"one of {', '.join(choices)}"))
+    rules.append(("encoding", data.encoding, is_encoding(data.encoding), KNOWN_ENCODINGS))
     if isinstance(data, Images):
         pixel_limits(data.pixel_range)
         size = data.image_size

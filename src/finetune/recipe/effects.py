@@ -5,6 +5,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+from finetune.base.table_names import table_suffix
 from finetune.errors import UsageError
 from finetune.recipe.serialize import flatten, to_plain
 from finetune.recipe.spec import Distillation, Images, Recipe, Regression
@@ -72,7 +73,7 @@ def _rules(recipe: Recipe) -> list[tuple[str, bool, str]]:
     of_texts_only = "on a backbone that reads images"
     is_shipped = data.place in SHIPPED_DATA
     is_table_of_texts = not of_images and bool(Path(data.place).suffix) and not Path(data.place).is_dir()
-    suffix = "" if is_shipped or Path(data.place).is_dir() else Path(data.place).suffix.lower()
+    suffix = "" if is_shipped or Path(data.place).is_dir() else table_suffix(Path(data.place))
     whole = "where the network is a part of its teacher"
     rules = [
         ("model.revision", of_images, f"{of_texts_only}: write hf:OWNER/NAME@REVISION for --backbone"),
@@ -84,6 +85,8 @@ def _rules(recipe: Recipe) -> list[tuple[str, bool, str]]:
         ("data.allow_outside", is_table_of_texts, "on a table of texts, which names no files"),
         ("data.label_column", distils, "in a distillation, which reads no labels"),
         ("data.quotes", suffix not in (".csv", ".tsv"), f"on {data.place}: it is of a .csv or .tsv"),
+        ("data.encoding", is_shipped or suffix in (".parquet", ".xlsx"), f"on {data.place}: it says itself what it is"),
+        ("data.encoding", of_images and not suffix, f"on {data.place}: it is of a table, or of texts"),
         ("data.missing_labels", not suffix, f"on {data.place}: it is of a table"),
         ("data.missing_labels", distils, "in a distillation, which reads no labels"),
         ("data.group_by", is_shipped, f"on {data.place}, which ships with the kit"),

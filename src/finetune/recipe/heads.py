@@ -30,7 +30,8 @@ class Table:
     """The options of samples that a file lists.
 
     Attributes:
-        label_column: holds the label, or the number to predict; default: label, class, category, ...
+        label_column: holds the label, or the number to predict; default: label, class, category, ... A,B,C names a
+            column for each of several labels, with 1 or 0 in each row.
         split_column: says train, val or test of each row; default: the split is drawn.
         separator: between the several labels of a row: then each class is a yes or no of its own.
         allow_outside: read files outside the folder too: behind links, paths with .. or from the root. Only where you
@@ -51,11 +52,13 @@ class TrainingTable(Table):
         quotes: of a csv or tsv: standard = a value that begins with a quote ends with the next one, lines later if it
             must; none = a quote is a letter; auto = standard, but a quote that would swallow rows is refused, and
             between tabs it is a letter unless the value begins and ends with one.
+        encoding: of a table or of .txt files that are not in UTF-8: windows-1252, utf-16, shift_jis, ...
         missing_labels: rows whose label is empty or spelled like a missing value (nan, NA, null, None, ...): refuse
             names the first; leave-out goes on without them; class takes the spelling for a class.
     """
 
     quotes: Literal["auto", "none", "standard"] = "auto"
+    encoding: str = "utf-8"
     missing_labels: Literal["refuse", "leave-out", "class"] = "refuse"
 
 
@@ -308,9 +311,11 @@ def _text_task(task: str, table: TextTable, training: Training) -> Task:
 
 
 def _classes(table: TrainingTable, training: Training) -> Classification | MultiLabel:
-    _check_thresholds(training, bool(table.separator))
+    # With a separator between the labels of a row, or with a column for each label.
+    has_several = bool(table.separator) or "," in table.label_column
+    _check_thresholds(training, has_several)
     smoothing, weights = training.label_smoothing, training.class_weights
-    if table.separator:
+    if has_several:
         return MultiLabel(label_smoothing=smoothing, class_weights=weights, thresholds=training.thresholds)
     return Classification(label_smoothing=smoothing, class_weights=weights)
 
@@ -366,10 +371,12 @@ class AnyTable(Table):
         image_column: holds the image's path; default: image, path, file, ...
         text_column: holds the text; default: text, sentence, message, ...
         quotes: of a csv or tsv: what a quote means, as at the training; default: as in the run.
+        encoding: of a table or of .txt files; default: as in the run.
         missing_labels: what to do with rows without a label, as at the training; default: as in the run.
     """
 
     image_column: str = ""
     text_column: str = ""
     quotes: Literal["", "auto", "none", "standard"] = ""
+    encoding: str = ""
     missing_labels: Literal["", "refuse", "leave-out", "class"] = ""

@@ -17,6 +17,7 @@ from finetune.base.device import module_to_device, numerics_put_back, pick_devic
 from finetune.base.formatting import number_text, printable
 from finetune.base.halves import freeing, in_halves
 from finetune.base.intervals import share_text, worth_text
+from finetune.base.table_names import is_table
 from finetune.base.words import typed
 from finetune.data.batch import Batch, Request
 from finetune.data.contents import Contents
@@ -25,7 +26,6 @@ from finetune.data.loader import Loader
 from finetune.data.open import open_source, split_data
 from finetune.data.order import batches_from
 from finetune.data.source import PARTS, Source
-from finetune.data.table import TABLE_SUFFIXES
 from finetune.errors import RunError, UsageError
 from finetune.recipe.execution import split_config
 from finetune.recipe.heads import AnyTable
@@ -244,9 +244,9 @@ def _located(spec: Data, place: str, table: AnyTable) -> Data:
     those of the run; a folder has none."""
     values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     given = {name: getattr(table, name) for name in values if hasattr(table, name)}
-    given |= {name: given[name] or getattr(spec, name) for name in ("quotes", "missing_labels")}
+    given |= {name: given[name] or getattr(spec, name) for name in ("quotes", "missing_labels", "encoding")}
     columns = {name: value for name, value in given.items() if name.endswith("_column")}
-    if Path(place).suffix.lower() in TABLE_SUFFIXES:
+    if is_table(Path(place)):
         given["separator"] = table.separator or spec.separator
         if not any(columns.values()):
             given = {name: value for name, value in given.items() if name not in columns}

@@ -100,7 +100,7 @@ def _data(setup: Setup) -> str:
     if data.skipped:
         parts.append(f"{len(data.skipped):,} left out")
     if data.class_count:
-        several = f", several a {data.source.noun}" if recipe.data.separator else ""
+        several = f", several a {data.source.noun}" if recipe.task.kind == "multi-label" else ""
         parts.append(f"{data.class_count} classes{several}, {counts_text(data)}")
     if data.levels:
         parts.append(f"{len(data.levels)} levels from {data.levels[0]:g} to {data.levels[-1]:g}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.source import Source, TextSource
-from finetune.data.table import read_rows
+from finetune.data.table_files import read_rows
 from finetune.errors import UsageError
 from finetune.recipe.spec import Classification, MultiLabel, Task
 

@@ -231,6 +231,7 @@ class Session:
                 progress.epoch, progress.position_samples = progress.epoch + 1, 0
                 progress.loss_sum, progress.loss_samples = torch.zeros(()), 0
             if outcome := self._outcome():
+                is_best = progress.best.get("step") == progress.step  # also where a process before has validated it
                 self._keep_reference(is_best)
                 self._end(outcome)
         if due or outcome or save_is_due or stop.requested:

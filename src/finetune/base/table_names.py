@@ -1,0 +1,22 @@
+"""What tables are called."""
+
+import os
+from pathlib import Path
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
+# These also with .gz behind.
+LINES_SUFFIXES = (".csv", ".tsv", ".jsonl")
+KNOWN = ", ".join(TABLE_SUFFIXES)
+
+
+def table_suffix(path: Path) -> str:
+    """What kind of table a file is called like, as in ".csv" of a.CSV and a.csv.gz; "" = none."""
+    name = path.name.lower()
+    plain = name.removesuffix(".gz")
+    kinds = LINES_SUFFIXES if plain != name else TABLE_SUFFIXES
+    return next((suffix for suffix in kinds if plain.endswith(suffix)), "")
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file, perhaps not there, is called like a table; a folder is none."""
+    return bool(table_suffix(path)) and not os.path.isdir(path)

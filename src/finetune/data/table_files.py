@@ -1,0 +1,207 @@
+"""From a table on the disk to rows: csv, tsv, jsonl, also gzipped; json; parquet; a sheet of Excel.
+
+What is not in UTF-8 is read where the file itself says so (UTF-16 with a byte order mark), or by `--encoding`.
+"""
+
+import codecs
+import gzip
+import importlib.util
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from finetune.base.table_names import KNOWN, table_suffix
+from finetune.data.csv_rows import csv_rows
+from finetune.errors import UsageError, one_line
+
+# What says by its first bytes that it is no UTF-8.
+MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+UTF_8 = "utf-8"
+WINDOWS = "windows-1252"
+WESTERN = ("cp1250", "cp1252", "cp1254", "cp1257", "hp_roman8", "iso8859_1", "iso8859_15", "latin_1", "mac_roman")
+# Of others those that files are in: with all that there are, short texts look like anything.
+COMMON = ("big5", "cp1251", "cp1253", "cp1255", "cp1256", "cp932", "cp949", "euc_jp", "gb18030", "koi8_r", "utf_16")
+# So much of a file is looked at to guess how it is written.
+GUESSED_BYTES = 1 << 18
+
+
+def read_rows(path: Path, quotes: str = "auto", encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, object]]]:
+    """(line number, column name to value) of each row; of a file without lines the number of the row.
+
+    Args:
+        quotes: of a csv or tsv. "standard": a value that begins with a quote ends with the next one, lines later if it
+            must (RFC 4180); "none": a quote is a letter; "auto": standard, but a quote that would swallow whole rows is
+            refused, and between tabs one is a letter unless the value both begins and ends with one.
+        encoding: of a file that does not say it itself.
+
+    Raises:
+        UsageError: the file or one of its lines cannot be read; names the line.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; give a {KNOWN} file with a line a sample")
+    suffix = table_suffix(path)
+    if suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif suffix == ".xlsx":
+        yield from _sheet_rows(path)
+    else:
+        try:
+            with _opened(path) as stream, _decoded(stream, encoding) as text:
+                if suffix == ".json":
+                    yield from _json_rows(path, text)
+                else:
+                    yield from _jsonl_rows(path, text) if suffix == ".jsonl" else csv_rows(path, suffix, text, quotes)
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise UsageError(f"{path}: cannot be unpacked ({one_line(error)}); make or fetch it anew") from None
+        except UnicodeDecodeError:
+            raise UsageError(f"{path} {undecodable(path, encoding)}") from None
+
+
+def _opened(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+
+
+def _decoded(stream: BinaryIO, encoding: str) -> TextIO:
+    start = stream.read(4)
+    stream.seek(0)
+    marked = next((name for mark, name in MARKS.items() if start.startswith(mark)), "")
+    name = marked or ("utf-8-sig" if encoding == UTF_8 else encoding)
+    return io.TextIOWrapper(stream, encoding=name, newline="")
+
+
+def decoded(content: bytes, encoding: str = UTF_8) -> str:
+    """The text of a whole file; one that says by its first bytes what it is, is that.
+
+    Raises:
+        UnicodeDecodeError: it is something else.
+    """
+    marked = next((name for mark, name in MARKS.items() if content.startswith(mark)), "")
+    return content.decode(marked or ("utf-8-sig" if encoding == UTF_8 else encoding))
+
+
+def undecodable(path: Path, encoding: str) -> str:
+    """Which line of a file is not as it should be, what it looks like, and what to do."""
+    with _opened(path) as stream:
+        start = stream.read(GUESSED_BYTES)
+        stream.seek(0)
+        number, wrong = next(
+            ((number, line) for number, line in enumerate(stream, start=1) if not _is_decodable(line, encoding)),
+            (1, b""),
+        )
+    # What stands about the line tells more than it does, and is looked at where it is near.
+    guess = _guessed(start if wrong in start else wrong)
+    name = "UTF-8" if encoding == UTF_8 else encoding
+    looks = f", but looks like {guess} (--encoding {guess} reads it)" if guess else " (--encoding NAME reads another)"
+    return f"line {number}: is not {name}{looks}; save the file as UTF-8"
+
+
+def _is_decodable(line: bytes, encoding: str) -> bool:
+    try:
+        line.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _guessed(content: bytes) -> str:
+    """What bytes are probably written in; "" = nobody knows."""
+    from charset_normalizer import from_bytes
+
+    best = from_bytes(content, cp_isolation=[*COMMON, *WESTERN]).best()
+    if best is None:
+        return ""
+    # Of those that differ in a few letters only, nearly all files are in the code page of Windows.
+    return WINDOWS if best.encoding in WESTERN and _is_decodable(content, WINDOWS) else best.encoding
+
+
+# ---- By kind ------------------------------------------------------------------------------------------------------
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UsageError(f"{path}: parquet files need pyarrow; install with: pip install pyarrow, or give a csv")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read ({one_line(error)}); save it anew") from None
+
+
+def _jsonl_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path} line {number}: is not JSON ({error}); a line must be one JSON object") from None
+        if not isinstance(row, dict):
+            raise UsageError(f'{path} line {number}: must be a JSON object, as in {{"label": ..., ...}}')
+        yield number, row
+
+
+def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
+    """Of a list of objects; a file with an object a line is taken for what it is."""
+    try:
+        content = json.load(stream)
+    except (ValueError, RecursionError) as error:
+        stream.seek(0)
+        first = stream.readline().strip()
+        if first.startswith("{") and first.endswith("}"):
+            stream.seek(0)
+            yield from _jsonl_rows(path, stream)
+            return
+        raise UsageError(f"{path}: is not JSON ({error}); give a list of objects, one a sample") from None
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        what = (
+            f"an object with {', '.join(map(repr, list(content)[:5]))}"
+            if isinstance(content, dict)
+            else "something else"
+        )
+        raise UsageError(
+            f"{path}: is JSON, but {what}; give a list of objects, one a sample, as in "
+            '[{"label": ..., ...}, ...], or a csv'
+        )
+    yield from enumerate(content, start=1)
+
+
+def _sheet_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """Of the sheet that a workbook opens with; what formulas gave when it was saved."""
+    if importlib.util.find_spec("openpyxl") is None:
+        raise UsageError(f"{path}: Excel files need openpyxl; install with: pip install openpyxl, or save it as csv")
+    import openpyxl
+
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except Exception as error:  # of a damaged file whatever its readers raise
+        raise UsageError(f"{path}: cannot be read ({one_line(error)}); save it anew, or as csv") from None
+    try:
+        names: list[str] = []
+        for number, cells in enumerate(book.active.iter_rows(values_only=True), start=1):
+            values = [value.strip() if isinstance(value, str) else value for value in cells]
+            if all(value is None or value == "" for value in values):
+                continue
+            if not names:
+                names = ["" if value is None else str(value) for value in values]
+                if repeated := sorted({name for name in names if name and names.count(name) > 1}):
+                    raise UsageError(f"{path}: has several columns called {repeated[0]!r}; rename all but one")
+                continue
+            yield number, {name: _cell(value) for name, value in zip(names, values, strict=False) if name}
+    finally:
+        book.close()
+
+
+def _cell(value: object) -> object:
+    """As a csv would give it; whole numbers as such."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, str | int | float) or value is None else str(value)

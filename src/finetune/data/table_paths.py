@@ -1,0 +1,81 @@
+"""Images by the paths that a table has for them, which are seldom those of this machine."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from finetune.data.folder import IMAGES, files_below
+
+# Where none of so many leads to a file, all of them are meant otherwise.
+TRIED = 50
+
+
+def found_below(folder: Path, names: Sequence[str]) -> tuple[list[str], str]:
+    """The files that names mean: as they are; with fewer folders before them, as of a path of another machine; with a
+    suffix that they lack; or by the name of the file alone, in whatever folder it lies, and whatever its suffix.
+
+    Args:
+        names: with "/".
+
+    Returns:
+        The paths, and a sentence where they are others; what leads nowhere stays as it is.
+    """
+    tried = names[:TRIED]
+    if not tried or any(_is_there(folder, name) for name in tried):
+        return list(names), ""
+    suffixes = ["", *_suffixes_beside(folder, tried)]
+    for dropped in range(max(len(PurePosixPath(name).parts) for name in tried)):
+        for suffix in suffixes:
+            found = [_tail(name, dropped) + suffix for name in tried]
+            if (dropped or suffix) and any(_is_there(folder, name) for name in found):
+                return _told(names, [_tail(name, dropped) + suffix for name in names], folder)
+    files, _ = files_below(folder, IMAGES)
+    by_name = _unique({file: PurePosixPath(file).name for file in files})
+    by_stem = _unique({file: PurePosixPath(file).stem for file in files})
+
+    def file_of(name: str) -> str:
+        end = PurePosixPath(name)
+        return by_name.get(end.name) or by_stem.get(end.name) or by_stem.get(end.stem) or name
+
+    return _told(names, list(map(file_of, names)), folder)
+
+
+def _told(names: Sequence[str], found: list[str], folder: Path) -> tuple[list[str], str]:
+    others = [(name, path) for name, path in zip(names, found, strict=True) if name != path]
+    if not others:
+        return found, ""
+    name, path = others[0]
+    return found, f"{len(others):,} image(s) found below {folder} by other paths: {name} as {path}"
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    try:
+        return os.path.isfile(os.path.join(folder, name))
+    except ValueError:
+        return False
+
+
+def _tail(name: str, dropped: int) -> str:
+    """The path without so many of its first folders; the name of the file stays."""
+    parts = PurePosixPath(name).parts
+    return "/".join(parts[min(dropped, len(parts) - 1) :]) if dropped else name
+
+
+def _suffixes_beside(folder: Path, names: Sequence[str]) -> list[str]:
+    """What files have that are called like these but for their suffix, the most frequent first."""
+    counts = Counter[str]()
+    for place in {folder, *((folder / name).parent for name in names)}:
+        try:
+            files = os.listdir(place)
+        except (OSError, ValueError):
+            continue
+        ends = {name.rpartition("/")[2] for name in names}
+        counts.update(os.path.splitext(file)[1] for file in files if os.path.splitext(file)[0] in ends)
+    return [suffix for suffix, _ in counts.most_common() if suffix]
+
+
+def _unique(names: dict[str, str]) -> dict[str, str]:
+    """File by name, of names that only one file has."""
+    counts = Counter(names.values())
+    return {name: file for file, name in names.items() if counts[name] == 1}
