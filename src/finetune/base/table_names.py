@@ -6,6 +6,8 @@ from pathlib import Path
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
 # These also with .gz behind.
 LINES_SUFFIXES = (".csv", ".tsv", ".jsonl")
+# What the column of an image's path is called, tried in this order.
+IMAGE_COLUMNS = ("image", "path", "file", "filename", "image_path", "file_path", "filepath", "file_name", "img")
 KNOWN = ", ".join(TABLE_SUFFIXES)
 
 

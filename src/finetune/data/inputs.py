@@ -82,7 +82,8 @@ def image_files(
         if path.is_dir():
             files += below(path, _files_of(path, IMAGES, "images", say), f"folder {path}")
         elif is_table(path):
-            files += below(path.parent, image_paths(path, image_column, reading), str(path))
+            folder, names = image_paths(path, image_column, reading)
+            files += below(folder, names, str(path))
         elif path.exists():
             files.append(path)
         else:

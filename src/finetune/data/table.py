@@ -10,15 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.base.table_names import IMAGE_COLUMNS
 from finetune.data.groups import groups_of, with_groups
 from finetune.data.names import MISSING, notes_on_separators
 from finetune.data.source import PART_NAMES, FileSource, Reading, check_inside, make_file_source
 from finetune.data.table_files import read_rows
+from finetune.data.table_images import holds_bytes, unpacked
 from finetune.data.table_paths import found_below
 from finetune.errors import UsageError
 
 # Tried in this order where no column is named.
-IMAGE_COLUMNS = ("image", "path", "file", "filename", "image_path", "file_path", "filepath", "file_name", "img")
 # In a column of its own, whether a label applies.
 YES, NO = {"1", "1.0", "true", "t", "yes", "y", "x"}, {"", "0", "0.0", "false", "f", "no", "n", "-"}
 SIDE_BY_SIDE = re.compile(r"['\"]\s+['\"]")
@@ -133,7 +134,7 @@ def sample_rows(
         UsageError: a line cannot be read, or lacks a label; names it.
     """
     content_column, label_column, several = "", "", list[str]()
-    for number, row in read_rows(path, reading.quotes, reading.encoding):
+    for number, row in read_rows(path, reading.quotes, reading.encoding, names_classes=not reading.is_strict):
         if not content_column:
             names = list(row)
             content_column = find_column(path, names, columns.content, candidates, option)
@@ -188,12 +189,15 @@ def _image_of(row: Row) -> str:
     return image.strip().replace("\\", "/")
 
 
-def image_paths(path: Path, image_column: str = "", reading: Reading = Reading()) -> list[str]:
-    """The image column of a table alone."""
+def image_paths(path: Path, image_column: str = "", reading: Reading = Reading()) -> tuple[Path, list[str]]:
+    """The image column of a table alone: the folder that paths are from, and the paths."""
     columns = Columns(content=image_column)
     rows = sample_rows(path, columns, IMAGE_COLUMNS, "--image-column", labelled=False, reading=reading)
-    names = [_image_of(row) for row in rows]
-    return names if reading.is_strict else found_below(path.parent, names)[0]
+    found = list(rows)
+    if found and holds_bytes(found[0].content):
+        return unpacked(path, [(row.where, row.line, row.content) for row in found])
+    names = [_image_of(row) for row in found]
+    return path.parent, names if reading.is_strict else found_below(path.parent, names)[0]
 
 
 def open_table(
@@ -217,8 +221,13 @@ def open_table(
     labels: list[str | tuple[str, ...]] = []
     parts: list[int] = []
     found, rows = Found(), list[str]()
+    folder, within = path.parent, list[tuple[str, int, object]]()
     for row in sample_rows(path, columns, IMAGE_COLUMNS, "--image-column", reading=reading, found=found):
-        image = posixpath.normpath(_image_of(row))
+        if holds_bytes(row.content) or within:
+            within.append((row.where, row.line, row.content))
+            image = str(row.line)
+        else:
+            image = posixpath.normpath(_image_of(row))
         if image in lines:
             raise UsageError(
                 f"{row.where}: names {image!r} like line {lines[image]}, and what is trained on must not validate: "
@@ -230,13 +239,17 @@ def open_table(
         rows.append(row.group)
         if row.part is not None:
             parts.append(row.part)
-    paths, said = (list(lines), "") if reading.is_strict else found_below(path.parent, list(lines))
+    paths, said = list(lines), ""
+    if within:
+        folder, paths = unpacked(path, within)
+    elif not reading.is_strict:
+        paths, said = found_below(path.parent, paths)
     if twice := [name for name, count in Counter(paths).items() if count > 1]:
         raise UsageError(f"{path}: several of its lines mean {twice[0]!r}; give paths relative to {path.parent}")
     if not allow_outside:
-        check_inside(path.parent, paths, f"--images {path}")
+        check_inside(folder, paths, f"--images {path}")
     given_parts = parts if columns.split else None
-    source = make_file_source(path.parent, paths, labels, given_parts, classes, f"--images {path}", reading)
+    source = make_file_source(folder, paths, labels, given_parts, classes, f"--images {path}", reading)
     groups, of_groups = groups_of(source.paths, rows, columns.group, reading.group_by, "image")
     notes = (*found.notes, *([said] if said else []), *source.notes, *made_of_others(labels, classes), *of_groups)
     return dataclasses.replace(source, notes=notes, groups=groups, fingerprint=with_groups(source.fingerprint, groups))

@@ -8,7 +8,7 @@ import gzip
 import importlib.util
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -27,7 +27,9 @@ COMMON = ("big5", "cp1251", "cp1253", "cp1255", "cp1256", "cp932", "cp949", "euc
 GUESSED_BYTES = 1 << 18
 
 
-def read_rows(path: Path, quotes: str = "auto", encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, object]]]:
+def read_rows(
+    path: Path, quotes: str = "auto", encoding: str = UTF_8, *, names_classes: bool = True
+) -> Iterator[tuple[int, dict[str, object]]]:
     """(line number, column name to value) of each row; of a file without lines the number of the row.
 
     Args:
@@ -35,6 +37,7 @@ def read_rows(path: Path, quotes: str = "auto", encoding: str = UTF_8) -> Iterat
             must (RFC 4180); "none": a quote is a letter; "auto": standard, but a quote that would swallow whole rows is
             refused, and between tabs one is a letter unless the value both begins and ends with one.
         encoding: of a file that does not say it itself.
+        names_classes: whether numbers of classes become the names that a parquet file of the hub has for them.
 
     Raises:
         UsageError: the file or one of its lines cannot be read; names the line.
@@ -43,7 +46,7 @@ def read_rows(path: Path, quotes: str = "auto", encoding: str = UTF_8) -> Iterat
         raise UsageError(f"{path}: no such file; give a {KNOWN} file with a line a sample")
     suffix = table_suffix(path)
     if suffix == ".parquet":
-        yield from _parquet_rows(path)
+        yield from _parquet_rows(path, names_classes)
     elif suffix == ".xlsx":
         yield from _sheet_rows(path)
     else:
@@ -119,7 +122,7 @@ def _guessed(content: bytes) -> str:
 # ---- By kind ------------------------------------------------------------------------------------------------------
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+def _parquet_rows(path: Path, names_classes: bool) -> Iterator[tuple[int, dict[str, object]]]:
     if importlib.util.find_spec("pyarrow") is None:
         raise UsageError(f"{path}: parquet files need pyarrow; install with: pip install pyarrow, or give a csv")
     import pyarrow
@@ -127,13 +130,29 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        number = 0
+        number, names = 0, _names_of_classes(file.schema_arrow.metadata or {}) if names_classes else {}
         for batch in file.iter_batches():
             for row in batch.to_pylist():
                 number += 1
+                for column, classes in names.items():
+                    row[column] = _name_of(row.get(column), classes)
                 yield number, row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({one_line(error)}); save it anew") from None
+
+
+def _names_of_classes(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """By column, what its numbers stand for, where a data set of the Hugging Face hub says so."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        found = {column: one.get("names") for column, one in features.items() if one.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return {column: list(map(str, names)) for column, names in found.items() if isinstance(names, list)}
+
+
+def _name_of(value: object, classes: list[str]) -> object:
+    return classes[value] if isinstance(value, int) and 0 <= value < len(classes) else value
 
 
 def _jsonl_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, object]]]:

@@ -1,10 +1,13 @@
 """What recipes for a new head share: their options, and the recipe that comes of them. No import of torch."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.base.table_names import IMAGE_COLUMNS
 from finetune.errors import UsageError
+from finetune.recipe.frames import Frame, column_of_paths, is_frame, place_of
 from finetune.recipe.spec import (
     Classification,
     Data,
@@ -168,7 +171,7 @@ class ImageTraining(Training):
 
 def image_head(
     *,
-    images: str,
+    images: str | os.PathLike[str] | Frame,
     backbone: str,
     weights: str = "default",
     image_size: int = 0,
@@ -186,7 +189,7 @@ def image_head(
 
     Args:
         images: "digits"; a folder with one sub-folder of images a class, or with train/, val/ and test/, each so; or a
-            csv, tsv or jsonl file with a path and a label in each row.
+            csv, tsv or jsonl file with a path and a label in each row. In Python also a DataFrame of such rows.
         backbone: the pretrained network: bundled/mobilenet (for photos), bundled/vgg, bundled/resnet; any
             classification model of torchvision (resnet50, vit_b_16, ...); hf:ID or a folder: an image encoder of
             transformers. Several with commas between are compared. `finetune backbones` lists them.
@@ -204,10 +207,15 @@ def image_head(
         table: the options of images that a file lists.
         training: the options that every recipe for a new head shares.
     """
+    column = ""
+    if not isinstance(images, str | os.PathLike) and is_frame(images):
+        column = column_of_paths(images, table.image_column, IMAGE_COLUMNS)
+        # Whoever has it in a program knows which files it names, wherever they lie.
+        table = dataclasses.replace(table, allow_outside=True)
     return _head_recipe(
         Model(backbone=backbone, weights=weights, head=head, dropout=dropout),
         Images(
-            images=images,
+            images=place_of(images, "images", column),
             **dataclasses.asdict(table),
             image_size=image_size,
             augment=augment,
@@ -234,7 +242,7 @@ def image_head(
 
 def text_head(
     *,
-    texts: str,
+    texts: str | os.PathLike[str] | Frame,
     backbone: str,
     revision: str = "",
     weights: str = "default",
@@ -276,7 +284,7 @@ def text_head(
     """
     model = Model(backbone, weights, head, dropout, revision=revision, pooling=pooling)
     data = Texts(
-        texts,
+        place_of(texts, "texts"),
         **dataclasses.asdict(table),
         max_length=max_length,
         validation_fraction=training.validation_fraction,

@@ -1,0 +1,56 @@
+"""Images that lie in a table themselves, as in the data sets of the Hugging Face hub: a column of {bytes, path}.
+
+They are unpacked once into a folder of the user's cache, known by the table's hash, and are files from then on.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+
+import platformdirs
+
+from finetune.base.files import make_folders, sha256_of_file
+from finetune.data.decode import formats_by_suffix
+from finetune.errors import UsageError
+
+FOLDER_VARIABLE = "FINETUNE_CACHE"
+
+
+def holds_bytes(content: object) -> bool:
+    """Whether a row holds an image itself."""
+    return isinstance(content, bytes) or (isinstance(content, Mapping) and isinstance(content.get("bytes"), bytes))
+
+
+def unpacked(table: Path, rows: Sequence[tuple[str, int, object]]) -> tuple[Path, list[str]]:
+    """The folder with the images of a table, and the name of each in it.
+
+    Args:
+        rows: of each, where it stands, the number of its line, and what its image column holds.
+
+    Raises:
+        UsageError: a row holds no image.
+    """
+    named = os.environ.get(FOLDER_VARIABLE)
+    root = (Path(named) if named else platformdirs.user_cache_path("finetune", appauthor=False)) / "unpacked"
+    folder = root / sha256_of_file(table)[:32]
+    names, contents = list[str](), list[bytes]()
+    for where, line, content in rows:
+        given: Mapping[str, object] = content if isinstance(content, Mapping) else {"bytes": content}
+        image = given.get("bytes")
+        if not isinstance(image, bytes):
+            raise UsageError(f"{where}: its image has no bytes, unlike those of other rows; mend or remove it")
+        suffix = PurePosixPath(str(given.get("path") or "")).suffix.lower()
+        names.append(f"{line:08}{suffix if suffix in formats_by_suffix() else ''}")
+        contents.append(image)
+    if not folder.is_dir():
+        make_folders(root)
+        with TemporaryDirectory(prefix=".unpacking-", dir=root) as place:
+            inside = Path(place) / "images"
+            inside.mkdir()
+            for name, content in zip(names, contents, strict=True):
+                (inside / name).write_bytes(content)
+            if not folder.is_dir():
+                shutil.move(inside, folder)
+    return folder, names
