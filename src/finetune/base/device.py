@@ -48,12 +48,29 @@ def set_numerics(is_deterministic: bool, tf32: str) -> None:
         tf32: one of NO_TF32, TF32_CONVOLUTIONS, ALL_TF32.
     """
     if is_deterministic:
+        if CUBLAS_VARIABLE not in os.environ and torch.cuda.is_initialized():
+            _late.append(True)
         os.environ.setdefault(CUBLAS_VARIABLE, ":4096:8")
         # Filling fresh memory would only help against reading what was never written, and costs time.
         setattr(deterministic, FILLS, False)
     torch.use_deterministic_algorithms(is_deterministic)
     torch.backends.cudnn.benchmark = not is_deterministic
     set_tf32(tf32)
+
+
+# Whether CUDA had been used in this process before it was told to be deterministic.
+_late: list[bool] = []
+
+
+def said_too_late(device: torch.device) -> str:
+    """What to tell a person where CUDA began before `set_numerics`; "" = nothing. cuBLAS looks at its variable when it
+    begins."""
+    if device.type != "cuda" or not _late:
+        return ""
+    return (
+        f"CUDA was used in this process before, without {CUBLAS_VARIABLE}: products of matrices may differ in their "
+        f"last bits from run to run; for bit-equal ones start the process anew with {CUBLAS_VARIABLE}=:4096:8"
+    )
 
 
 def set_tf32(which: str) -> None:

@@ -31,12 +31,9 @@ def freeing(device: torch.device, say: Callable[[str], None]) -> Callable[[str],
     return free_and_say
 
 
-def _generators() -> list[Tensor]:
-    """The state of those that a forward pass draws from: the CPU's, and the current CUDA device's if it is used."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
-    return states
+def _generators() -> tuple[Tensor, list[Tensor]]:
+    """The state of those that a forward pass draws from: the CPU's, and those of all CUDA devices if any is used."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def in_halves(
@@ -83,8 +80,8 @@ def in_halves(
         halvings += 1
         # How far the failed attempt came must not show in what dropout draws.
         torch.set_rng_state(generators[0])
-        if len(generators) > 1:
-            torch.cuda.set_rng_state(generators[1])
+        if generators[1]:
+            torch.cuda.set_rng_state_all(generators[1])
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
         say(f"out of memory ({reason}) at {size} samples at once: {max(least, samples >> halvings)} from here on{note}")

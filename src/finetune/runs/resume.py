@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
-from finetune.base.device import module_to_device, pick_device, set_numerics
+from finetune.base.device import module_to_device, pick_device, said_too_late, set_numerics
 from finetune.base.files import remove_leftovers
 from finetune.data.contents import Contents
 from finetune.errors import RunError, UsageError
+from finetune.models.pooling import give_deterministic_pools
 from finetune.recipe.execution import Machine, Numerics, Settings, check_precision, split_config
 from finetune.recipe.serialize import spec_from_plain
 from finetune.recipe.spec import Recipe
@@ -222,6 +223,10 @@ def resumed_setup(
     # Last: which libraries the network needs is known once it is built.
     for line in environment_differences(state.versions, device):
         context.say(f"not bit for bit from here on: {line}")
+    if device.type == "cuda" and numerics.deterministic:
+        give_deterministic_pools(network.module)
+    if late := said_too_late(device):
+        context.say(late)
     module_to_device(network.module, device)
     loaders = make_loaders(data, machine, device, Contents(data.source, run.contents_file))
     if loaders.train.contents.damaged:

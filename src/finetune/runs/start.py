@@ -7,7 +7,14 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.base.device import module_to_device, numerics_put_back, pick_device, set_numerics, to_device
+from finetune.base.device import (
+    module_to_device,
+    numerics_put_back,
+    pick_device,
+    said_too_late,
+    set_numerics,
+    to_device,
+)
 from finetune.base.events import Begun
 from finetune.base.lock import alone_in_process
 from finetune.base.words import with_option, without_option
@@ -21,6 +28,7 @@ from finetune.models.backbones import Backbone
 from finetune.models.bundled import knows_glyphs_only
 from finetune.models.heads import reorder, rescale
 from finetune.models.network import Network, store_frozen
+from finetune.models.pooling import give_deterministic_pools
 from finetune.models.pretrained import new_network, pretrained
 from finetune.models.weights import Weights
 from finetune.recipe.effects import check_effects, idle_lines
@@ -100,6 +108,8 @@ def start(plan: Plan, context: RunContext) -> Progress:
         # What can be wrong is looked at before a folder is made, but for the samples themselves: that may take hours,
         # and a run that is killed there is gone on with like any other.
         setup, weights = new_setup(plan)
+        if late := said_too_late(setup.device):
+            context.say(late)
         with own_folder(plan, context), context.interruptible(), context.watched():
             lay_out(plan, context, setup, weights)
             setup = taught(setup, context.terminal, context.stop)
@@ -237,6 +247,8 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     check_data_effects(data.source, recipe, plan.chosen)
     freeze = network.freeze_map(recipe.trainable)
     check_optimizer(freeze.ever_trains(), recipe.optimizer, plan.chosen)
+    if device.type == "cuda" and numerics.deterministic:
+        give_deterministic_pools(network.module)
     module_to_device(network.module, device)
     loaders = make_loaders(data, plan.machine, device, Contents(data.source))
     setup = Setup(

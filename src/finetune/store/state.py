@@ -250,8 +250,16 @@ class CheckpointState:
 # ---- Random generators ----------------------------------------------------------------------------------------------
 
 
-def capture_generators() -> dict[str, object]:
-    """The state of every global random generator, as plain values and tensors."""
+CUDA_OF_RUN = "cuda of the run"
+
+
+def capture_generators(device: torch.device | None = None) -> dict[str, object]:
+    """The state of every global random generator, as plain values and tensors.
+
+    Args:
+        device: that a run is computed on: its generator has a name of its own, as the device may have another number
+            when the run goes on.
+    """
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     states: dict[str, object] = {
@@ -267,12 +275,19 @@ def capture_generators() -> dict[str, object]:
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
+        if device is not None and device.type == "cuda":
+            states[CUDA_OF_RUN] = torch.cuda.get_rng_state(device)
     if torch.backends.mps.is_available():
         states["mps"] = torch.mps.get_rng_state()
     return states
 
 
-def restore_generators(states: dict[str, object]) -> None:
+def restore_generators(states: dict[str, object], device: torch.device | None = None) -> None:
+    """Put back what `capture_generators` took down.
+
+    Args:
+        device: that the run is computed on now.
+    """
     fields = Fields(states, "the random generators of the checkpoint")
     version, numbers, gauss = fields.take("python", list)
     random.setstate((version, tuple(numbers), gauss))
@@ -280,8 +295,10 @@ def restore_generators(states: dict[str, object]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(fields.take("torch", Tensor))
     if "cuda" in fields and torch.cuda.is_available():
-        # There may be fewer devices now; that it is not exact then, `environment_differences` says.
+        # There may be fewer devices now.
         torch.cuda.set_rng_state_all(fields.items("cuda", Tensor)[: torch.cuda.device_count()])
+        if device is not None and device.type == "cuda" and CUDA_OF_RUN in fields:
+            torch.cuda.set_rng_state(fields.take(CUDA_OF_RUN, Tensor), device)
     if "mps" in fields and torch.backends.mps.is_available():
         torch.mps.set_rng_state(fields.take("mps", Tensor))
 
@@ -325,7 +342,8 @@ def numeric_environment(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "device_count": torch.cuda.device_count() if device.type == "cuda" else 1,
+        # A run is computed on one, however many can be seen; kept features are known by it.
+        "device_count": 1,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
@@ -334,4 +352,5 @@ def numeric_environment(device: torch.device) -> dict[str, object]:
 def environment_differences(saved: dict[str, object], device: torch.device) -> list[str]:
     """In words, what is not as it was when the checkpoint was written and can move the last bits."""
     now = numeric_environment(device)
-    return [f"{name} was {saved.get(name)}, is {now[name]}" for name in now if saved.get(name) != now[name]]
+    names = [name for name in now if name != "device_count"]
+    return [f"{name} was {saved.get(name)}, is {now[name]}" for name in names if saved.get(name) != now[name]]

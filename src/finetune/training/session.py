@@ -73,7 +73,7 @@ def capture_state(
         frozen=frozen,
         optimizer=optimizer,
         scaler=scaler,
-        rng=capture_generators(),
+        rng=capture_generators(setup.device),
         metrics_file=mark,
         keep=keep,
         trackers={},
@@ -132,7 +132,7 @@ class Session:
         self.context.check_room(self.state(), 0 if self._resumed else 2 * weights_bytes)
         # Last of all: whatever was built above may have drawn random numbers.
         if self._resumed is not None:
-            restore_generators(self._resumed.rng)
+            restore_generators(self._resumed.rng, self.device)
         if self._validation_is_due() or self._outcome():
             self.conclude_step(save_is_due=False)
 
