@@ -126,8 +126,12 @@ def test_of_several_networks_one_is_taken_the_others_are_named_and_key_decides(t
     plain, averaged = stock.state_dict(), other_numbers(stock.state_dict())
     torch.save({"state_dict_ema": below("module.", averaged), "state_dict": plain}, tmp_path / "timm.pth")
     model = get_model(NAME, num_classes=3)
-    picked = load_backbone_weights(model, read_weights(tmp_path / "timm.pth"), ["fc"], "")
+    state = read_weights(tmp_path / "timm.pth")
+    picked = load_backbone_weights(model, state, ["fc"], "")
     assert torch.equal(model.conv1[0].weight, plain["conv1.0.weight"])  # whichever stands first
+    torch.save(state, tmp_path / "again.pth")  # for whoever has no such class
+    again = torch.load(tmp_path / "again.pth", weights_only=True)
+    assert type(again) is OrderedDict and again.keys() == state.keys() and again._metadata == state._metadata
     assert picked.text == "taken is state_dict, not state_dict_ema.module (FILE:KEY decides)"
     for key in ("state_dict_ema", "state_dict_ema.module"):
         picked = load_backbone_weights(model, read_weights(tmp_path / "timm.pth", key), ["fc"], "")

@@ -40,6 +40,10 @@ class StateDict(OrderedDict[str, Tensor]):
         super().__init__(tensors or {})
         self._metadata = dict(metadata or {})
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Saved as torch saves its own, so that whoever reads the file needs nothing of this kit."""
+        return OrderedDict, (), {"_metadata": self._metadata}, None, iter(self.items())
+
     def below(self, prefix: str) -> "StateDict":
         """Those whose names begin so, without it."""
         found = {name.removeprefix(prefix): value for name, value in self.items() if name.startswith(prefix)}
