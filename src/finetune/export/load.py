@@ -74,13 +74,14 @@ def rebuild(description: dict[str, Any], tensors: dict[str, Tensor], source: str
     try:
         backbone = backbone_of_export(description)
         head_paths = find_head(backbone.build)
+        again = "export it again"
         if architecture["head"] != "keep" and architecture["head_paths"] != head_paths:
-            raise BadFile(f"{source}: {architecture['head_paths']} is not the head of {backbone.name}")
-        if architecture["head"] != "append" and architecture["old_classes"] != architecture["outputs"]:
-            raise BadFile(f"{source}: its .json has {architecture['outputs']} outputs, the network another number")
-        expected = 2 if architecture.get("one_logit") else architecture["outputs"]
-        if description["classes"] and len(description["classes"]) != expected:
-            raise BadFile(f"{source}: its .json has {len(description['classes'])} classes, the network another number")
+            raise BadFile(f"{source}: {architecture['head_paths']} is not the head of {backbone.name}; {again}")
+        outputs, classes = architecture["outputs"], len(description["classes"])
+        if architecture["head"] != "append" and architecture["old_classes"] != outputs:
+            raise BadFile(f"{source}: its .json has {outputs} outputs, the network another number; {again}")
+        if classes and classes != (2 if architecture.get("one_logit") else outputs):
+            raise BadFile(f"{source}: its .json has {classes} classes, the network another number; {again}")
         model = backbone.build(architecture["old_classes"])
         for path in replaced_layers(head_paths, architecture["head"]):
             plain_head(model, path, architecture["head"], architecture["outputs"], architecture["head_width"])

@@ -146,7 +146,7 @@ class RowFile:
                 self._stream.seek(position + done)
                 count = self._stream.readinto(buffer[done:])
             if not count:
-                raise BadFile(f"{self.path} was cut off while it was in use")
+                raise BadFile(f"{self.path} was cut off while it was in use; start again, and it is made anew")
             done += count
 
     def _write_at(self, content: Numbers | Bytes, position: int) -> None:

@@ -140,7 +140,8 @@ class Freeze:
                     trainable.append(name)
         if not trainable:
             raise UsageError(
-                f"nothing trains in epoch {self.epoch}: no freeze rule marks a module with parameters trainable"
+                f"nothing trains in epoch {self.epoch}: no freeze rule marks a module with parameters trainable; begin "
+                "the rules with ('head', 'trainable', 0)"
             )
         return trainable
 

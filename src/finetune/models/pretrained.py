@@ -49,7 +49,10 @@ def sized(backbone: Backbone, recipe: Recipe) -> Backbone:
         length = data.max_length or preprocessing.max_length
         return dataclasses.replace(backbone, preprocessing=preprocessing.at(length))
     if isinstance(data, Texts) or isinstance(preprocessing, Tokenization):
-        raise UsageError(f"--backbone {backbone.name}: does not go with {data.option} {data.place}")
+        reads = "texts" if isinstance(preprocessing, Tokenization) else "images"
+        raise UsageError(
+            f"--backbone {backbone.name}: reads {reads}, and {data.option} {data.place} holds none; give another"
+        )
     size = data.image_size or preprocessing.image_size
     check_image_size(backbone, size)
     return dataclasses.replace(backbone, preprocessing=preprocessing.at(size))

@@ -194,7 +194,8 @@ def check_tokenizer(tokenizer: Any, tokenization: Tokenization, what: str) -> No
         theirs = tokenizer(text, truncation=True, max_length=tokenization.max_length)["input_ids"]
         if theirs != table.batch([number])[0].tolist():
             raise UsageError(
-                f"{what}: its {type(tokenizer).__name__} gives other tokens than its {TOKENIZER_FILE} says"
+                f"{what}: its {type(tokenizer).__name__} gives other tokens than its {TOKENIZER_FILE} says; save "
+                "it anew with transformers, or give another encoder"
             )
 
 

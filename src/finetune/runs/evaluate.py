@@ -218,7 +218,11 @@ def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: DataFacts, place: s
             f"{recipe.data.option}"
         )
     if list(source.classes) != facts.classes:
-        raise UsageError(f"{recipe.data.option} {place}: its classes are not those of the run")
+        others = sorted(set(source.classes) ^ set(facts.classes))
+        raise UsageError(
+            f"{recipe.data.option} {place}: its classes are not those of the run ({', '.join(map(repr, others[:5]))} "
+            "on one side only); give data with the same"
+        )
     if source.parts is not None:
         for number in (2, 1):
             indices = (source.parts == number).nonzero().squeeze(1)

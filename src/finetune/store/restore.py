@@ -173,7 +173,7 @@ def saved_network(run: RunFolder, recipe: Recipe, state: CheckpointState) -> Net
     # Counted here, not by load_state_dict: BatchNorm never reports a missing counter.
     mismatch = set(module.state_dict()) ^ (set(frozen) | set(state.model))
     if mismatch or set(frozen) & set(state.model):
-        raise RunError(f"{what}: {', '.join(sorted(mismatch))}")
+        raise RunError(f"{what}: {', '.join(sorted(mismatch)[:5])}, ...; restore recipe.json and frozen/ of that run")
     _put(module, state.model, what)
     return network
 

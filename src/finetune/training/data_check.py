@@ -198,7 +198,9 @@ def check_unbroken(data: Data, feed: Feed) -> None:
         return
     broken = torch.tensor(feed.features.broken, dtype=torch.int64)
     for index in broken[torch.isin(broken, torch.cat([data.split.train, data.split.validation]))].tolist():
-        raise RunError(f"{_why_broken(data, index).reason}, though it could be read when the run began")
+        raise RunError(
+            f"{_why_broken(data, index).reason}, though it could be read when the run began; bring it back as it was"
+        )
 
 
 def leave_out_broken(data: Data, broken: list[BrokenSample], skip_broken: bool, terminal: Terminal) -> Data:

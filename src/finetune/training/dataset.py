@@ -186,7 +186,8 @@ def open_data(recipe: Recipe, backbone: Backbone, skipped: Sequence[str] = ()) -
     has_several = source.targets.dim() == 2 and not source.targets.is_floating_point()
     if has_several != (kind == "multi-label"):
         several = "several labels" if has_several else "one label"
-        raise UsageError(f"{spec.option} {spec.place}: has {several} a sample, which is no {kind} task")
+        instead = "give --separator, or --label-column A,B" if has_several else "leave --separator out"
+        raise UsageError(f"{spec.option} {spec.place}: has {several} a sample, which is no {kind} task; {instead}")
     if spec.augment == "glyphs" and spec.place != "glyphs":
         raise UsageError("--augment glyphs: is for --images glyphs only; give none, light or standard")
     pipeline, whole = make_pipeline(source, spec, backbone, recipe.seed), split_data(source, recipe)

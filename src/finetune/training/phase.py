@@ -133,7 +133,10 @@ def start_phase(
 def _check_same(trainable: list[str], frozen_sha256: str, saved: FrozenFacts) -> None:
     if trainable != saved.trainable:
         other = sorted(set(trainable) ^ set(saved.trainable))
-        raise RunError(f"what trains now is not what trained when the checkpoint was written: {', '.join(other)}")
+        raise RunError(
+            f"what trains now is not what trained when the checkpoint was written: {', '.join(other[:5])}, ...; go on "
+            "with the recipe as it was, or begin anew: --init-from RUN"
+        )
     if frozen_sha256 != saved.sha256:
         raise RunError(
             f"the frozen tensors have sha256 {frozen_sha256}, the run trained on {saved.sha256}; restore frozen/"
