@@ -18,6 +18,7 @@ from finetune.data.preprocess import MAX_ASPECT
 from finetune.data.tokens import tokenizer_folder
 from finetune.models.backbones import backbone_of_export
 from finetune.models.heads import NO_HEAD, StandardisedConv2d, StandardisedLinear, replaced_layers
+from finetune.models.huggingface import TOWER
 from finetune.models.text_encoders import config_of, no_pooler
 
 TEMPLATES = templates_in(Path(__file__).parent)
@@ -76,7 +77,8 @@ def program_of(
             "max_aspect": MAX_ASPECT,
             "heif": heif,
             "by_torchvision": kind == "torch",
-            "gives_logits": "config" in options,
+            "gives_logits": "config" in options and TOWER not in options,
+            "is_tower": TOWER in options,
         }
     return _tidied(TEMPLATES.get_template("program.py.j2").render(**values))
 

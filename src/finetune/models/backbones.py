@@ -71,8 +71,9 @@ def backbone_from_plain(plain: Mapping[str, Any]) -> Backbone:
         bundled = BUNDLED[name]
         return Backbone(name, bundled.build, preprocessing, bundled.stock_lines)
     if "config" in options:
-        build = functools.partial(huggingface.build, options["config"])
-        return Backbone(name, build, preprocessing, huggingface.STOCK_LINES, options)
+        build = functools.partial(huggingface.build, options)
+        lines = huggingface.TOWER_LINES if options.get(huggingface.TOWER) else huggingface.STOCK_LINES
+        return Backbone(name, build, preprocessing, lines, options)
     if name not in torchvision_names():
         raise UsageError(
             f"--backbone {name}: this torchvision ({torchvision.__version__}) has no such model; upgrade it"
@@ -108,8 +109,8 @@ def find_backbone(name: str) -> Backbone:
         return torchvision_backbone(name, default_member(name))
     if name.startswith(hub.PREFIX) or hub.is_folder(name):
         folder = hub.folder_of(name, [huggingface.PREPROCESSOR_FILE])
-        config, preprocessing = huggingface.describe(folder)
-        plain = {"name": name, "options": {"config": config}, "preprocessing": preprocessing.to_plain()}
+        options, preprocessing = huggingface.describe(folder)
+        plain = {"name": name, "options": options, "preprocessing": preprocessing.to_plain()}
         return backbone_from_plain(plain)
     if name in BUNDLED_TEXT:
         raise UsageError(f"--backbone {name}: reads texts, not images; use it with finetune bert_head")

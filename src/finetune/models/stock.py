@@ -6,13 +6,14 @@ from typing import Any
 
 from finetune.models.backbones import Backbone
 from finetune.models.heads import NO_HEAD
+from finetune.models.huggingface import TOWER
 from finetune.recipe.spec import Recipe
 
 
 def is_stock(recipe: Recipe, backbone: Backbone) -> bool:
     """Whether a stock class takes the weights."""
     folds = recipe.model.head in ("linear", "keep") and not recipe.model.unit_rows
-    return folds and backbone.options.get("pooling", "stock") == "stock"
+    return folds and backbone.options.get("pooling", "stock") == "stock" and TOWER not in backbone.options
 
 
 def exports_text(recipe: Recipe, backbone: Backbone) -> str:
@@ -40,6 +41,8 @@ def no_stock_lines(architecture: Mapping[str, Any]) -> list[str]:
         return []
     pooling = architecture["options"].get("pooling", "stock")
     what = f"pooling {pooling!r}" if pooling != "stock" else f"a head of kind {architecture['head']!r}"
+    if TOWER in architecture["options"]:
+        what = "a vision tower with a linear layer on its pooled output"
     if architecture.get("unit_rows"):
         what = "a head that divides features by their norm (--unit-rows)"
     elif architecture.get("standardised"):

@@ -94,9 +94,12 @@ def _read_file(path: Path) -> StateDict:
 
 
 def _stock_class(folder: Path) -> Any:
-    """transformers' auto class for what lies in a folder: of images, where its config has one."""
-    from transformers import AutoModelForImageClassification
+    """transformers' auto class for what lies in a folder: of images, where its config has one; else of texts; else the
+    model without a head."""
+    from transformers import AutoModel, AutoModelForImageClassification
 
     config, _ = hub.read_config(folder)
-    is_of_images = type(config) in AutoModelForImageClassification._model_mapping
-    return AutoModelForImageClassification if is_of_images else text_encoders.stock_class()
+    if type(config) in AutoModelForImageClassification._model_mapping:
+        return AutoModelForImageClassification
+    of_texts = text_encoders.stock_class()
+    return of_texts if type(config) in of_texts._model_mapping else AutoModel
