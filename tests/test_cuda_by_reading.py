@@ -67,22 +67,23 @@ def test_the_pools_of_a_network_are_replaced_and_nothing_else(name):
 
 
 def test_cuda_that_began_before_is_said(monkeypatch):
-    monkeypatch.setattr(devices, "_late", [])
-    monkeypatch.delenv(CUBLAS_VARIABLE, raising=False)
-    with numerics_put_back():
-        set_numerics(True, "none")
-    assert not said_too_late(CUDA)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    with numerics_put_back():
-        set_numerics(False, "none")
-        assert not said_too_late(CUDA)  # nobody asked for the same bits
-        monkeypatch.setenv(CUBLAS_VARIABLE, ":16:8")
-        set_numerics(True, "none")
-        assert not said_too_late(CUDA)  # somebody said so in time
-        monkeypatch.delenv(CUBLAS_VARIABLE)
-        set_numerics(True, "none")
-    assert f"start the process anew with {CUBLAS_VARIABLE}=:4096:8" in said_too_late(CUDA)
-    assert not said_too_late(torch.device("cpu"))
+    def said(*, began: bool, variable: str = "", deterministic: bool = True) -> str:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: began)
+        monkeypatch.delenv(CUBLAS_VARIABLE, raising=False)
+        if variable:
+            monkeypatch.setenv(CUBLAS_VARIABLE, variable)
+        with numerics_put_back():
+            set_numerics(deterministic, "none")
+            assert not said_too_late(torch.device("cpu"))
+            return said_too_late(CUDA)
+
+    monkeypatch.setattr(devices, "_cublas", {"in time": False})
+    assert not said(began=True, deterministic=False)  # nobody asked for the same bits
+    assert f"start the process anew with {CUBLAS_VARIABLE}=:4096:8" in said(began=True)
+    assert not said(began=True, variable=":16:8")  # somebody said so in time
+    monkeypatch.setattr(devices, "_cublas", {"in time": False})
+    assert not said(began=False)
+    assert not said(began=True)  # a second run in this process: the first said so in time
 
 
 def test_the_generator_of_the_runs_device_goes_on_wherever_that_is_now(monkeypatch):

@@ -15,6 +15,7 @@ from finetune.data.digits import load_digits
 from finetune.data.images import open_images
 from finetune.data.open import open_source
 from finetune.data.source import Reading
+from finetune.data.table import Columns
 from finetune.recipe.frames import place_of
 
 QUIET = {"track": "none", "report": False, "device": "cpu", "quiet": True}
@@ -97,6 +98,22 @@ def test_what_frames_hold_is_written_as_it_is_meant():
         image_head(images=["a.png"], backbone="bundled/vgg")
 
 
+def test_what_no_table_can_hold_is_refused_by_name(tmp_path):
+    with pytest.raises(UsageError, match="column 'image' of the DataFrame holds pictures themselves; give their paths"):
+        image_head(images=Frame([{"image": {"bytes": b"x", "path": None}, "label": "a"}]), backbone="bundled/vgg")
+    with pytest.raises(UsageError, match="holds pictures themselves"):
+        image_head(images=Frame([{"image": Image.new("L", (2, 2)), "label": "a"}]), backbone="bundled/vgg")
+    twice = Frame([{"text": "a", "label": "b"}])
+    twice.columns = ["text", "label", "label"]
+    with pytest.raises(UsageError, match="has several columns called 'label'; rename all but one"):
+        text_head(texts=twice, backbone="bundled/bert")
+    rows = [{"text": f"broken \ud800 letter {n}", "label": "ab"[n % 2]} for n in range(4)]
+    assert (
+        open_source(text_head(texts=Frame(rows), backbone="bundled/bert").data, "classification").texts[1]
+        == rows[1]["text"]
+    )
+
+
 def save(path, index: int) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(load_digits().images[index, 0].numpy()).save(path)
@@ -168,6 +185,17 @@ def test_a_parquet_of_the_hub_with_images_in_it_is_trained_on_and_predicted(tmp_
     assert main(["predict", "run", "train.parquet", "--device", "cpu"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["label"] for line in lines] == ["zero"] * 20 + ["one"] * 20
+    # Another column of it, and fewer of its rows, are other pictures.
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table("train.parquet")
+    backwards = pyarrow.array(table["image"].to_pylist()[::-1])
+    pyarrow.parquet.write_table(table.append_column("mask", backwards), "two.parquet")
+    first, second = (open_images("two.parquet", columns=Columns(content=name)) for name in ("image", "mask"))
+    assert (first.read(0)[0] != second.read(0)[0]).any() and (second.read(0)[0] == first.read(39)[0]).all()
+    (second.folder / second.paths[3]).unlink()  # by whatever cleans caches
+    assert (open_images("two.parquet", columns=Columns(content="mask")).read(3)[0] == first.read(36)[0]).all()
     # A run of before has numbers for classes.
     hub_table(tmp_path / "plain.parquet", names=False)
     assert open_images("plain.parquet").classes == ["0", "1"]

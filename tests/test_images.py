@@ -306,6 +306,15 @@ def test_what_cannot_be_a_part_is_left_aside_and_named(tmp_path):
         f"finetune predict RUN {folder / 'test'}",
         "backup/ is no part, and its images are left aside",
     )
+    # Strays may be more than classes, and still no class.
+    for number in range(2):
+        shutil.copy(folder / "train" / "cat" / "00.png", folder / "train" / f"stray{number}.png")
+    assert open_images(str(folder)).paths == source.paths
+    shutil.copy(folder / "train" / "cat" / "00.png", folder / "train" / "stray2.png")
+    with pytest.raises(UsageError, match=r"train/ holds 4 image\(s\) beside its class folders, as many as in them"):
+        open_images(str(folder))
+    for number in range(3):
+        (folder / "train" / f"stray{number}.png").unlink()
     # Unlabelled in a folder of a name that is no class, as some archives unpack.
     (folder / "test").rename(folder / "inner")
     (folder / "test").mkdir()

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import re
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -141,6 +142,28 @@ def test_threads_share_a_model_and_what_it_computes_in_is_put_back(place, model,
     distances = [[one.distance_percentile for one in rows] for rows in found]
     assert all(row == distances[0] for row in distances)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as torch has it
+    stranger = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    stop, images = threading.Event(), torch.randn(4, 3, 32, 32)
+
+    def call_it() -> None:
+        while not stop.is_set():
+            with torch.inference_mode():
+                model(images)
+
+    beside = threading.Thread(target=call_it)
+    beside.start()
+    try:  # what others ask of the network itself does not count
+        assert {one.distance_percentile for one in (model.predict(files[0]) for _ in range(20))} == {distances[0][0]}
+        assert model.predict(stranger).distance_percentile > 99
+    finally:
+        stop.set()
+        beside.join()
+    torch.use_deterministic_algorithms(True)
+    try:
+        model.predict(files[0])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
     going = model.predictions(model.samples(files)[0], batch_size=1)
     next(going)
     assert torch.backends.cudnn.allow_tf32  # also while somebody reads it line by line

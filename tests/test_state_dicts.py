@@ -5,6 +5,7 @@ import copy
 import datetime
 import json
 import sys
+import time
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from types import ModuleType
@@ -139,6 +140,58 @@ def test_of_several_networks_one_is_taken_the_others_are_named_and_key_decides(t
     with pytest.raises(UsageError) as error:
         read_weights(tmp_path / "timm.pth", "model")
     assert "holds nothing below 'model'; it has" in str(error.value) and "state_dict_ema.module: " in str(error.value)
+
+
+def test_averages_come_last_whatever_they_are_called_and_rivals_need_not_be_complete(tmp_path, stock):
+    plain, averaged = stock.state_dict(), other_numbers(stock.state_dict())
+    counted = {name for name in plain if name.endswith("num_batches_tracked")}
+    without = {name: value for name, value in plain.items() if name not in counted}
+    for name in ("modelEma", "EMA", "exp_avg", "init_state"):
+        torch.save({name: averaged, "net": without}, tmp_path / "w.pth")
+        model = get_model(NAME, num_classes=3)
+        picked = load_backbone_weights(model, read_weights(tmp_path / "w.pth"), ["fc"], "")
+        assert torch.equal(model.conv1[0].weight, plain["conv1.0.weight"]), name
+        assert picked.text == f"taken is net, not {name} (FILE:KEY decides)"
+
+
+def test_a_class_of_transformers_own_names_are_no_rival_of_themselves():
+    own = {f"vit.layer.{n}.weight": torch.full((2,), float(n)) for n in range(4)} | {"classifier.weight": torch.ones(2)}
+    picked = pick(own, own, ["classifier"], "a file", "vit")
+    assert picked.prefix == "" and not picked.text and picked.state.keys() == own.keys()
+    bare = {name.removeprefix("vit."): value for name, value in own.items()}
+    assert pick(bare, own, ["classifier"], "a file", "vit").state.keys() == own.keys()
+
+
+def test_a_file_made_to_hang_or_to_confuse_is_read_at_once(tmp_path):
+    mine = {"net": {"w": torch.ones(1)}}
+    for number in range(60):
+        mine[f"self{number}"] = mine
+    torch.save(mine, tmp_path / "fan.pt")
+    started = time.monotonic()
+    assert set(read_weights(tmp_path / "fan.pt")) == {"net.w"} and time.monotonic() - started < 5
+    for strange in ([1], {"conv1": 7}, {3: {}}):
+        state = OrderedDict(w=torch.ones(1))
+        state._metadata = strange
+        torch.save(state, tmp_path / "m.pt")
+        assert read_weights(tmp_path / "m.pt")._metadata == {}
+
+
+def test_of_texts_too_it_is_said_what_was_taken_and_a_deeper_encoder_is_none(tmp_path):
+    from finetune.models.backbones import find_text_backbone
+    from finetune.models.network import build_network
+
+    folder = make_encoder(tmp_path / "bert")
+    backbone, _ = find_text_backbone(str(folder), "mean")
+    state = dict(read_weights(folder))
+    options = {"head": "linear", "class_count": 2, "dropout": 0.0, "head_width": 8, "seed": 0}
+    assert not build_network(backbone, state, "", **options).picked_text.startswith("taken")
+    two = {f"a_net.{name}": value + 1 for name, value in state.items()} | {f"b_net.{n}": v for n, v in state.items()}
+    assert "taken is a_net, not b_net" in build_network(backbone, two, "", **options).picked_text
+    layer = next(name for name in state if ".layer.0." in name)
+    deeper = state | {layer.replace(".layer.0.", ".layer.9."): state[layer]}
+    with pytest.raises(UsageError, match=r"my\.pt does not fit the architecture") as error:
+        build_network(backbone, deeper, "my.pt", **options)
+    assert ".layer.9." in str(error.value)
 
 
 def test_a_deeper_network_and_one_with_other_layers_are_no_smaller_one():

@@ -3,7 +3,9 @@
 import csv
 import gzip
 import json
+import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -111,8 +113,38 @@ def test_another_encoding_is_said_to_be_one_and_read_when_it_is_named(tmp_path, 
     assert source.texts[3] == f"{text} 3"
 
 
+def test_a_sheet_is_read_to_its_end_whatever_size_it_claims(tmp_path):
+    workbook(tmp_path / "book.xlsx")
+    with zipfile.ZipFile(tmp_path / "book.xlsx") as book, zipfile.ZipFile(tmp_path / "stale.xlsx", "w") as stale:
+        for name in book.namelist():
+            content = book.read(name)
+            stale.writestr(name, re.sub(rb'<dimension ref="[^"]*"', b'<dimension ref="A1:B5"', content))
+    assert open_texts(str(tmp_path / "stale.xlsx"), "classification").texts == WANTED
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF-8", "utf8", "U8"])
+def test_utf_8_is_meant_however_it_is_spelled(tmp_path, encoding):
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + as_csv().encode())
+    assert open_texts(str(tmp_path / "t.csv"), "classification", reading=Reading(encoding=encoding)).texts == WANTED
+    (tmp_path / "t.csv").write_bytes(as_csv().encode("utf-32"))
+    assert open_texts(str(tmp_path / "t.csv"), "classification").texts == WANTED
+
+
+def test_a_run_of_before_has_its_rows_without_any_value(tmp_path):
+    (tmp_path / "t.csv").write_text("text,labels\na,x|y\n,\nb,y\n")
+    columns = Columns(label="labels", separator="|")
+    assert open_texts(str(tmp_path / "t.csv"), "multi-label", columns).texts == ["a", "b"]
+    strict = open_texts(str(tmp_path / "t.csv"), "multi-label", columns, reading=Reading(is_strict=True))
+    assert strict.texts == ["a", "", "b"]
+    (tmp_path / "lines.json").write_text("a text\nanother\n")
+    lines = open_texts(str(tmp_path / "lines.json"), "distillation", reading=Reading(is_strict=True))
+    assert lines.texts == ["a text", "another"]
+
+
 def test_what_cannot_be_a_table_says_what_it_is(tmp_path):
+    good = gzip.compress(as_csv().encode())
     cases = {
+        "f.csv.gz": (good[:20] + b"\x00\xff\x00" + good[23:], "cannot be unpacked"),
         "a.csv.gz": (b"no gzip", "cannot be unpacked"),
         "b.json": (
             b'{"images": [], "annotations": []}',
@@ -181,6 +213,11 @@ def test_lists_as_pandas_and_numpy_print_them_are_lists_of_labels(tmp_path):
         rows = [(f"text {n}", str(np.array(one))) for n, one in enumerate([["cat", "dog"], ["dog"], ["cat"]])]
         csv.writer(stream).writerows([("text", "labels"), *rows])
     assert several(tmp_path / "t.csv", "labels", "|") == [{"cat", "dog"}, {"dog"}, {"cat"}]
+    (tmp_path / "n.csv").write_text("text,labels\na,[0 1 1]\nb,[2]\n")
+    assert several(tmp_path / "n.csv", "labels", "|") == [{"0", "1"}, {"2"}]
+    (tmp_path / "n.csv").write_text("text,labels\na,\"['a' 'b' ... 'z']\"\nb,['c']\n")
+    with pytest.raises(UsageError, match=r"line 2: .* was cut short \(\.\.\.\) when it was printed|was cut short when"):
+        several(tmp_path / "n.csv", "labels", "|")
     with pytest.raises(UsageError, match="'labels' is a list; several labels a row need --separator"):
         open_texts(str(tmp_path / "t.csv"), "classification")
     before = open_texts(str(tmp_path / "t.csv"), "classification", reading=Reading(is_strict=True))
@@ -251,6 +288,28 @@ def test_paths_of_another_machine_are_found_below_the_tables_folder(photos, kind
     if said:  # a run of before read them to the letter, and found none
         strict = open_images(str(photos / "list.csv"), allow_outside=True, reading=Reading(is_strict=True))
         assert not any((photos / path).exists() for path in strict.paths)
+
+
+def test_captions_beside_pictures_are_none_and_each_name_has_its_own_suffix(photos):
+    folder = photos / "photos" / "cat"
+    for file in list(folder.iterdir()):
+        file.with_suffix(".txt").write_text("a cat")
+    (folder / "cat2.jpg").rename(folder / "cat2.png")
+    rows = [("id", "label"), *((f"photos/{name}/{name}{n}", name) for name in ("cat", "dog") for n in range(3))]
+    (photos / "list.csv").write_text(as_csv(rows=rows))
+    source = open_images(str(photos / "list.csv"), columns=Columns(content="id"))
+    assert [path.rpartition("/")[2] for path in source.paths][:3] == ["cat0.jpg", "cat1.jpg", "cat2.png"]
+
+
+def test_two_rows_are_never_predicted_as_one_picture(photos, capsys):
+    (photos / "list.csv").write_text("image\nbatch1/dog0.jpg\nbatch2/dog0.jpg\n")
+    with pytest.raises(UsageError, match="several of its lines mean"):
+        image_files([str(photos / "list.csv")])
+    (photos / "list.csv").write_text("image\nx/dog0.jpg\nx/dog0.jpg\nx/cat1.5\n")
+    said: list[str] = []
+    found = image_files([str(photos / "list.csv")], say=said.append)
+    assert [path.name for path in found] == ["dog0.jpg", "dog0.jpg", "cat1.5"]  # what is no suffix is not cut off
+    assert "image(s) found below" in said[0]
 
 
 def test_a_path_that_could_be_several_files_is_none_of_them(photos):

@@ -48,8 +48,8 @@ def set_numerics(is_deterministic: bool, tf32: str) -> None:
         tf32: one of NO_TF32, TF32_CONVOLUTIONS, ALL_TF32.
     """
     if is_deterministic:
-        if CUBLAS_VARIABLE not in os.environ and torch.cuda.is_initialized():
-            _late.append(True)
+        if CUBLAS_VARIABLE in os.environ or not torch.cuda.is_initialized():
+            _cublas["in time"] = True
         os.environ.setdefault(CUBLAS_VARIABLE, ":4096:8")
         # Filling fresh memory would only help against reading what was never written, and costs time.
         setattr(deterministic, FILLS, False)
@@ -58,14 +58,14 @@ def set_numerics(is_deterministic: bool, tf32: str) -> None:
     set_tf32(tf32)
 
 
-# Whether CUDA had been used in this process before it was told to be deterministic.
-_late: list[bool] = []
+# Whether cuBLAS was told to be deterministic before CUDA was used in this process; later it does not look.
+_cublas = {"in time": False}
 
 
 def said_too_late(device: torch.device) -> str:
     """What to tell a person where CUDA began before `set_numerics`; "" = nothing. cuBLAS looks at its variable when it
     begins."""
-    if device.type != "cuda" or not _late:
+    if device.type != "cuda" or _cublas["in time"] or not torch.are_deterministic_algorithms_enabled():
         return ""
     return (
         f"CUDA was used in this process before, without {CUBLAS_VARIABLE}: products of matrices may differ in their "
@@ -92,6 +92,17 @@ def _tf32_switches() -> tuple[bool, bool]:
             "torch.backends...fp32_precision was set in this process, which hides what is computed in TF32; leave it "
             "as it was, and say --tf32 none, convolutions or all"
         ) from None
+
+
+@contextlib.contextmanager
+def in_fp32() -> Iterator[None]:
+    """Within the block nothing is computed in TF32; what else is set stays as it is, for others in this process."""
+    convolutions, products = _tf32_switches()
+    try:
+        set_tf32(NO_TF32)
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 @contextlib.contextmanager

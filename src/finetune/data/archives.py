@@ -4,6 +4,7 @@ import tarfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from finetune.base.formatting import printable
 from finetune.base.words import typed
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -24,10 +25,11 @@ def how_to_unpack(path: Path, option: str) -> str:
     """
     stem = next(path.name[: -len(suffix)] for suffix in SUFFIXES if path.name.lower().endswith(suffix))
     target = path.with_name(stem)
-    module = "zipfile" if path.name.lower().endswith(".zip") else "tarfile"
+    # tarfile by itself would write wherever the archive says.
+    module = ["zipfile"] if path.name.lower().endswith(".zip") else ["tarfile", "--filter", "data"]
     inside = _only_folder(path)
     place = target / inside if inside else target
-    unpack = typed(["python", "-m", module, "-e", str(path), str(target)])
+    unpack = typed(["python", "-m", *module, "-e", str(path), str(target)])
     return f"is an archive: unpack it by {unpack} and give {typed([option, str(place)])}"
 
 
@@ -46,4 +48,5 @@ def _only_folder(path: Path) -> str:
     first = {one[0] for one in parts if one and one[0] != "__MACOSX"}
     # A single class, or train/ alone, is the data itself.
     depth = max((len(one) for one in parts), default=0)
-    return first.pop() if len(first) == 1 and depth > 2 else ""
+    name = first.pop() if len(first) == 1 and depth > 2 else ""
+    return name if name not in ("", "..", "/") and printable(name) == name else ""

@@ -51,7 +51,9 @@ class _Lines:
         return line
 
 
-def csv_rows(path: Path, suffix: str, stream: TextIO, quotes: str) -> Iterator[tuple[int, dict[str, object]]]:
+def csv_rows(
+    path: Path, suffix: str, stream: TextIO, quotes: str, is_strict: bool = False
+) -> Iterator[tuple[int, dict[str, object]]]:
     """(number of its first line, column name to value) of each row; see `table_files.read_rows`.
 
     What a spreadsheet leaves around the data is no part of it: a first line that names the separator ("sep=;"), rows
@@ -59,6 +61,7 @@ def csv_rows(path: Path, suffix: str, stream: TextIO, quotes: str) -> Iterator[t
 
     Args:
         suffix: of the file: .csv or .tsv.
+        is_strict: rows without any value are rows.
 
     Raises:
         UsageError: a row that is none; names the line.
@@ -92,7 +95,7 @@ def csv_rows(path: Path, suffix: str, stream: TextIO, quotes: str) -> Iterator[t
                 if quotes == "auto":
                     suspicion.check(path)
                 return
-            if not any(value.strip() for value in row):
+            if not row or not (is_strict or any(value.strip() for value in row)):
                 continue
             newest = list(lines.newest)
             if len(row) > len(names) and not any(value.strip() for value in row[len(names) :]):

@@ -1,6 +1,7 @@
 """A folder of images, or of texts: one sub-folder a class; or train/, val/ and test/, each so."""
 
 import dataclasses
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -179,6 +180,18 @@ def _class_folders(folder: Path, kind: Kind) -> list[str]:
     return [name for name in sub_folders(folder, kind.is_left_aside)[0] if _has_samples(folder / name, kind)]
 
 
+def _has_more(part: Path, classes: Sequence[str], kind: Kind, loose: int) -> bool:
+    """Whether more samples lie in the class folders of a part than beside them."""
+    below = (
+        True
+        for name in classes
+        for place, _, files in _walked(part / name, kind)
+        for file in files
+        if kind.is_sample(place, file)
+    )
+    return sum(itertools.islice(below, loose + 1)) > loose
+
+
 @dataclass(frozen=True)
 class Layout:
     """Which folders of a folder are parts.
@@ -209,11 +222,16 @@ def layout_of(folder: Path, kind: Kind, what: str) -> Layout:
     classes = {name: _class_folders(folder / name, kind) for name in parts}
     loose = {name: _samples_in(folder / name, kind) for name in parts}
     # A class that is called "train" holds its samples itself.
-    divided = [name for name in parts if len(classes[name]) > loose[name]]
+    divided = [name for name in parts if classes[name] and _has_more(folder / name, classes[name], kind, loose[name])]
     if not divided:
         return Layout({"": 0})
     found = {name: parts[name] for name in divided}
     if 0 not in found.values():
+        if mixed := [name for name in parts if parts[name] == 0 and classes[name]]:
+            raise UsageError(
+                f"{what}: {mixed[0]}/ holds {loose[mixed[0]]:,} {kind.noun}(s) beside its class folders, as many as in "
+                "them or more: move them into these, or away"
+            )
         shown = ", ".join(f"{name}/" for name in divided)
         raise UsageError(f"{what}: holds {shown} but no train/ with one sub-folder a class; add it, or rename one")
     for part in set(found.values()):

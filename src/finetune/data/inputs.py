@@ -82,8 +82,10 @@ def image_files(
         if path.is_dir():
             files += below(path, _files_of(path, IMAGES, "images", say), f"folder {path}")
         elif is_table(path):
-            folder, names = image_paths(path, image_column, reading)
+            folder, names, said = image_paths(path, image_column, reading)
             files += below(folder, names, str(path))
+            if said:
+                say(f"{path}: {said}")
         elif path.exists():
             files.append(path)
         else:

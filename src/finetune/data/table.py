@@ -22,6 +22,8 @@ from finetune.errors import UsageError
 # Tried in this order where no column is named.
 # In a column of its own, whether a label applies.
 YES, NO = {"1", "1.0", "true", "t", "yes", "y", "x"}, {"", "0", "0.0", "false", "f", "no", "n", "-"}
+NUMBERS = re.compile(r"\[\s*-?\d+(\s+-?\d+)*\s*\]")
+ELIDED = re.compile(r"['\"\d]\s*,?\s*\.\.\.\s*,?\s*['\"\d]")
 SIDE_BY_SIDE = re.compile(r"['\"]\s+['\"]")
 QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "tags", "intent", "topic", "sentiment")
@@ -134,7 +136,7 @@ def sample_rows(
         UsageError: a line cannot be read, or lacks a label; names it.
     """
     content_column, label_column, several = "", "", list[str]()
-    for number, row in read_rows(path, reading.quotes, reading.encoding, names_classes=not reading.is_strict):
+    for number, row in read_rows(path, reading.quotes, reading.encoding, is_strict=reading.is_strict):
         if not content_column:
             names = list(row)
             content_column = find_column(path, names, columns.content, candidates, option)
@@ -189,15 +191,31 @@ def _image_of(row: Row) -> str:
     return image.strip().replace("\\", "/")
 
 
-def image_paths(path: Path, image_column: str = "", reading: Reading = Reading()) -> tuple[Path, list[str]]:
-    """The image column of a table alone: the folder that paths are from, and the paths."""
+def image_paths(path: Path, image_column: str = "", reading: Reading = Reading()) -> tuple[Path, list[str], str]:
+    """The image column of a table alone: the folder that paths are from, the paths, and what to say of them.
+
+    Raises:
+        UsageError: a line cannot be read, or several mean the same file by other names.
+    """
     columns = Columns(content=image_column)
     rows = sample_rows(path, columns, IMAGE_COLUMNS, "--image-column", labelled=False, reading=reading)
     found = list(rows)
     if found and holds_bytes(found[0].content):
-        return unpacked(path, [(row.where, row.line, row.content) for row in found])
+        return *unpacked([(row.where, row.line, row.content) for row in found]), ""
     names = [_image_of(row) for row in found]
-    return path.parent, names if reading.is_strict else found_below(path.parent, names)[0]
+    if reading.is_strict:
+        return path.parent, names, ""
+    different = list(dict.fromkeys(names))
+    paths, said = found_below(path.parent, different)
+    _check_once(path, paths)
+    by_name = dict(zip(different, paths, strict=True))
+    return path.parent, [by_name[name] for name in names], said
+
+
+def _check_once(path: Path, paths: Sequence[str]) -> None:
+    """Raises: UsageError: different names were found to mean one file."""
+    if twice := [name for name, count in Counter(paths).items() if count > 1]:
+        raise UsageError(f"{path}: several of its lines mean {twice[0]!r}; give paths relative to {path.parent}")
 
 
 def open_table(
@@ -241,11 +259,10 @@ def open_table(
             parts.append(row.part)
     paths, said = list(lines), ""
     if within:
-        folder, paths = unpacked(path, within)
+        folder, paths = unpacked(within)
     elif not reading.is_strict:
         paths, said = found_below(path.parent, paths)
-    if twice := [name for name, count in Counter(paths).items() if count > 1]:
-        raise UsageError(f"{path}: several of its lines mean {twice[0]!r}; give paths relative to {path.parent}")
+    _check_once(path, paths)
     if not allow_outside:
         check_inside(folder, paths, f"--images {path}")
     given_parts = parts if columns.split else None
@@ -314,10 +331,20 @@ def _is_yes(value: object, where: str, column: str) -> bool:
     raise UsageError(f"{where}: column {column!r} holds {value!r}; the column of a label holds 1 or 0, or yes or no")
 
 
-def _listed(text: str) -> list[str] | None:
-    """Of a list as pandas or numpy print it its items; None = it is none."""
+def _listed(text: str, where: str) -> list[str] | None:
+    """Of a list as pandas or numpy print it its items; None = it is none.
+
+    Raises:
+        UsageError: the middle of it was left out when it was printed.
+    """
     if not (text.startswith("[") and text.endswith("]")):
         return None
+    if NUMBERS.fullmatch(text):  # of numpy, without commas
+        return text[1:-1].split()
+    if ELIDED.search(text):
+        raise UsageError(
+            f"{where}: {text[:40]!r} was cut short when it was printed (...); save the table with whole lists"
+        )
     if SIDE_BY_SIDE.search(text):  # of numpy, without commas, which Python would take for one long text
         return [first or second for first, second in QUOTED.findall(text)]
     try:
@@ -328,7 +355,7 @@ def _listed(text: str) -> list[str] | None:
 
 
 def _labels(value: object, separator: str, where: str, column: str, reading: Reading) -> str | tuple[str, ...]:
-    listed = _listed(value.strip()) if isinstance(value, str) and not reading.is_strict else None
+    listed = _listed(value.strip(), where) if isinstance(value, str) and not reading.is_strict else None
     value = value if listed is None else listed
     if isinstance(value, dict):
         raise UsageError(f"{where}: column {column!r} holds a dict; give a column of labels: --label-column")

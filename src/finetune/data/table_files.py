@@ -8,16 +8,20 @@ import gzip
 import importlib.util
 import io
 import json
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from finetune.base.table_names import KNOWN, table_suffix
 from finetune.data.csv_rows import csv_rows
 from finetune.errors import UsageError, one_line
 
 # What says by its first bytes that it is no UTF-8.
-MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 UTF_8 = "utf-8"
 WINDOWS = "windows-1252"
 WESTERN = ("cp1250", "cp1252", "cp1254", "cp1257", "hp_roman8", "iso8859_1", "iso8859_15", "latin_1", "mac_roman")
@@ -28,7 +32,7 @@ GUESSED_BYTES = 1 << 18
 
 
 def read_rows(
-    path: Path, quotes: str = "auto", encoding: str = UTF_8, *, names_classes: bool = True
+    path: Path, quotes: str = "auto", encoding: str = UTF_8, *, is_strict: bool = False
 ) -> Iterator[tuple[int, dict[str, object]]]:
     """(line number, column name to value) of each row; of a file without lines the number of the row.
 
@@ -37,7 +41,8 @@ def read_rows(
             must (RFC 4180); "none": a quote is a letter; "auto": standard, but a quote that would swallow whole rows is
             refused, and between tabs one is a letter unless the value both begins and ends with one.
         encoding: of a file that does not say it itself.
-        names_classes: whether numbers of classes become the names that a parquet file of the hub has for them.
+        is_strict: rows without any value are rows, and numbers of classes stay numbers where a parquet file of the hub
+            has names for them, as before.
 
     Raises:
         UsageError: the file or one of its lines cannot be read; names the line.
@@ -46,7 +51,7 @@ def read_rows(
         raise UsageError(f"{path}: no such file; give a {KNOWN} file with a line a sample")
     suffix = table_suffix(path)
     if suffix == ".parquet":
-        yield from _parquet_rows(path, names_classes)
+        yield from _parquet_rows(path, not is_strict)
     elif suffix == ".xlsx":
         yield from _sheet_rows(path)
     else:
@@ -55,10 +60,11 @@ def read_rows(
                 if suffix == ".json":
                     yield from _json_rows(path, text)
                 else:
-                    yield from _jsonl_rows(path, text) if suffix == ".jsonl" else csv_rows(path, suffix, text, quotes)
-        except (EOFError, gzip.BadGzipFile) as error:
+                    is_csv = suffix != ".jsonl"
+                    yield from csv_rows(path, suffix, text, quotes, is_strict) if is_csv else _jsonl_rows(path, text)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UsageError(f"{path}: cannot be unpacked ({one_line(error)}); make or fetch it anew") from None
-        except UnicodeDecodeError:
+        except UnicodeError:
             raise UsageError(f"{path} {undecodable(path, encoding)}") from None
 
 
@@ -69,19 +75,22 @@ def _opened(path: Path) -> BinaryIO:
 def _decoded(stream: BinaryIO, encoding: str) -> TextIO:
     start = stream.read(4)
     stream.seek(0)
+    return io.TextIOWrapper(stream, encoding=_encoding_of(start, encoding), newline="")
+
+
+def _encoding_of(start: bytes, encoding: str) -> str:
+    """What a file is written in, by its first bytes, or as somebody says."""
     marked = next((name for mark, name in MARKS.items() if start.startswith(mark)), "")
-    name = marked or ("utf-8-sig" if encoding == UTF_8 else encoding)
-    return io.TextIOWrapper(stream, encoding=name, newline="")
+    return marked or ("utf-8-sig" if codecs.lookup(encoding).name == UTF_8 else encoding)
 
 
 def decoded(content: bytes, encoding: str = UTF_8) -> str:
     """The text of a whole file; one that says by its first bytes what it is, is that.
 
     Raises:
-        UnicodeDecodeError: it is something else.
+        UnicodeError: it is something else.
     """
-    marked = next((name for mark, name in MARKS.items() if content.startswith(mark)), "")
-    return content.decode(marked or ("utf-8-sig" if encoding == UTF_8 else encoding))
+    return content.decode(_encoding_of(content[:4], encoding))
 
 
 def undecodable(path: Path, encoding: str) -> str:
@@ -95,7 +104,7 @@ def undecodable(path: Path, encoding: str) -> str:
         )
     # What stands about the line tells more than it does, and is looked at where it is near.
     guess = _guessed(start if wrong in start else wrong)
-    name = "UTF-8" if encoding == UTF_8 else encoding
+    name = "UTF-8" if codecs.lookup(encoding).name == UTF_8 else encoding
     looks = f", but looks like {guess} (--encoding {guess} reads it)" if guess else " (--encoding NAME reads another)"
     return f"line {number}: is not {name}{looks}; save the file as UTF-8"
 
@@ -103,7 +112,7 @@ def undecodable(path: Path, encoding: str) -> str:
 def _is_decodable(line: bytes, encoding: str) -> bool:
     try:
         line.decode(encoding)
-    except UnicodeDecodeError:
+    except UnicodeError:
         return False
     return True
 
@@ -152,7 +161,9 @@ def _names_of_classes(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
 
 
 def _name_of(value: object, classes: list[str]) -> object:
-    return classes[value] if isinstance(value, int) and 0 <= value < len(classes) else value
+    if isinstance(value, int) and 0 <= value < len(classes):
+        return classes[value]
+    return None if value == -1 else value  # so the hub writes that there is none
 
 
 def _jsonl_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
@@ -205,7 +216,7 @@ def _sheet_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         raise UsageError(f"{path}: cannot be read ({one_line(error)}); save it anew, or as csv") from None
     try:
         names: list[str] = []
-        for number, cells in enumerate(book.active.iter_rows(values_only=True), start=1):
+        for number, cells in enumerate(_cells(path, book.active), start=1):
             values = [value.strip() if isinstance(value, str) else value for value in cells]
             if all(value is None or value == "" for value in values):
                 continue
@@ -217,6 +228,19 @@ def _sheet_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             yield number, {name: _cell(value) for name, value in zip(names, values, strict=False) if name}
     finally:
         book.close()
+
+
+def _cells(path: Path, sheet: Any) -> Iterator[Sequence[object]]:
+    """Row by row, as far as there are any, whatever size the file claims to have.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    try:
+        sheet.reset_dimensions()
+        yield from sheet.iter_rows(values_only=True)
+    except Exception as error:  # as above
+        raise UsageError(f"{path}: cannot be read ({one_line(error)}); save it anew, or as csv") from None
 
 
 def _cell(value: object) -> object:

@@ -1,8 +1,9 @@
 """Images that lie in a table themselves, as in the data sets of the Hugging Face hub: a column of {bytes, path}.
 
-They are unpacked once into a folder of the user's cache, known by the table's hash, and are files from then on.
+They are unpacked once into a folder of the user's cache, known by what they are, and are files from then on.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import platformdirs
 
-from finetune.base.files import make_folders, sha256_of_file
+from finetune.base.files import make_folders
 from finetune.data.decode import formats_by_suffix
 from finetune.errors import UsageError
 
@@ -23,7 +24,7 @@ def holds_bytes(content: object) -> bool:
     return isinstance(content, bytes) or (isinstance(content, Mapping) and isinstance(content.get("bytes"), bytes))
 
 
-def unpacked(table: Path, rows: Sequence[tuple[str, int, object]]) -> tuple[Path, list[str]]:
+def unpacked(rows: Sequence[tuple[str, int, object]]) -> tuple[Path, list[str]]:
     """The folder with the images of a table, and the name of each in it.
 
     Args:
@@ -34,8 +35,7 @@ def unpacked(table: Path, rows: Sequence[tuple[str, int, object]]) -> tuple[Path
     """
     named = os.environ.get(FOLDER_VARIABLE)
     root = (Path(named) if named else platformdirs.user_cache_path("finetune", appauthor=False)) / "unpacked"
-    folder = root / sha256_of_file(table)[:32]
-    names, contents = list[str](), list[bytes]()
+    names, contents, digest = list[str](), list[bytes](), hashlib.sha256()
     for where, line, content in rows:
         given: Mapping[str, object] = content if isinstance(content, Mapping) else {"bytes": content}
         image = given.get("bytes")
@@ -44,6 +44,10 @@ def unpacked(table: Path, rows: Sequence[tuple[str, int, object]]) -> tuple[Path
         suffix = PurePosixPath(str(given.get("path") or "")).suffix.lower()
         names.append(f"{line:08}{suffix if suffix in formats_by_suffix() else ''}")
         contents.append(image)
+        digest.update(f"{names[-1]} {len(image)} ".encode() + image)
+    folder = root / digest.hexdigest()[:32]
+    if folder.is_dir() and not all((folder / name).is_file() for name in names):
+        shutil.rmtree(folder)  # somebody has cleaned up
     if not folder.is_dir():
         make_folders(root)
         with TemporaryDirectory(prefix=".unpacking-", dir=root) as place:

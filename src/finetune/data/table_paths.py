@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from finetune.data.decode import formats_by_suffix
 from finetune.data.folder import IMAGES, files_below
 
 # Where none of so many leads to a file, all of them are meant otherwise.
@@ -26,17 +27,21 @@ def found_below(folder: Path, names: Sequence[str]) -> tuple[list[str], str]:
         return list(names), ""
     suffixes = ["", *_suffixes_beside(folder, tried)]
     for dropped in range(max(len(PurePosixPath(name).parts) for name in tried)):
-        for suffix in suffixes:
-            found = [_tail(name, dropped) + suffix for name in tried]
-            if (dropped or suffix) and any(_is_there(folder, name) for name in found):
-                return _told(names, [_tail(name, dropped) + suffix for name in names], folder)
+
+        def tail_of(name: str, dropped: int = dropped) -> str:
+            tails = (_tail(name, dropped) + suffix for suffix in suffixes)
+            return next((tail for tail in tails if _is_there(folder, tail)), name)
+
+        if any(tail_of(name) != name for name in tried):
+            return _told(names, list(map(tail_of, names)), folder)
     files, _ = files_below(folder, IMAGES)
     by_name = _unique({file: PurePosixPath(file).name for file in files})
     by_stem = _unique({file: PurePosixPath(file).stem for file in files})
 
     def file_of(name: str) -> str:
         end = PurePosixPath(name)
-        return by_name.get(end.name) or by_stem.get(end.name) or by_stem.get(end.stem) or name
+        is_image = end.suffix.lower() in formats_by_suffix()
+        return by_name.get(end.name) or by_stem.get(end.stem if is_image else end.name) or name
 
     return _told(names, list(map(file_of, names)), folder)
 
@@ -72,7 +77,7 @@ def _suffixes_beside(folder: Path, names: Sequence[str]) -> list[str]:
             continue
         ends = {name.rpartition("/")[2] for name in names}
         counts.update(os.path.splitext(file)[1] for file in files if os.path.splitext(file)[0] in ends)
-    return [suffix for suffix, _ in counts.most_common() if suffix]
+    return [suffix for suffix, _ in counts.most_common() if suffix.lower() in formats_by_suffix()]
 
 
 def _unique(names: dict[str, str]) -> dict[str, str]:

@@ -28,6 +28,8 @@ TEXT_COLUMNS = (
     "text", "sentence", "message", "content", "review", "body", "question", "utterance", "document", "comment",
     "tweet", "headline", "title", "description",
 )  # fmt: skip
+# What was a table when tables were read to the letter.
+TABLES_BEFORE = (".csv", ".tsv", ".jsonl", ".parquet")
 TEXT_SUFFIXES = (".txt",)
 LARGEST_FILE_BYTES = 1 << 26
 # So much of a text stands for it in a message.
@@ -79,7 +81,7 @@ def open_texts(
         contents, unreadable = _read_files(path, found.paths, reading.encoding)
         names, labels = found.paths, found.labels
         parts, left, notes = found.parts, found.left.text, found.left.notes
-    elif is_table(path):
+    elif is_table(path) and not (reading.is_strict and path.suffix.lower() not in TABLES_BEFORE):
         rows = list(
             sample_rows(
                 path, columns, TEXT_COLUMNS, "--text-column", labelled=kind != "distillation", reading=reading,
@@ -146,7 +148,7 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from None
     try:
         return decoded(content, encoding)
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise UsageError(f"{path} {undecodable(path, encoding)}") from None
 
 

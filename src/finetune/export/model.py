@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.base.device import NO_TF32, module_to_device, numerics_put_back, pick_device, set_tf32, to_device
+from finetune.base.device import in_fp32, module_to_device, pick_device, to_device
 from finetune.base.halves import freeing, in_halves
 from finetune.base.terminal import say_aside
 from finetune.data.given import images_given, texts_given
@@ -230,8 +230,7 @@ class LoadedModel:
             return _decided(beside_zero(outputs) if one_logit else outputs, task)
 
         found: list[tuple[Tensor, float | None]] = []
-        with COMPUTING, numerics_put_back(), torch.inference_mode(), in_eval(self.module):
-            set_tf32(NO_TF32)
+        with COMPUTING, in_fp32(), torch.inference_mode(), in_eval(self.module):
             for part in inputs.split(max(1, len(inputs) >> halvings)):
                 if self.novelty is None:
                     found += [(one, None) for one in decide(part)]

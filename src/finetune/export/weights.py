@@ -19,6 +19,7 @@ from torch import Tensor
 
 from finetune.base.files import TEMPORARY_SUFFIX, sha256_of_file, write_atomically, write_json
 from finetune.base.formatting import finite
+from finetune.base.terminal import say_aside
 from finetune.data.tokens import Tokenization, tokenizer_folder
 from finetune.errors import RunError, UsageError
 from finetune.export.card import Program, write_card
@@ -120,7 +121,9 @@ def export(run: RunFolder, which: str, output: Path) -> ExportReport:
     if isinstance(trained.backbone.preprocessing, Tokenization):
         trained.backbone.preprocessing.write(tokenizer_folder(output))
     if "novelty" not in description:
-        novelty_file(output).unlink(missing_ok=True)  # of another checkpoint
+        if (stale := novelty_file(output)).exists():
+            stale.unlink()
+            say_aside(f"finetune: {stale} was of another checkpoint, or of an older version, and is gone")
     elif output.suffix not in WHERE_CHECKED:  # only this kit reads it
         write_atomically(novelty_file(output), lambda stream: _copy_into(stream, run.novelty_file))
     description |= {"sha256": sha256, "files": {output.name: sha256} | other_formats(output, description)}

@@ -147,16 +147,19 @@ def build_network(
         if backbone.reads_texts:
             if state is not None:
                 base_prefix = str(getattr(module, "base_model_prefix", ""))
-                picked = pick(state, module.state_dict(), may_lack, source, base_prefix)
-                # Pooling other than the stock one leaves some of the file aside.
                 own = module.state_dict()
-                if picked.share:
-                    state = {name: value for name, value in picked.state.items() if name in own}
+                first = pick(state, own, may_lack, source, base_prefix)
+                picked_text = first.text
+                if first.share:
+                    _check_depth(first.state, own, base_prefix, source)
+                    # Pooling other than the stock one leaves some of the file aside.
+                    state = {name: value for name, value in first.state.items() if name in own}
             if new_paths is None:
                 new_paths = _lacking(module, state, may_lack)
         new_paths = tuple(new_paths or ())
         if state is not None:
-            picked_text = load_backbone_weights(module, state, [*may_lack, *new_paths], source).text
+            picked = load_backbone_weights(module, state, [*may_lack, *new_paths], source)
+            picked_text = picked_text or picked.text
         for path in new_paths:
             renew_layer(module, path, dropout)
         for path in replaced_layers(head_paths, head):
@@ -166,6 +169,23 @@ def build_network(
                 one_logit=one_logit,
             )  # fmt: skip
     return Network(module, head_paths, head, old_class_count, new_paths, picked_text)
+
+
+def _check_depth(found: dict[str, Tensor], own: dict[str, Tensor], base_prefix: str, source: str) -> None:
+    """Refuse the weights of an encoder that has more than this one, but for its pooler.
+
+    Raises:
+        UsageError: names what it has.
+    """
+    inside = f"{base_prefix}."
+    more = [
+        name for name in found
+        if name not in own and name.startswith(inside) and not name.startswith(f"{inside}pooler.")
+        and not name.endswith("position_ids")  # older files hold what is counted
+    ]  # fmt: skip
+    if base_prefix and more:
+        lines = [f"  + {name}" for name in more[:10]]
+        raise UsageError(f"{source} does not fit the architecture (- missing, + unknown, ~ other shape):", lines)
 
 
 def check_padding(network: Network, backbone: Backbone, source: str) -> None:

@@ -17,7 +17,14 @@ from finetune.errors import UsageError
 # Where networks are looked for first, in this order; then as the file has them; such as these last: averages of others,
 # and networks that another one teaches.
 FIRST = ("", "state_dict.", "model_state_dict.", "model.")
-LAST = re.compile(r"(^|[._])(ema|averag\w*|swa|shadow|momentum|target|encoder_k|student)([._]|$)")
+LAST = re.compile(
+    r"(^|[._])(ema|averag\w*|swa|shadow|momentum|target|encoder_k|student|exp_avg|exp_avg_sq|momentum_buffer|grads?|init"
+    r"|initial)([._]|$)",
+    re.IGNORECASE,
+)
+CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+# Says nothing where BatchNorm's momentum is fixed, and is left out by some.
+COUNTER = "num_batches_tracked"
 # What torch.compile, FSDP and activation checkpointing put within names.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # DenseNet's files are older than its module names.
@@ -58,22 +65,26 @@ class StateDict(OrderedDict[str, Tensor]):
 def flattened(content: object) -> StateDict:
     """All tensors in mappings within mappings, and whatever else they hold left out."""
     found = StateDict()
-    _flatten(content, "", found, DEEPEST_NEST)
+    _flatten(content, "", found, DEEPEST_NEST, set())
     return found
 
 
-def _flatten(content: object, prefix: str, found: StateDict, deeper: int) -> None:
-    if not isinstance(content, Mapping):
+def _flatten(content: object, prefix: str, found: StateDict, deeper: int, seen: set[int]) -> None:
+    # A mapping may hold itself, many times over.
+    if not isinstance(content, Mapping) or id(content) in seen:
         return
-    for name, version in (getattr(content, "_metadata", None) or {}).items():
-        found._metadata[f"{prefix}{name}".rstrip(".")] = version
+    seen.add(id(content))
+    metadata = getattr(content, "_metadata", None)
+    for name, version in metadata.items() if isinstance(metadata, Mapping) else ():
+        if isinstance(name, str) and isinstance(version, dict):
+            found._metadata[f"{prefix}{name}".rstrip(".")] = version
     for name, value in content.items():
         if not isinstance(name, str):
             continue
         if isinstance(value, Tensor):
             found.setdefault(f"{prefix}{name}", value.detach())
         elif deeper:
-            _flatten(value, f"{prefix}{name}.", found, deeper - 1)
+            _flatten(value, f"{prefix}{name}.", found, deeper - 1, seen)
 
 
 def part_of(state: StateDict, key: str, source: str) -> StateDict:
@@ -134,7 +145,7 @@ def pick(
         UsageError: a name is there twice, with and without a wrapper's.
     """
     plain, origin = _without_wrappers(state, own, source)
-    body = {name for name in own if not in_any(name, head)} or set(own)
+    body = {name for name in own if not in_any(name, head) and not name.endswith(COUNTER)} or set(own)
     bare = {name.removeprefix(f"{base_prefix}.") for name in body} if base_prefix else set()
     counts = Counter[tuple[str, str]]()
     for name in plain:
@@ -142,7 +153,7 @@ def pick(
             prefix, rest = name[:start], name[start:]
             if rest in body:
                 counts[prefix, ""] += 1
-            elif rest in bare:
+            elif rest in bare and not prefix.endswith(f"{base_prefix}."):  # else it is the full name, one part shorter
                 counts[prefix, f"{base_prefix}."] += 1
     if not counts:
         return Picked(plain, "", share=0.0)
@@ -159,9 +170,13 @@ def pick(
         {name: value for name, value in renamed.items() if name.partition(".")[0] in tops}, renamed._metadata
     )
     kept = {f"{prefix}{name.removeprefix(added)}" for name in inside}
-    others = [other for other, _ in best[1:] if other != prefix and not _same(plain, prefix, other, body)]
-    of_others = tuple(other for other, _ in best[1:])
-    left = [origin[name] for name in plain if name not in kept and not (of_others and name.startswith(of_others))]
+    rivals = [one for one, count in counts.most_common() if count >= LEAST_SHARE * len(body)]
+    of_rivals = {f"{other}{name.removeprefix(bare_of)}" for other, bare_of in rivals for name in own}
+    others = [
+        other for other, bare_of in rivals
+        if other != prefix and not _same(plain, prefix, added, other, bare_of, body)
+    ]  # fmt: skip
+    left = [origin[name] for name in plain if name not in kept and name not in of_rivals]
     return Picked(inside, prefix, others, left, most / len(body))
 
 
@@ -192,15 +207,23 @@ def _without_wrappers(
 
 def _rank(prefix: str) -> int:
     """Of several networks in a file, the one with the least is taken; of equals the first."""
+    prefix = CAMEL.sub("_", prefix)
     if prefix in FIRST:
         return FIRST.index(prefix)
     nest = next((place for place, first in enumerate(FIRST) if first and prefix.startswith(first)), len(FIRST))
     return nest + (len(FIRST) + 1) * (2 if LAST.search(prefix) else 1)
 
 
-def _same(state: StateDict, prefix: str, other: str, names: Collection[str]) -> bool:
-    """Whether the networks under two prefixes are one and the same."""
-    pairs = ((state.get(prefix + name), state.get(other + name)) for name in names)
+def _same(state: StateDict, prefix: str, added: str, other: str, other_added: str, names: Collection[str]) -> bool:
+    """Whether the networks under two prefixes are one and the same.
+
+    Args:
+        added, other_added: what of the architecture's names the file leaves out there.
+    """
+    pairs = (
+        (state.get(prefix + name.removeprefix(added)), state.get(other + name.removeprefix(other_added)))
+        for name in names
+    )
     return all(a is not None and b is not None and a.equal(b) for a, b in pairs)
 
 

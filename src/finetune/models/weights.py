@@ -29,7 +29,7 @@ from finetune.models.backbones import (
     torchvision_names,
 )
 from finetune.models.bundled import BUNDLED, BUNDLED_TEXT, bundled_folder, bundled_weights
-from finetune.models.state_dicts import LEAST_SHARE, Picked, StateDict, groups_in, in_any, pick
+from finetune.models.state_dicts import COUNTER, LEAST_SHARE, Picked, StateDict, groups_in, in_any, pick
 from finetune.models.weight_files import hash_of
 
 # torchvision's own files end in the first digits of their sha256.
@@ -287,7 +287,7 @@ def load_backbone_weights(model: nn.Module, state: Mapping[str, Tensor], head: l
     missing = [
         name
         for name in missing
-        if not in_any(name, head) and name not in named_in_shapes and not name.endswith("num_batches_tracked")
+        if not in_any(name, head) and name not in named_in_shapes and not name.endswith(COUNTER)
     ]
     if missing or extra or shapes:
         lines = [f"  - {name}" for name in missing] + [f"  + {name}" for name in extra] + [f"  ~ {s}" for s in shapes]

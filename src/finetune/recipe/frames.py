@@ -36,18 +36,21 @@ def place_of(data: "str | os.PathLike[str] | Frame", option: str, path_column: s
         return os.fspath(data)
     if not is_frame(data):
         raise UsageError(f"{option}: {type(data).__name__} is no path and no DataFrame; give one of them")
+    columns = [str(name) for name in data.columns]
+    if repeated := sorted({name for name in columns if columns.count(name) > 1}):
+        raise UsageError(f"{option}: the DataFrame has several columns called {repeated[0]!r}; rename all but one")
     method, given = ("to_dicts", ()) if hasattr(data, "to_dicts") else ("to_dict", ("records",))
     rows: list[dict[object, object]] = getattr(data, method)(*given)
     if not rows:
         raise UsageError(f"{option}: the DataFrame has no rows; give one with a row a sample")
     lines = []
     for row in rows:
-        plain = {str(name): _plain(value) for name, value in row.items()}
+        plain = {str(name): _plain(value, f"{option}: column {name!r} of the DataFrame") for name, value in row.items()}
         path = plain.get(path_column)
         if path_column and isinstance(path, str):
             plain[path_column] = os.path.abspath(os.path.expanduser(path))
-        lines.append(json.dumps(plain, ensure_ascii=False))
-    content = "\n".join(lines).encode("utf-8", "surrogateescape")
+        lines.append(json.dumps(plain))
+    content = "\n".join(lines).encode()
     folder = platformdirs.user_data_path("finetune", appauthor=False) / "tables"
     file = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.jsonl"
     try:
@@ -72,8 +75,17 @@ def column_of_paths(frame: Frame, given: str, candidates: tuple[str, ...]) -> st
     return given or next((plain[name] for name in candidates if name in plain), "")
 
 
-def _plain(value: object) -> object:
-    """As JSON has it."""
+def _plain(value: object, where: str) -> object:
+    """As JSON has it.
+
+    Raises:
+        UsageError: it is a picture, or bytes.
+    """
+    has_bytes = isinstance(value, dict) and isinstance(value.get("bytes"), bytes)
+    if has_bytes or isinstance(value, bytes | bytearray) or type(value).__module__.startswith("PIL."):
+        raise UsageError(
+            f"{where} holds pictures themselves; give their paths, or write it to a parquet file, and give that"
+        )
     item = getattr(value, "item", None)
     if callable(item) and getattr(value, "shape", None) == ():  # a number of numpy
         value = item()
@@ -82,11 +94,11 @@ def _plain(value: object) -> object:
     if isinstance(value, float):
         return None if math.isnan(value) else value
     if isinstance(value, list | tuple | set):
-        return [_plain(one) for one in value]
+        return [_plain(one, where) for one in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return _plain(value.tolist(), where)
     if isinstance(value, dict):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): _plain(one, where) for name, one in value.items()}
     if type(value).__name__ in ("NAType", "NaTType"):
         return None
     if isinstance(value, datetime.date | Path):

@@ -4,6 +4,7 @@ The distance to the nearest of them, by the angle between features (Sun et al., 
 nearest neighbors", ICML 2022). What it is worth says the share of the training samples that lie nearer to one another.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,9 +123,15 @@ def _rows_of(features: Tensor) -> Tensor:
 
 @contextmanager
 def watched(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """What a layer reads within the block, a tensor (batch, features) a call."""
+    """What a layer reads within the block, a tensor (batch, features) a call; of calls by this thread alone."""
     found: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _module, inputs: found.append(_rows_of(inputs[0])))
+    thread = threading.get_ident()
+
+    def note(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == thread:
+            found.append(_rows_of(inputs[0]))
+
+    hook = layer.register_forward_pre_hook(note)
     try:
         yield found
     finally:
