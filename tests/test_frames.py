@@ -185,6 +185,10 @@ def test_a_parquet_of_the_hub_with_images_in_it_is_trained_on_and_predicted(tmp_
     assert main(["predict", "run", "train.parquet", "--device", "cpu"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["label"] for line in lines] == ["zero"] * 20 + ["one"] * 20
+    assert main(["cache"]) == 0
+    assert "images of 1 table(s), unpacked, " in " ".join(capsys.readouterr().out.split())
+    assert main(["cache", "clear"]) == 0
+    assert not list((tmp_path / "cache").glob("unpacked/*"))
     # Another column of it, and fewer of its rows, are other pictures.
     import pyarrow
     import pyarrow.parquet

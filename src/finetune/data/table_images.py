@@ -4,19 +4,15 @@ They are unpacked once into a folder of the user's cache, known by what they are
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-import platformdirs
-
+from finetune.base.cache_folders import unpacked_folder
 from finetune.base.files import make_folders
 from finetune.data.decode import formats_by_suffix
 from finetune.errors import UsageError
-
-FOLDER_VARIABLE = "FINETUNE_CACHE"
 
 
 def holds_bytes(content: object) -> bool:
@@ -33,8 +29,7 @@ def unpacked(rows: Sequence[tuple[str, int, object]]) -> tuple[Path, list[str]]:
     Raises:
         UsageError: a row holds no image.
     """
-    named = os.environ.get(FOLDER_VARIABLE)
-    root = (Path(named) if named else platformdirs.user_cache_path("finetune", appauthor=False)) / "unpacked"
+    root = unpacked_folder()
     names, contents, digest = list[str](), list[bytes](), hashlib.sha256()
     for where, line, content in rows:
         given: Mapping[str, object] = content if isinstance(content, Mapping) else {"bytes": content}

@@ -12,10 +12,11 @@ import platformdirs
 import psutil
 from filelock import FileLock, Timeout
 
+from finetune.base.cache_folders import FOLDER_VARIABLE
 from finetune.base.formatting import size_text
 from finetune.doctor.checks import Findings
 from finetune.errors import one_line
-from finetune.features.cache import FOLDER_VARIABLE, cache_folder
+from finetune.features.cache import cache_folder
 from finetune.store.run_folder import RUNS_FOLDER
 
 LITTLE_BYTES, TOO_LITTLE_BYTES = 5_000_000_000, 200_000_000

@@ -13,24 +13,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock, Timeout
 
+from finetune.base.cache_folders import features_folder
 from finetune.base.files import BadFile, read_safetensors_header
 from finetune.base.plain import Fields
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
 
-FOLDER_VARIABLE = "FINETUNE_CACHE"
 SUFFIX = ".safetensors"
 FREE_SHARE = 0.25
 WAIT_SECONDS = 0.2
 
 
 def cache_folder() -> Path:
-    """Where features are kept: the user's cache folder, or what FINETUNE_CACHE names."""
-    named = os.environ.get(FOLDER_VARIABLE)
-    return Path(named) if named else platformdirs.user_cache_path("finetune", appauthor=False) / "features"
+    """Where features are kept."""
+    return features_folder()
 
 
 def disk_limit(folder: Path) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from finetune.base.cache_folders import FOLDER_VARIABLE
 from finetune.base.signals import StopRequest
-from finetune.features.cache import FOLDER_VARIABLE
 
 LOOK_SECONDS = 0.02
 # To look at all processes takes a moment that the run would miss.
