@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-import platformdirs
-
 from finetune.errors import UsageError
 
 
@@ -39,6 +37,8 @@ def place_of(data: "str | os.PathLike[str] | Frame", option: str, path_column: s
     columns = [str(name) for name in data.columns]
     if repeated := sorted({name for name in columns if columns.count(name) > 1}):
         raise UsageError(f"{option}: the DataFrame has several columns called {repeated[0]!r}; rename all but one")
+    import platformdirs  # only where there is a DataFrame: recipes are read without any library
+
     method, given = ("to_dicts", ()) if hasattr(data, "to_dicts") else ("to_dict", ("records",))
     rows: list[dict[object, object]] = getattr(data, method)(*given)
     if not rows:
