@@ -49,7 +49,9 @@ def test_what_is_frozen_before_it_is_pooled_by_torch_itself_to_the_bit():
         DeterministicPool((2, 2))(images)
 
 
-@pytest.mark.parametrize("name", ["bundled/vgg", "bundled/resnet", "vgg11", "alexnet", "resnet18"])
+@pytest.mark.parametrize(
+    "name", ["bundled/vgg", "bundled/resnet", "alexnet", pytest.param("vgg11", marks=pytest.mark.slow)]
+)
 def test_the_pools_of_a_network_are_replaced_and_nothing_else(name):
     network = find_backbone(name).build(3) if name.startswith("bundled") else get_model(name, num_classes=3)
     network.eval()

@@ -154,6 +154,15 @@ def test_averages_come_last_whatever_they_are_called_and_rivals_need_not_be_comp
         assert picked.text == f"taken is net, not {name} (FILE:KEY decides)"
 
 
+def test_of_two_nests_that_runs_of_before_knew_the_same_one_is_taken(tmp_path, stock):
+    plain, other = stock.state_dict(), other_numbers(stock.state_dict())
+    torch.save({"model": other, "state_dict": below("module.", plain)}, tmp_path / "w.pth")
+    model = get_model(NAME, num_classes=3)
+    picked = load_backbone_weights(model, read_weights(tmp_path / "w.pth"), ["fc"], "")
+    assert torch.equal(model.conv1[0].weight, plain["conv1.0.weight"])
+    assert picked.text == "taken is state_dict.module, not model (FILE:KEY decides)"
+
+
 def test_a_class_of_transformers_own_names_are_no_rival_of_themselves():
     own = {f"vit.layer.{n}.weight": torch.full((2,), float(n)) for n in range(4)} | {"classifier.weight": torch.ones(2)}
     picked = pick(own, own, ["classifier"], "a file", "vit")

@@ -52,7 +52,10 @@ def recipe_for(folder, **changes):
     return image_head(images="digits", backbone=str(folder), epochs=1, training=training, **changes)
 
 
-@pytest.mark.parametrize("name", TOWERS)
+USUAL = ("clip", "dinov3 convnext")  # the others are slow tests
+
+
+@pytest.mark.parametrize("name", [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in TOWERS])
 def test_a_head_reads_the_towers_pooled_output(folders, tmp_path, name):
     run = train_run(tmp_path / "run", recipe_for(folders[name]), save_every_steps=0)
     network, _ = trained_network(run, "best")

@@ -208,10 +208,8 @@ def _without_wrappers(
 def _rank(prefix: str) -> int:
     """Of several networks in a file, the one with the least is taken; of equals the first."""
     prefix = CAMEL.sub("_", prefix)
-    if prefix in FIRST:
-        return FIRST.index(prefix)
-    nest = next((place for place, first in enumerate(FIRST) if first and prefix.startswith(first)), len(FIRST))
-    return nest + (len(FIRST) + 1) * (2 if LAST.search(prefix) else 1)
+    nests = (place for place, first in enumerate(FIRST) if prefix == first or (first and prefix.startswith(first)))
+    return next(nests, len(FIRST)) + (len(FIRST) + 1) * bool(LAST.search(prefix))
 
 
 def _same(state: StateDict, prefix: str, added: str, other: str, other_added: str, names: Collection[str]) -> bool:
