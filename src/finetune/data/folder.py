@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.base.table_names import KNOWN
 from finetune.base.words import typed
 from finetune.data.decode import PACKAGES, SUFFIXES_BEFORE, is_image
 from finetune.data.groups import groups_of, with_groups
@@ -387,8 +388,7 @@ def open_folder(
     what = f"--images {folder}"
     if not folder.is_dir():
         raise UsageError(
-            f"{what}: no such folder; give 'digits', a folder with one sub-folder of images a class, "
-            "or a .csv, .tsv or .jsonl file"
+            f"{what}: no such folder; give 'digits', a folder with one sub-folder of images a class, or a {KNOWN} file"
         )
     kind = IMAGES if reading.by_content else before(IMAGES)
     found = list_folder(folder, kind, what, allow_outside)
