@@ -11,10 +11,10 @@ from encoders import make_encoder, sentences, text_recipe, write_csv
 from safetensors.torch import load_file, save_file
 
 from finetune import RunError, UsageError
+from finetune.base.cache_folders import features_folder
 from finetune.cli import main
 from finetune.data.tokens import TOKENIZER_FILE
 from finetune.export.hf_folder import export_folder
-from finetune.features.cache import cache_folder
 from finetune.models.pretrained import find_pretrained, pretrained
 from finetune.models.weight_files import read_weights
 from finetune.recipe.scripts import load_recipe_function, shipped_recipes
@@ -100,7 +100,7 @@ def test_killed_in_the_middle_it_ends_bit_for_bit_the_same_without_its_teacher_a
     shutil.copytree(teacher, folder)
     resume_run(run)
     assert_equal_runs(run, unbroken)
-    assert any(cache_folder().glob("*.safetensors"))
+    assert any(features_folder().glob("*.safetensors"))
 
 
 def test_what_was_distilled_is_a_backbone_that_pools_as_its_folder_says(tmp_path, teacher, texts, capsys):

@@ -28,11 +28,11 @@ from encoders import ANIMALS, TOOLS, make_encoder, sentences, text_recipe, write
 
 import finetune
 from finetune import TextTable, Trainable, Training, UsageError
+from finetune.base.cache_folders import features_folder
 from finetune.base.files import read_json, write_json
 from finetune.cli import main
 from finetune.data.tokens import PADDING
 from finetune.export.weights import export
-from finetune.features.cache import cache_folder
 from finetune.models.folding import scale_beside
 from finetune.recipe.execution import Machine, Numerics, Settings
 from finetune.recipe.spec import Finish, Regression
@@ -135,7 +135,7 @@ def test_a_second_run_computes_no_features_and_another_length_or_tokenizer_does(
     vocabulary["cat"], vocabulary["saw"] = vocabulary["saw"], vocabulary["cat"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "runs over 120 texts once" in features_line("another tokenizer", other)
-    assert any(cache_folder().glob("*.safetensors"))
+    assert any(features_folder().glob("*.safetensors"))
 
 
 def test_features_of_a_head_are_measured_so_that_it_learns_from_standardised_ones(tmp_path, encoder, texts):

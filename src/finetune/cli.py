@@ -43,7 +43,7 @@ from finetune.options import (
     repeatable,
 )
 from finetune.parsing import parse, parse_recipe
-from finetune.recipe.scripts import find_recipe_file, load_recipe_function, shipped_recipes, summary_of
+from finetune.recipe.scripts import RECIPE_OF_KIND, find_recipe_file, load_recipe_function, shipped_recipes, summary_of
 from finetune.recipe.written import is_one_call, recipe_file
 from finetune.rehearse.part import OPTION as PART_OPTION
 from finetune.rehearse.part import Part
@@ -75,10 +75,6 @@ Which value holds: the recipe's default, then the command line. At a resume the 
 does not change the result can be given anew (--device, --workers, how often to save, where the data lies).
 Exit codes: 0 done, 2 wrong usage or recipe, 1 failed, 75 stopped early on purpose and worth calling again.
 """
-
-
-# The recipe by whose eyes data is looked at that comes without one.
-LOOKED_AT = {"--images": "photo_head", "--texts": "bert_head"}
 
 
 def import_commands(name: str, with_torch: bool = True) -> ModuleType:
@@ -164,12 +160,12 @@ def command_rehearse(arguments: Sequence[str]) -> int:
 def command_look(arguments: Sequence[str]) -> int:
     words = _with_recipe_for_help(arguments)
     if not words or words[0].startswith("-"):
-        kinds = {word.partition("=")[0] for word in words} & set(LOOKED_AT)
+        kinds = {word.partition("=")[0] for word in words} & {f"--{kind}" for kind in RECIPE_OF_KIND}
         if len(kinds) != 1:
             raise UsageError(
                 "finetune look: needs a recipe, or data, as in: finetune look --images FOLDER; --texts FILE for texts"
             )
-        words.insert(0, LOOKED_AT[kinds.pop()])
+        words.insert(0, RECIPE_OF_KIND[kinds.pop().removeprefix("--")])
     path, recipe, options, usual, also = parse_recipe(words[0], words[1:], COMMANDS, LookOptions, "look")
     return import_commands("reading").look_at_data(path, recipe, options, usual, also.output, words)
 

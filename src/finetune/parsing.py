@@ -17,7 +17,7 @@ from finetune.base.words import typed
 from finetune.errors import UsageError
 from finetune.options import RunOptions
 from finetune.recipe.heads import image_head, text_head
-from finetune.recipe.scripts import call_recipe, find_recipe_file, load_recipe_function
+from finetune.recipe.scripts import RECIPE_OF_KIND, call_recipe, find_recipe_file, load_recipe_function
 from finetune.recipe.spec import Recipe
 
 # What tyro says of an option that may be left out.
@@ -33,8 +33,6 @@ REWORDED = {
     _WRONG + r"'(.*)' is no FLOAT": r"\1 \2: is no number",
     r"Missing value for argument '(--[\w-]+)'\. Expected 1 values": r"\1: needs a value",
 }
-# Of the other kind of data, and a recipe that reads it.
-KINDS = {"images": "photo_head", "texts": "bert_head"}
 ADDRESS = re.compile(r"([A-Za-z][\w+.-]*://)[^\s;,]+")
 
 
@@ -117,13 +115,14 @@ def parse_recipe(
 def _check_kind(name: str, function: Callable[..., Recipe], arguments: Sequence[str]) -> None:
     """Raises: UsageError: data of the other kind is named; names a recipe that reads it."""
     known = inspect.signature(function).parameters
+    reads = next((kind for kind in RECIPE_OF_KIND if kind in known), "")
     for number, word in enumerate(arguments):
         option, equals, value = word.partition("=")
         kind = option.removeprefix("--")
-        if option.startswith("--") and kind in KINDS and kind not in known and set(KINDS) & set(known):
+        if option.startswith("--") and kind in RECIPE_OF_KIND and kind not in known and reads:
             place = value if equals else next(iter(arguments[number + 1 :]), "")
-            other = typed(["finetune", KINDS[kind], option, *([place] if place else [])])
-            raise UsageError(f"{option}: {name} reads {next(iter(set(KINDS) & set(known)))}; for {kind}: {other}")
+            other = typed(["finetune", RECIPE_OF_KIND[kind], option, *([place] if place else [])])
+            raise UsageError(f"{option}: {name} reads {reads}; for {kind}: {other}")
 
 
 def parse(options: type, command: str, description: str, arguments: Sequence[str]) -> Any:

@@ -79,30 +79,32 @@ def set_tf32(which: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = which == ALL_TF32
 
 
-def _tf32_switches() -> tuple[bool, bool]:
-    """Whether convolutions and matrix products may be computed in TF32.
+@contextlib.contextmanager
+def _tf32_put_back() -> Iterator[None]:
+    """What `set_tf32` sets within the block is afterwards as it was.
 
     Raises:
         UsageError: somebody set them by torch's newer names, after which it does not tell.
     """
     try:
-        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:
         raise UsageError(
             "torch.backends...fp32_precision was set in this process, which hides what is computed in TF32; leave it "
             "as it was, and say --tf32 none, convolutions or all"
         ) from None
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 @contextlib.contextmanager
 def in_fp32() -> Iterator[None]:
     """Within the block nothing is computed in TF32; what else is set stays as it is, for others in this process."""
-    convolutions, products = _tf32_switches()
-    try:
+    with _tf32_put_back():
         set_tf32(NO_TF32)
         yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 @contextlib.contextmanager
@@ -112,11 +114,10 @@ def numerics_put_back() -> Iterator[None]:
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, fills = torch.backends.cudnn.benchmark, getattr(deterministic, FILLS)
     workspace = os.environ.get(CUBLAS_VARIABLE)
-    convolutions, products = _tf32_switches()
     try:
-        yield
+        with _tf32_put_back():
+            yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
         torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
         torch.backends.cudnn.benchmark = benchmark
         setattr(deterministic, FILLS, fills)

@@ -3,7 +3,7 @@
 import csv
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -21,6 +21,12 @@ MOST_VALUES, LONGEST_VALUE = 10_000, 100
 FEW_VALUES = 20
 # Where it is not known whether a quote is a letter.
 SAYS = "close the quote, or say what one is: --quotes none (a letter) or standard (it holds a value together)"
+
+
+def check_column_names(path: Path, names: Sequence[str]) -> None:
+    """Raises: UsageError: several columns have one name."""
+    if repeated := sorted({name for name in names if name and names.count(name) > 1}):
+        raise UsageError(f"{path}: has several columns called {repeated[0]!r}; rename all but one")
 
 
 class _Lines:
@@ -82,8 +88,7 @@ def csv_rows(
     begins = 1  # where the row begins: one that is never closed is read to the end of the file
     try:
         names = [name.strip() for name in _next(standard) or []]
-        if repeated := sorted({name for name in names if name and names.count(name) > 1}):
-            raise UsageError(f"{path}: has several columns called {repeated[0]!r}; rename all but one")
+        check_column_names(path, names)
         suspicion = _Suspicion(delimiter, len(names))
         between_tabs = delimiter == "\t" and quotes == "auto"
         records = _between_tabs(lines, len(names)) if between_tabs else iter(standard)

@@ -4,6 +4,7 @@ What is not in UTF-8 is read where the file itself says so (UTF-16 with a byte o
 """
 
 import codecs
+import contextlib
 import gzip
 import importlib.util
 import io
@@ -11,10 +12,10 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import BinaryIO, TextIO
 
 from finetune.base.table_names import KNOWN, table_suffix
-from finetune.data.csv_rows import csv_rows
+from finetune.data.csv_rows import check_column_names, csv_rows
 from finetune.errors import UsageError, one_line
 
 # What says by its first bytes that it is no UTF-8.
@@ -208,38 +209,31 @@ def _sheet_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """Of the sheet that a workbook opens with; what formulas gave when it was saved."""
     if importlib.util.find_spec("openpyxl") is None:
         raise UsageError(f"{path}: Excel files need openpyxl; install with: pip install openpyxl, or save it as csv")
-    import openpyxl
-
-    try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except Exception as error:  # of a damaged file whatever its readers raise
-        raise UsageError(f"{path}: cannot be read ({one_line(error)}); save it anew, or as csv") from None
-    try:
-        names: list[str] = []
-        for number, cells in enumerate(_cells(path, book.active), start=1):
-            values = [value.strip() if isinstance(value, str) else value for value in cells]
-            if all(value is None or value == "" for value in values):
-                continue
-            if not names:
-                names = ["" if value is None else str(value) for value in values]
-                if repeated := sorted({name for name in names if name and names.count(name) > 1}):
-                    raise UsageError(f"{path}: has several columns called {repeated[0]!r}; rename all but one")
-                continue
-            yield number, {name: _cell(value) for name, value in zip(names, values, strict=False) if name}
-    finally:
-        book.close()
+    names: list[str] = []
+    for number, cells in enumerate(_cells(path), start=1):
+        values = [value.strip() if isinstance(value, str) else value for value in cells]
+        if all(value is None or value == "" for value in values):
+            continue
+        if not names:
+            names = ["" if value is None else str(value) for value in values]
+            check_column_names(path, names)
+            continue
+        yield number, {name: _cell(value) for name, value in zip(names, values, strict=False) if name}
 
 
-def _cells(path: Path, sheet: Any) -> Iterator[Sequence[object]]:
+def _cells(path: Path) -> Iterator[Sequence[object]]:
     """Row by row, as far as there are any, whatever size the file claims to have.
 
     Raises:
         UsageError: it is damaged.
     """
+    import openpyxl
+
     try:
-        sheet.reset_dimensions()
-        yield from sheet.iter_rows(values_only=True)
-    except Exception as error:  # as above
+        with contextlib.closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
+            book.active.reset_dimensions()
+            yield from book.active.iter_rows(values_only=True)
+    except Exception as error:  # of a damaged file whatever its readers raise
         raise UsageError(f"{path}: cannot be read ({one_line(error)}); save it anew, or as csv") from None
 
 

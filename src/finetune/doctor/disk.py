@@ -12,11 +12,10 @@ import platformdirs
 import psutil
 from filelock import FileLock, Timeout
 
-from finetune.base.cache_folders import FOLDER_VARIABLE
+from finetune.base.cache_folders import FOLDER_VARIABLE, features_folder
 from finetune.base.formatting import size_text
 from finetune.doctor.checks import Findings
 from finetune.errors import one_line
-from finetune.features.cache import cache_folder
 from finetune.store.run_folder import RUNS_FOLDER
 
 LITTLE_BYTES, TOO_LITTLE_BYTES = 5_000_000_000, 200_000_000
@@ -32,7 +31,7 @@ def places() -> dict[str, Path]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return {
         "runs": RUNS_FOLDER.resolve(),
-        "features": cache_folder().resolve(),
+        "features": features_folder().resolve(),
         "torch's weights": Path(os.environ.get("TORCH_HOME") or cache / "torch") / "hub",
         "the hub's models": _hub_folder(cache),
         "runs in a bucket": Path(platformdirs.user_data_dir("finetune")) / "remote",

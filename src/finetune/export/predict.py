@@ -18,7 +18,7 @@ from finetune.data.source import Reading
 from finetune.data.tokens import Tokenization
 from finetune.errors import UsageError
 from finetune.export.model import LoadedModel, load_model
-from finetune.recipe.data_spec import KNOWN_ENCODINGS, is_encoding
+from finetune.recipe.data_spec import check_encoding
 
 
 def predict(
@@ -87,8 +87,7 @@ def _samples(
     for option, value, of in (("--image-column", image_column, "images"), ("--text-column", text_column, "texts")):
         if value and of != reads:
             raise UsageError(f"{option} {value}: has no effect, {model.file} reads {reads}; leave it out")
-    if not is_encoding(encoding):
-        raise UsageError(f"--encoding {encoding}: not allowed; give {KNOWN_ENCODINGS}")
+    check_encoding(encoding)
     reading = dataclasses.replace(Reading(quotes=quotes) if quotes else model.reading, encoding=encoding)
     if isinstance(preprocessing, Tokenization):
         return TextInputs(texts_in(inputs, text_column, allow_outside, say_aside, reading), preprocessing)

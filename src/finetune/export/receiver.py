@@ -51,9 +51,9 @@ class Seen:
         what = counted(self.samples, "sample" if self.validate else "made-up sample")
         what += " of those that validate" if self.validate else ", as the data is not at hand"
         differs = f"within {self.difference:.1g}" if self.difference else "bit for bit"
-        but = ": more than rounding and resizing explain, so please report it, and load the file with finetune.load"
-        if self.difference <= LARGEST_DIFFERENCE:
-            but = ""
+        but = ""
+        if not self.difference <= LARGEST_DIFFERENCE:
+            but = ": more than rounding and resizing explain, so please report it, and load the file with finetune.load"
         if self.alike is None:
             of = f" {self.unit}" if self.difference and self.unit else ""
             return f"run on {what}, it gives the run's numbers {differs}{of}{but}"

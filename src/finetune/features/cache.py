@@ -26,11 +26,6 @@ FREE_SHARE = 0.25
 WAIT_SECONDS = 0.2
 
 
-def cache_folder() -> Path:
-    """Where features are kept."""
-    return features_folder()
-
-
 def disk_limit(folder: Path) -> int:
     """A quarter of what is free on the folder's disk, bytes.
 
@@ -142,12 +137,12 @@ class Entry:
 
 
 def entry(key: str) -> Entry:
-    return Entry(cache_folder() / f"{key}{SUFFIX}")
+    return Entry(features_folder() / f"{key}{SUFFIX}")
 
 
 def entries() -> list[Entry]:
     """Those that are there; what was used last comes first."""
-    paths = list(cache_folder().glob(f"*{SUFFIX}"))
+    paths = list(features_folder().glob(f"*{SUFFIX}"))
     return [Entry(path) for path in sorted(paths, key=lambda path: -path.stat().st_mtime)]
 
 

@@ -9,11 +9,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from finetune.base.cache_folders import unpacked_folder
+from finetune.base.cache_folders import features_folder, unpacked_folder
 from finetune.base.formatting import printable, size_text
 from finetune.base.terminal import make_console
 from finetune.errors import UsageError
-from finetune.features.cache import Entry, cache_folder, entries
+from finetune.features.cache import Entry, entries
 
 SHOWN_KEY_LETTERS = 12
 
@@ -30,7 +30,9 @@ def list_or_clear(action: str, names: Sequence[str]) -> int:
     found = entries()
     for name in names:
         if not any(entry.key.startswith(name) for entry in found):
-            raise UsageError(f"finetune cache: no entry begins with {name!r} in {cache_folder()}; see: finetune cache")
+            raise UsageError(
+                f"finetune cache: no entry begins with {name!r} in {features_folder()}; see: finetune cache"
+            )
     chosen = [entry for entry in found if not names or entry.key.startswith(tuple(names))]
     unpacked = [] if names else sorted(unpacked_folder().glob("*/"))
     if action == "clear":
@@ -39,7 +41,7 @@ def list_or_clear(action: str, names: Sequence[str]) -> int:
     if chosen:
         console.print(_table(chosen))
     total = size_text(sum(entry.stored_bytes() for entry in chosen))
-    console.print(Text(f"{len(chosen)} entries, {total} in {cache_folder()}"))
+    console.print(Text(f"{len(chosen)} entries, {total} in {features_folder()}"))
     if unpacked:
         total = size_text(sum(map(_size_of, unpacked)))
         console.print(Text(f"images of {len(unpacked)} table(s), unpacked, {total} in {unpacked_folder()}"))

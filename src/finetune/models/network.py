@@ -267,7 +267,7 @@ def store_frozen(
             if keeps:
                 record["file"] = "model"
                 (folder / "model").mkdir(exist_ok=True)
-                is_model = (weights.path / hub.CONFIG_FILE).is_file()
+                is_model = hub.is_folder(str(weights.path))
                 others = [huggingface.PREPROCESSOR_FILE]
                 for path in hub.source_files(weights.path, others) if is_model else files_of(weights.path):
                     place(path.resolve(), folder / "model" / path.name)
@@ -301,7 +301,7 @@ def load_frozen(folder: Path) -> tuple[str, dict[str, Tensor] | None]:
             raise BadFile(f"{record_file} names {file}, which lies outside {folder}; restore it")
         if not path.exists():
             raise RunError(f"frozen weights {path} are gone; put the file with sha256 {sha256} there")
-        found = hub.hash_of_folder(path) if (path / hub.CONFIG_FILE).is_file() else hash_of(path)
+        found = hash_of(path)
     else:
         path, found = locate(fields.text("reference"))
     if found != sha256:

@@ -34,12 +34,15 @@ class DeterministicPool(nn.AdaptiveAvgPool2d):
         return blocks.mean((-3, -1))
 
 
-def give_deterministic_pools(module: nn.Module) -> int:
-    """Put such a layer in the place of each that torch could not compute backwards; names of tensors stay.
+def give_deterministic_pools(module: nn.Module, device: torch.device) -> int:
+    """Put such a layer in the place of each that torch could not compute backwards on the device, where deterministic
+    algorithms are on; names of tensors stay.
 
     Returns:
         How many.
     """
+    if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        return 0
     found = [
         (path, layer)
         for path, layer in module.named_modules()

@@ -31,7 +31,7 @@ def read_weights(path: Path, key: str = "") -> StateDict:
         BadFile: no such file, or one that would run code.
         UsageError: nothing in it is called so.
     """
-    if path.is_dir() and (path / hub.CONFIG_FILE).is_file():
+    if hub.is_folder(str(path)):
         found = flattened(hub.read_tensors(path, _stock_class(path)))
     else:
         found = StateDict()
@@ -73,7 +73,9 @@ def files_of(path: Path) -> list[Path]:
 
 
 def hash_of(path: Path) -> str:
-    """sha256 of the file, or over those that an index names."""
+    """sha256 of the file, or over those that an index names, or that a folder in transformers' format holds."""
+    if hub.is_folder(str(path)):
+        return hub.hash_of_folder(path)
     hashes = [sha256_of_file(file) for file in files_of(path)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 

@@ -106,11 +106,10 @@ def _file_of(weights: str, allowed: str) -> Weights:
         path = Path(os.path.expanduser(name))
     if not path.exists():
         raise UsageError(f"--weights {weights}: no such file; {allowed}")
-    if path.is_file() and (path.parent / hub.CONFIG_FILE).is_file() and path in hub.weight_files(path.parent):
+    if path.is_file() and hub.is_folder(str(path.parent)) and path in hub.weight_files(path.parent):
         path = path.parent  # transformers knows what its older files called the same tensors
     try:
-        is_model = (path / hub.CONFIG_FILE).is_file()
-        sha256 = hub.hash_of_folder(path) if is_model else hash_of(path)
+        sha256 = hash_of(path)
     except FinetuneError as error:
         raise UsageError(f"--weights {error}") from None
     return Weights(path, sha256, "", "", key.rstrip("."))

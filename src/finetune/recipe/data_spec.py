@@ -163,6 +163,12 @@ def is_encoding(name: str) -> bool:
     return True
 
 
+def check_encoding(name: str) -> None:
+    """Raises: UsageError: Python knows no encoding of texts of that name."""
+    if not is_encoding(name):
+        raise UsageError(f"--encoding {name}: not allowed; give {KNOWN_ENCODINGS}")
+
+
 def data_rules(data: Data, has_several: bool) -> list[tuple[str, float | str, bool, str]]:
     """(option, value, whether it is allowed, what is) of the values that data can have.
 

@@ -18,6 +18,8 @@ from finetune.recipe.spec import Recipe
 # Of the kit itself: recipes lie in it where it is installed, beside src/ in a checkout.
 PACKAGE = Path(__file__).resolve().parents[1]
 
+# A recipe for each kind of data.
+RECIPE_OF_KIND = {"images": "photo_head", "texts": "bert_head"}
 # What other programs call what needs no word here.
 TRAINING_WORDS = ("finetune", "fit", "run", "start", "train")
 
@@ -59,7 +61,7 @@ def find_recipe_file(name: str, other_names: Iterable[str] = ()) -> Path:
     if name in shipped:
         return shipped[name]
     if name.startswith("-"):
-        recipe = {"--images": "photo_head", "--texts": "bert_head"}.get(name.partition("=")[0], "vgg_head")
+        recipe = RECIPE_OF_KIND.get(name.partition("=")[0].removeprefix("--"), "vgg_head")
         raise UsageError(f"{name}: a recipe or a command comes first, as in: finetune {recipe} {name} ...")
     if name in TRAINING_WORDS:
         raise UsageError(f"{name}: is no command; to train, name the recipe: finetune vgg_head ...")

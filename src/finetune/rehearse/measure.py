@@ -7,9 +7,10 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.base.cache_folders import features_folder
 from finetune.base.formatting import parse_size
 from finetune.base.memory import MB
-from finetune.features.cache import FREE_SHARE, cache_folder
+from finetune.features.cache import FREE_SHARE
 from finetune.rehearse.extent import Asked, Extent
 from finetune.rehearse.process import Ended
 from finetune.store.run_folder import RUNS_FOLDER, RunFolder
@@ -81,7 +82,7 @@ def measure(asked: Asked, extent: Extent, ended: Ended, run: RunFolder, kept: Pa
     frozen_bytes = sum(path.stat().st_size for path in run.frozen.rglob("*") if path.is_file() and _is_own(path))
     # Those kept, the best, and the new one before an old one goes: as `checkpoint.check_room` has it.
     run_bytes = (asked.keep + 2 + (run.latest.stat().st_nlink == 1)) * checkpoint_bytes + frozen_bytes
-    features = _room(cache_folder(), int(features_bytes * growth)) if features_bytes else None
+    features = _room(features_folder(), int(features_bytes * growth)) if features_bytes else None
     allowed = (
         parse_size(asked.cache_limit) if asked.cache_limit else (features.free_bytes * FREE_SHARE if features else 0)
     )

@@ -27,7 +27,7 @@ from finetune.data.open import open_source, split_data
 from finetune.data.order import batches_from
 from finetune.data.source import PARTS, Source
 from finetune.errors import RunError, UsageError
-from finetune.recipe.data_spec import KNOWN_ENCODINGS, is_encoding
+from finetune.recipe.data_spec import check_encoding
 from finetune.recipe.execution import split_config
 from finetune.recipe.heads import AnyTable
 from finetune.recipe.serialize import spec_from_plain
@@ -248,8 +248,8 @@ def _located(spec: Data, place: str, table: AnyTable) -> Data:
     """The run's data description for other data: a table has the columns that are given, or, where none is given,
     those of the run; a folder has none."""
     values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-    if table.encoding and not is_encoding(table.encoding):
-        raise UsageError(f"--encoding {table.encoding}: not allowed; give {KNOWN_ENCODINGS}")
+    if table.encoding:
+        check_encoding(table.encoding)
     given = {name: getattr(table, name) for name in values if hasattr(table, name)}
     given |= {name: given[name] or getattr(spec, name) for name in ("quotes", "missing_labels", "encoding")}
     columns = {name: value for name, value in given.items() if name.endswith("_column")}

@@ -223,8 +223,7 @@ def resumed_setup(
     # Last: which libraries the network needs is known once it is built.
     for line in environment_differences(state.versions, device):
         context.say(f"not bit for bit from here on: {line}")
-    if device.type == "cuda" and numerics.deterministic:
-        give_deterministic_pools(network.module)
+    give_deterministic_pools(network.module, device)
     if late := said_too_late(device):
         context.say(late)
     module_to_device(network.module, device)

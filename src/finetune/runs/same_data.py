@@ -18,8 +18,6 @@ from finetune.store.run_folder import RunFolder
 from finetune.store.state import DataFacts
 from finetune.training.dataset import Data, open_data
 
-# Of `DataFacts`, what says which samples there are.
-SAMPLES = ("fingerprint", "train_samples", "validation_samples", "classes", "outputs", "scale", "skipped")
 SHOWN_CLASSES = 3
 
 
@@ -47,13 +45,11 @@ def opened_as_before(run: RunFolder, recipe: Recipe, place: str, backbone: Backb
         dataclasses.asdict(dataclasses.replace(one, taught_by="", taught_halvings=0, levels=[]))
         for one in (facts, data.facts())
     )
-    if {name: was[name] for name in SAMPLES} != {name: found[name] for name in SAMPLES}:
-        text = _what_is_other(run, facts, data)
-        if text:
-            raise RunError(
-                f"the data is not what run {run} was trained on: {text}; bring back what it was, or train on what it "
-                f"is now, from the run's weights on: {_command_from(run, facts, data)}"
-            )
+    if was != found and (text := _what_is_other(run, facts, data)):
+        raise RunError(
+            f"the data is not what run {run} was trained on: {text}; bring back what it was, or train on what it "
+            f"is now, from the run's weights on: {_command_from(run, facts, data)}"
+        )
     check_same_config(was, found, f"the data is not what run {run} was trained on")
     return data
 

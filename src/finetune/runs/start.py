@@ -247,8 +247,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     check_data_effects(data.source, recipe, plan.chosen)
     freeze = network.freeze_map(recipe.trainable)
     check_optimizer(freeze.ever_trains(), recipe.optimizer, plan.chosen)
-    if device.type == "cuda" and numerics.deterministic:
-        give_deterministic_pools(network.module)
+    give_deterministic_pools(network.module, device)
     module_to_device(network.module, device)
     loaders = make_loaders(data, plan.machine, device, Contents(data.source))
     setup = Setup(
