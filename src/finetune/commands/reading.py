@@ -183,11 +183,17 @@ def list_backbones(word: str, as_json: bool) -> int:
 
     known = known_backbones(word)
     if not known:
-        raise UsageError(f"finetune backbones {word}: none; without a word all are listed; hf:OWNER/NAME takes others")
+        raise UsageError(
+            f"finetune backbones {word}: none; without a word all are listed; timm:NAME and hf:OWNER/NAME take others"
+        )
     if as_json:
         print(json_line([to_plain(one) for one in known]))
     else:
         show(known, make_console())
+        if not word:
+            print(
+                "and: timm:NAME, any of timm's (pip install timm); hf:OWNER/NAME or a folder, of transformers or timm"
+            )
     return 0
 
 

@@ -3,9 +3,11 @@ export and a prediction do the same."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
@@ -84,6 +86,22 @@ class Preprocessing:
         """Network inputs of no meaning, (count, 3, image_size, image_size) float32; always the same."""
         with keyed_generator("split"):
             return torch.randn(count, 3, self.image_size, self.image_size)
+
+    def check_same(self, prepare: Callable[[Image.Image], Tensor]) -> None:
+        """Hold it against what else prepares a picture, as (3, height, width).
+
+        Raises:
+            ValueError: they differ by more than rounding.
+        """
+        edge = self.resize_size
+        # A picture without detail, whose edges stay whole numbers: where a crop is rounded to must not matter.
+        patches = torch.randint(0, 256, (3, 4, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        picture = functional.resize(patches, [2 * edge, 4 * edge])
+        theirs = prepare(functional.to_pil_image(picture))
+        found = self.normalise(self.resize(picture)[None])[0]
+        allowed_levels = 3 + 255 / (edge / 2) * 1.5  # a pixel and a half of it, and rounded bytes
+        if found.shape != theirs.shape or (found - theirs).abs().max() > allowed_levels / 255 / min(self.std):
+            raise ValueError("what it makes of a picture differs")
 
     def to_plain(self) -> dict[str, object]:
         plain = dataclasses.asdict(self)

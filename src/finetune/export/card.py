@@ -19,6 +19,7 @@ from finetune.export.verify import Trained
 from finetune.models.backbones import default_member, torchvision_names
 from finetune.models.bundled import LICENCES, NOVELTY_FIGURES
 from finetune.models.heads import NO_HEAD
+from finetune.models.timm_models import licence_of
 from finetune.report.data import RunData, Validation, gather
 from finetune.report.words import capitalised, metric_text
 from finetune.store.run_folder import RunFolder
@@ -303,6 +304,8 @@ def _licences(trained: Trained) -> list[str]:
             "not stated; torchvision (BSD-3-Clause) says that its weights may have terms of their own, derived from "
             "the data they were trained on, for most ImageNet's"
         )
+    elif licence := licence_of(trained.backbone.options):
+        weights = f"{markdown(licence)}, as timm states it"
     else:
         weights = "not known to finetune; the page or folder that they are from says it"
     if trained.recipe.model.weights not in ("default", "none"):

@@ -1,4 +1,4 @@
-"""Architectures by name: those that ship with the kit, torchvision's, and image encoders of transformers."""
+"""Architectures by name: those that ship with the kit, torchvision's, and encoders of transformers and timm."""
 
 import difflib
 import functools
@@ -15,7 +15,7 @@ from torchvision.models import WeightsEnum
 from finetune.data.preprocess import Preprocessing
 from finetune.data.tokens import Tokenization
 from finetune.errors import UsageError
-from finetune.models import hub, huggingface, text_encoders
+from finetune.models import hub, huggingface, text_encoders, timm_models
 from finetune.models.bundled import BUNDLED, BUNDLED_TEXT, bundled_folder
 from finetune.models.shapes import build_shapes
 
@@ -40,7 +40,8 @@ class Backbone:
         stock_lines: Python lines that build the same network without this kit, into `model`; `{classes}` stands for
             the number of classes; `ABOUT` holds the export's description.
         options: plain values that, with the name, make the same architecture again: arguments of torchvision's
-            builder, or the config of a transformers model and how it pools. No file and no network is needed then.
+            builder, the config of a transformers model and how it pools, or timm's name and arguments. No file and no
+            network is needed then.
     """
 
     name: str
@@ -74,6 +75,9 @@ def backbone_from_plain(plain: Mapping[str, Any]) -> Backbone:
         build = functools.partial(huggingface.build, options)
         lines = huggingface.TOWER_LINES if options.get(huggingface.TOWER) else huggingface.STOCK_LINES
         return Backbone(name, build, preprocessing, lines, options)
+    if timm_models.NAME in options:
+        build = functools.partial(timm_models.build, options)
+        return Backbone(name, build, preprocessing, timm_models.stock_lines(options), options)
     if name not in torchvision_names():
         raise UsageError(
             f"--backbone {name}: this torchvision ({torchvision.__version__}) has no such model; upgrade it"
@@ -107,9 +111,13 @@ def find_backbone(name: str) -> Backbone:
         return backbone_from_plain({"name": name, "options": {}, "preprocessing": preprocessing.to_plain()})
     if name in torchvision_names():
         return torchvision_backbone(name, default_member(name))
+    if name.startswith(timm_models.PREFIX):
+        name, options, preprocessing = timm_models.describe(name)
+        return backbone_from_plain({"name": name, "options": options, "preprocessing": preprocessing.to_plain()})
     if name.startswith(hub.PREFIX) or hub.is_folder(name):
         folder = hub.folder_of(name, [huggingface.PREPROCESSOR_FILE])
-        options, preprocessing = huggingface.describe(folder)
+        is_timm = hub.timm_config(folder) is not None
+        options, preprocessing = (timm_models.describe_folder if is_timm else huggingface.describe)(folder)
         plain = {"name": name, "options": options, "preprocessing": preprocessing.to_plain()}
         return backbone_from_plain(plain)
     if name in BUNDLED_TEXT:
@@ -119,7 +127,7 @@ def find_backbone(name: str) -> Backbone:
     hint = f"; did you mean {', '.join(nearest)}?" if nearest else ""
     raise UsageError(
         f"--backbone {name}: unknown; allowed are {', '.join(BUNDLED)}, a classification model of torchvision "
-        f"(resnet50, mobilenet_v2, ...), hf:ID, or a folder with a config.json{hint}"
+        f"(resnet50, mobilenet_v2, ...), timm:NAME, hf:ID, or a folder with a config.json{hint}"
     )
 
 
@@ -209,7 +217,7 @@ def check_image_size(backbone: Backbone, image_size: int) -> None:
     """
     own = backbone.preprocessing
     assert isinstance(own, Preprocessing), "it reads texts"
-    if image_size == own.image_size and "config" not in backbone.options:
+    if image_size == own.image_size and not {"config", timm_models.NAME} & set(backbone.options):
         return  # what torchvision's own weights were trained at
     model = build_shapes(backbone.build, 2).eval()
     model.training = True  # the root's own switch: auxiliary heads want to be fed as well

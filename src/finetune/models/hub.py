@@ -23,13 +23,14 @@ from finetune.errors import RunError, UsageError, one_line
 PREFIX = "hf:"
 CONFIG_FILE = "config.json"
 WEIGHTS_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
+TIMM_WEIGHTS = ["model.safetensors", "pytorch_model.bin"]
 OLD_WEIGHTS_PATTERNS = ["pytorch_model*.bin", "pytorch_model*.index.json"]
 # Of a config: where it lay on this machine, and what could make transformers fetch or run code of others.
 NOT_KEPT = ("_name_or_path", "auto_map", "quantization_config", "_attn_implementation", "attn_implementation")
 
 
 def is_folder(name: str) -> bool:
-    """Whether a folder in transformers' format is meant."""
+    """Whether a folder in the format of transformers, or of timm, is meant."""
     return os.path.isfile(os.path.join(os.path.expanduser(name), CONFIG_FILE))
 
 
@@ -38,8 +39,20 @@ def is_identifier(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name) is not None and not os.path.exists(name)
 
 
+def timm_config(folder: Path) -> dict[str, Any] | None:
+    """The config of a folder in timm's format; None = it is in another."""
+    try:
+        plain = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_timm = isinstance(plain, dict) and isinstance(plain.get("architecture"), str) and "model_type" not in plain
+    return plain if is_timm else None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold its tensors: safetensors where there are any."""
+    if timm_config(folder) is not None:  # beside its own there may be those of OpenCLIP
+        return [path for name in TIMM_WEIGHTS if (path := folder / name).is_file()][:1]
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
@@ -66,7 +79,7 @@ def folder_of(name: str, others: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [CONFIG_FILE, *others, *WEIGHTS_PATTERNS]
+    patterns = [CONFIG_FILE, *others, *(TIMM_WEIGHTS[:1] if identifier.startswith("timm/") else WEIGHTS_PATTERNS)]
     try:
         folder = Path(snapshot_download(identifier, revision=revision or None, allow_patterns=patterns))
         if not weight_files(folder):  # an old repository without safetensors

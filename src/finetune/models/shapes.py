@@ -27,7 +27,10 @@ def build_shapes(build: Callable[[int], nn.Module], class_count: int) -> nn.Modu
     """The network without values: for looking at names and shapes only."""
     state = torch.get_rng_state()
     try:
-        with _EmptyOnMeta():
+        try:
+            with _EmptyOnMeta():
+                return build(class_count).to("meta")
+        except RuntimeError:  # some builders try a part of the network on a picture
             return build(class_count).to("meta")
     finally:
         torch.set_rng_state(state)

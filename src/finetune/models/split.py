@@ -1,16 +1,17 @@
 """The model cut where training begins: a frozen prefix, whose outputs never change, and the suffix that trains.
 
-torchvision's models are traced with torch.fx. What trains is *live*, and so is everything computed from it; what is
-computed from the images and not live is the prefix. The tensors that live operations take from it are the whole state,
-and lie side by side in one row a sample. Of a model of transformers, whose forward cannot be traced, the head is cut
-off: the row is what enters it.
+Models of torchvision and timm are traced with torch.fx. What trains is *live*, and so is everything computed from it;
+what is computed from the images and not live is the prefix. The tensors that live operations take from it are the whole
+state, and lie side by side in one row a sample. Of a model whose forward cannot be traced, as those of transformers,
+the head is cut off: the row is what enters it.
 
 The suffix runs the very modules of the model, so parameters, optimizer and checkpoint know nothing of the cut.
 """
 
+import io
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
 
+from finetune.errors import one_line
 from finetune.models.freeze import in_eval
 from finetune.models.heads import Standardised
 
@@ -63,12 +65,29 @@ def split(model: nn.Module, samples: Tensor) -> Split:
     """
     if not any(map(_is_live, model.modules())):
         raise CannotSplit("nothing trains")
-    is_of_transformers = hasattr(model, "base_model_prefix")
+    ways: list[Callable[[nn.Module, Tensor], tuple[Split, Tensor]]] = [_split_traced]
+    if hasattr(model, "base_model_prefix"):  # of transformers
+        ways = [_split_behind_encoder]
+    elif hasattr(model, "pretrained_cfg"):  # of timm, which branches by shapes and switches, not by what images hold
+        ways = [_split_traced, _split_off_last]
     with torch.inference_mode():
-        found, rows = _split_off_head(model, samples) if is_of_transformers else _split_traced(model, samples)
+        found, rows = _first_that_can(ways, model, samples)
         with in_eval(model):
             _hold_against(model(samples), found.suffix(rows))
     return found
+
+
+def _first_that_can(
+    ways: Sequence[Callable[[nn.Module, Tensor], tuple[Split, Tensor]]], model: nn.Module, samples: Tensor
+) -> tuple[Split, Tensor]:
+    """Raises: CannotSplit: none can; says why the first could not."""
+    reasons = list[CannotSplit]()
+    for way in ways:
+        try:
+            return way(model, samples)
+        except CannotSplit as reason:
+            reasons.append(reason)
+    raise reasons[0]
 
 
 def _hold_against(whole: Tensor, parts: Tensor) -> None:
@@ -88,8 +107,13 @@ def _is_live(module: nn.Module) -> bool:
 
 
 def _is_mixed(module: nn.Module) -> bool:
-    """Whether a part of a module trains and another does not."""
-    return _is_live(module) and not all(parameter.requires_grad for parameter in module.parameters())
+    """Whether a part of a module trains and another does not: of a chain of layers, whether one of them is frozen; of a
+    module with a forward of its own also whether one that has no parameters, as a pool, does not behave as in training.
+    """
+    if not _is_live(module):
+        return False
+    is_whole = all(parameter.requires_grad for parameter in module.parameters())
+    return not is_whole or (not isinstance(module, nn.Sequential) and not all(map(_is_live, module.children())))
 
 
 # ---- Rows ---------------------------------------------------------------------------------------------------------
@@ -197,7 +221,11 @@ def _split_traced(model: nn.Module, images: Tensor) -> tuple[Split, Tensor]:
         raise CannotSplit("what trains begins at the images")
     places = tuple(training.place[node] for node in training.boundary)
     take = training.prefix()
-    values = take(images)
+    try:
+        with redirect_stderr(io.StringIO()):  # where torch.fx shows the lines that it wrote
+            values = take(images)
+    except Exception as error:  # of a forward that was not made to be traced
+        raise CannotSplit(f"its forward cannot be traced ({one_line(error, 120)})") from None
     for place, value in zip(places, values, strict=True):
         if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != len(images):
             raise CannotSplit(f"{place} carries something else than a tensor a sample")
@@ -219,10 +247,37 @@ def _split_traced(model: nn.Module, images: Tensor) -> tuple[Split, Tensor]:
     return Split(lambda batch: _to_rows(take(batch)), suffix, places, shapes), _to_rows(values)
 
 
+# ---- What cannot be traced ------------------------------------------------------------------------------------------
+
+
+def _split_off_last(model: nn.Module, samples: Tensor) -> tuple[Split, Tensor]:
+    """Rows are what enters the one module that trains, and is the model's last."""
+    live = [path for path, module in model.named_modules() if _is_live(module) and not _is_mixed(module)]
+    outermost = [path for path in live if not any(path.startswith(f"{other}.") for other in live)]
+    if len(outermost) != 1 or outermost == [""]:
+        raise CannotSplit("more than its last module trains")
+    last = model.get_submodule(outermost[0])
+
+    def take(batch: Tensor) -> list[Tensor]:
+        taken = list[Tensor]()
+        with _entering([last], lambda _module, inputs: taken.append(inputs[0])):
+            model(batch)
+        return taken
+
+    values = take(samples)
+    if len(values) != 1 or len(values[0]) != len(samples) or values[0].dim() < 2:
+        raise CannotSplit(f"{outermost[0]} takes something else than a tensor a sample")
+    shapes = (tuple(values[0].shape[1:]),)
+    found = Split(
+        lambda batch: _to_rows(take(batch)), lambda rows: last(*_from_rows(rows, shapes)), (outermost[0],), shapes
+    )
+    return found, _to_rows(values)
+
+
 # ---- transformers ---------------------------------------------------------------------------------------------------
 
 
-def _split_off_head(model: nn.Module, samples: Tensor) -> tuple[Split, Tensor]:
+def _split_behind_encoder(model: nn.Module, samples: Tensor) -> tuple[Split, Tensor]:
     """Rows are what enters the modules that train. The suffix is the stock forward with a stub in the encoder's place:
     its outputs have the right shapes, and what matters of them is put in where it enters what trains."""
     encoder = model.get_submodule(str(model.base_model_prefix))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.models import timm_models
 from finetune.models.backbones import Backbone
 from finetune.models.heads import NO_HEAD
 from finetune.models.huggingface import TOWER
@@ -18,7 +19,8 @@ def is_stock(recipe: Recipe, backbone: Backbone) -> bool:
 
 def exports_text(recipe: Recipe, backbone: Backbone) -> str:
     """Which formats `finetune export` has for a run, in words, before it is trained."""
-    stock = "transformers" if "config" in backbone.options else "torchvision"
+    kinds = {"config": "transformers", timm_models.NAME: "timm"}
+    stock = next((library for option, library in kinds.items() if option in backbone.options), "torchvision")
     whose = f"weights for stock {stock}" if is_stock(recipe, backbone) else "weights, built of stock parts"
     text = f"pt, safetensors ({whose}), onnx, torch-export"
     if not backbone.reads_texts:

@@ -8,11 +8,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from finetune.base.files import BadFile, sha256_of_file
 from finetune.base.safe_load import load_plain
 from finetune.errors import UsageError, one_line
-from finetune.models import hub, text_encoders
+from finetune.models import hub, text_encoders, timm_models
 from finetune.models.state_dicts import StateDict, flattened, part_of
 
 # What a damaged file makes of torch's and safetensors' readers.
@@ -32,7 +33,7 @@ def read_weights(path: Path, key: str = "") -> StateDict:
         UsageError: nothing in it is called so.
     """
     if hub.is_folder(str(path)):
-        found = flattened(hub.read_tensors(path, _stock_class(path)))
+        found = flattened(_read_folder(path))
     else:
         found = StateDict()
         for file in files_of(path):
@@ -78,6 +79,15 @@ def hash_of(path: Path) -> str:
         return hub.hash_of_folder(path)
     hashes = [sha256_of_file(file) for file in files_of(path)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _read_folder(folder: Path) -> Mapping[str, Tensor]:
+    """By the names that transformers, or timm, knows today."""
+    if hub.timm_config(folder) is None:
+        return hub.read_tensors(folder, _stock_class(folder))
+    if not (files := hub.weight_files(folder)):
+        raise UsageError(f"{folder}: holds no {' or '.join(hub.TIMM_WEIGHTS)}; put it there, or give --weights none")
+    return timm_models.read_tensors(folder, _read_file(files[0]))
 
 
 def _read_file(path: Path) -> StateDict:

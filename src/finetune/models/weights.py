@@ -17,7 +17,7 @@ from torchvision.models import WeightsEnum
 
 from finetune.base.files import sha256_of_file
 from finetune.errors import FinetuneError, RunError, UsageError, one_line
-from finetune.models import hub, huggingface
+from finetune.models import hub, huggingface, timm_models
 from finetune.models.backbones import (
     Backbone,
     backbone_of_export,
@@ -81,17 +81,27 @@ def choose_weights(backbone_name: str, weights: str) -> tuple[Backbone, Weights 
             reference = f"torchvision:{backbone_name}:{member.name}"
             return torchvision_backbone(backbone_name, member), Weights(*locate(reference), reference, member.name)
     elif weights == "default":
-        if backbone_name in BUNDLED:
-            reference = f"bundled:{backbone_name}"
-            return backbone, Weights(*locate(reference), reference, backbone_name)
-        path = hub.folder_of(backbone_name, [huggingface.PREPROCESSOR_FILE])
-        has_own = (path / huggingface.PREPROCESSOR_FILE).is_file()
-        origin = f"its {huggingface.PREPROCESSOR_FILE}" if has_own else "mean and deviation 0.5"
-        reference = backbone_name if backbone_name.startswith(hub.PREFIX) else ""
-        return backbone, Weights(path, hub.hash_of_folder(path), reference, origin)
+        return backbone, _default_weights(backbone_name)
     found = _file_of(weights, f"allowed are {_allowed(backbone_name, weights)}")
     backbone, origin = _prepared_for_file(backbone, found.path, found.sha256)
     return backbone, dataclasses.replace(found, preprocessing_of=origin)
+
+
+def _default_weights(name: str) -> Weights:
+    """What ships with the kit, or lies in the folder or repository that is the backbone itself."""
+    if name in BUNDLED:
+        reference = f"bundled:{name}"
+        return Weights(*locate(reference), reference, name)
+    if name.startswith(timm_models.PREFIX):
+        name = timm_models.repository_of(name)
+    path = hub.folder_of(name, [huggingface.PREPROCESSOR_FILE])
+    if hub.timm_config(path) is not None:
+        origin = f"its {hub.CONFIG_FILE}"
+    elif (path / huggingface.PREPROCESSOR_FILE).is_file():
+        origin = f"its {huggingface.PREPROCESSOR_FILE}"
+    else:
+        origin = "mean and deviation 0.5"
+    return Weights(path, hub.hash_of_folder(path), name if name.startswith(hub.PREFIX) else "", origin)
 
 
 def _file_of(weights: str, allowed: str) -> Weights:

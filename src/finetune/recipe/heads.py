@@ -191,8 +191,9 @@ def image_head(
         images: "digits"; a folder with one sub-folder of images a class, or with train/, val/ and test/, each so; or a
             csv, tsv or jsonl file with a path and a label in each row. In Python also a DataFrame of such rows.
         backbone: the pretrained network: bundled/mobilenet (for photos), bundled/vgg, bundled/resnet; any
-            classification model of torchvision (resnet50, vit_b_16, ...); hf:ID or a folder: an image encoder of
-            transformers. Several with commas between are compared. `finetune backbones` lists them.
+            classification model of torchvision (resnet50, vit_b_16, ...); timm:NAME, with timm installed; hf:ID or a
+            folder: an image encoder of transformers or timm. Several with commas between are compared. `finetune
+            backbones` lists them.
         weights: "default" (the backbone's own), "none" (random), a name of torchvision's (IMAGENET1K_V1); a file as
             training scripts write them, FILE:KEY for a part of it, or a folder.
         image_size: edge in pixels of what the backbone sees; 0 = what it was trained at.

@@ -28,8 +28,8 @@ class Model:
     """The network.
 
     Attributes:
-        backbone: architecture: "bundled/vgg", a classification model of torchvision by name, "hf:ID" or a folder with
-            an image or text encoder of transformers.
+        backbone: architecture: "bundled/vgg", a classification model of torchvision by name, "timm:NAME", "hf:ID" or a
+            folder with an encoder of transformers or timm.
         weights: "default" (the backbone's own), "none" (random), a member of torchvision's weights enum; a file, a
             folder, or FILE:KEY.
         head: "linear", "mlp", "append", "keep" (the architecture's own last layer, newly initialised), or "none" (the

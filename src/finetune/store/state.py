@@ -337,6 +337,7 @@ def numeric_environment(device: torch.device) -> dict[str, object]:
         # Only where it builds the network: a VGG does not care.
         "transformers": str(sys.modules["transformers"].__version__) if "transformers" in sys.modules else "",
         "tokenizers": str(sys.modules["tokenizers"].__version__) if "tokenizers" in sys.modules else "",
+        **({"timm": str(sys.modules["timm"].__version__)} if "timm" in sys.modules else {}),
         "numpy": str(np.__version__),
         "pillow": str(PIL.__version__),
         "python": platform.python_version(),
