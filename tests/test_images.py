@@ -31,13 +31,13 @@ from finetune.data.augment import augment, mix
 from finetune.data.batch import Request
 from finetune.data.contents import Contents
 from finetune.data.decode import BrokenImage, formats_by_suffix, read_image
-from finetune.data.folder import LeftAside
 from finetune.data.images import open_images, split_source
 from finetune.data.loader import Loader
 from finetune.data.order import keyed_generator, stratified_split
 from finetune.data.source import Reading
 from finetune.data.table import Columns
 from finetune.data.texts import open_texts
+from finetune.data.walk import LeftAside
 from finetune.errors import RunError
 from finetune.models.backbones import find_backbone, members, torchvision_backbone
 from finetune.models.pretrained import find_pretrained
@@ -109,7 +109,7 @@ def test_images_of_every_mode_become_upright_rgb(tmp_path):
     [
         (b"\xff\xd8\xff\xe0 not an image", "cannot be decoded"),
         (b"", "empty"),
-        (b"<html>404 not found</html>", "of no known image format"),
+        (b"404 not found", "of no known image format"),
     ],
 )
 def test_a_broken_image_is_named_with_the_reason(tmp_path, content, reason):

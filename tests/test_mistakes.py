@@ -209,7 +209,7 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], int, list[str]]] = {
     "pictures without class folders": (lambda: [*IMAGES, pictures("photos", cat=4) + "/cat"], 2, ["0 class(es) found"]),
     "one image a class": (lambda: [*IMAGES, pictures("photos", cat=1, dog=1)], 2, ["no class has two images, so nothing is left to validate with; add images"]),
     "train/ and something else": (lambda: [pictures("photos/train", cat=4, dog=4), pictures("photos/rest", cat=1), [*IMAGES, "photos"]][2], 2, ["rest/ stands beside train/ and holds images", "move it away, or into train/ if it is a class"]),
-    "a broken image": (broken_picture, 1, ["cat/3.png cannot be decoded (of no known image format)", "--skip-broken"]),
+    "a broken image": (broken_picture, 1, ["cat/3.png is a web page, not the file itself", "--skip-broken"]),
     "an image of gigabytes": (enormous_file, 1, ["cat/9.png has 2,000,000,000 bytes, more than 1,073,741,824; repair or remove"]),
     "a link to somewhere else": (link_out_of_the_folder, 2, ["1 image(s) lie outside photos, like cat/9.png", "--allow-outside"]),
     "a name of a newline and a colour": (odd_names, 1, ["a\\nb\\x1b[31m.png", "cannot be decoded"]),

@@ -12,6 +12,7 @@ import torch
 
 from finetune.base.files import BadFile
 from finetune.base.formatting import printable
+from finetune.base.stand_ins import what_stands_in
 from finetune.errors import one_line
 
 # Of what torch wrote before it wrote zip files.
@@ -100,7 +101,8 @@ def load_plain(path: Path, *, mapped: bool = False, of_others: bool = False) -> 
         return found
     except pickle.UnpicklingError:
         if not is_zip and not _starts_with(path, PICKLE_START):
-            raise BadFile(f"{path} cannot be read (it is no file of torch); restore it") from None
+            instead = what_stands_in(path) or "cannot be read (it is no file of torch); restore it"
+            raise BadFile(f"{path} {instead}") from None
         raise BadFile(
             f"{path} is refused: it holds more than plain tensors{_more_than_tensors(path, is_zip)}, which could run "
             "code; give a .safetensors file, or a .pt that holds a state dict: torch.save(model.state_dict(), FILE)"

@@ -7,7 +7,15 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
 # These also with .gz behind.
 LINES_SUFFIXES = (".csv", ".tsv", ".jsonl")
 # What the column of an image's path is called, tried in this order.
-IMAGE_COLUMNS = ("image", "path", "file", "filename", "image_path", "file_path", "filepath", "file_name", "img")
+IMAGE_COLUMNS = (
+    "image", "path", "file", "filename", "image_path", "file_path", "filepath", "file_name", "img", "images",
+    "img_path", "image_name", "img_name", "image_file", "image_id", "img_id", "id_code", "photo", "picture",
+)  # fmt: skip
+# The same of a text's column.
+TEXT_COLUMNS = (
+    "text", "sentence", "message", "content", "review", "body", "question", "utterance", "document", "comment",
+    "tweet", "headline", "title", "description",
+)  # fmt: skip
 KNOWN = ", ".join(TABLE_SUFFIXES)
 
 

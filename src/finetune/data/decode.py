@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from finetune.base.formatting import with_article
+from finetune.base.stand_ins import what_stands_in
 from finetune.data.wide import is_wide, scaled, values_of
 from finetune.errors import RunError, one_line
 
@@ -110,6 +111,8 @@ def decode(content: bytes, path: Path, pixel_range: Sequence[float] = ()) -> Ten
                 return scaled(values_of(image, content), *pixel_range)
             return to_rgb_tensor(image)
     except UnidentifiedImageError:
+        if instead := what_stands_in(content):
+            raise BrokenImage(f"image {path} {instead}") from None
         package = PACKAGES.get(path.suffix.lower())
         kind = f"{path.suffix} needs a package: pip install {package}" if package else "of no known image format"
         kind = kind if content else "empty"

@@ -10,14 +10,14 @@ from typing import ClassVar, NamedTuple, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
-from finetune.base.table_names import KNOWN, is_table
+from finetune.base.table_names import KNOWN, TEXT_COLUMNS, is_table
 from finetune.data.decode import Picture, picture_tensor
-from finetune.data.folder import IMAGES, TEXTS, Kind, files_below
 from finetune.data.preprocess import Preprocessing
 from finetune.data.source import Reading, check_inside
 from finetune.data.table import Columns, image_paths, sample_rows
-from finetune.data.texts import TEXT_COLUMNS, TEXT_SUFFIXES, read_text, text_of
+from finetune.data.texts import TEXT_SUFFIXES, read_text, text_of
 from finetune.data.tokens import Tokenization
+from finetune.data.walk import IMAGES, TEXTS, Kind, files_below
 from finetune.errors import RunError, UsageError
 
 

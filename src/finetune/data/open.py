@@ -1,13 +1,17 @@
 """The data that a recipe names, opened and split."""
 
+import os
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from finetune.data.batch import Split
+from finetune.data.folder import check_no_parts
 from finetune.data.images import open_images, split_source
 from finetune.data.sample import sampled
 from finetune.data.source import PARTS, Reading, Source
 from finetune.data.table import Columns
 from finetune.data.texts import open_texts
+from finetune.data.walk import IMAGES, TEXTS
 from finetune.errors import UsageError
 from finetune.recipe import spec as recipes
 from finetune.recipe.spec import Recipe, Texts
@@ -41,7 +45,7 @@ def split_data(source: Source, recipe: Recipe) -> Split:
 
 
 def check_data_effects(source: Source, recipe: Recipe, chosen: Collection[str]) -> None:
-    """Refuse what was chosen and changes nothing about this data.
+    """Refuse what was chosen and changes nothing about this data, and parts that would be taken for classes.
 
     Args:
         chosen: see `recipe.effects.chosen`.
@@ -49,7 +53,9 @@ def check_data_effects(source: Source, recipe: Recipe, chosen: Collection[str]) 
     Raises:
         UsageError: the first of them.
     """
-    spec, noun = recipe.data, source.noun
+    spec, noun, place = recipe.data, source.noun, Path(os.path.expanduser(recipe.data.place))
+    if place.is_dir():
+        check_no_parts(place, source.classes, IMAGES if spec.kind == "images" else TEXTS, spec.option)
     own = 0 if source.parts is None else int((source.parts == PARTS.index("validation")).sum())
     if own and "data.validation_fraction" in chosen:
         raise UsageError(

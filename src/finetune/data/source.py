@@ -218,12 +218,14 @@ def encode_labels(
     what: str,
     noun: str = "image",
     reading: Reading = Reading(),
+    way_out: str = "",
 ) -> tuple[Tensor, list[str], list[str]]:
     """Labels as numbers: (samples,) int64, or, multi-label, (samples, classes) uint8; the classes' names; and what a
     person should know of them.
 
     Args:
         labels, parts, classes, what: see `make_file_source`.
+        way_out: what to do where there are no two classes; "" = the usual.
 
     Raises:
         UsageError: fewer than two classes, or a label that is no class.
@@ -237,10 +239,9 @@ def encode_labels(
         classes = sorted(classes_of(found).values() if reading.by_content else set(found))
         notes = notes_on_names(counts, noun) if reading.by_content else []
         if len(classes) < 2:
-            raise UsageError(
-                f"{what}: {len(classes)} class(es) found ({', '.join(classes)}), at least 2 are needed; "
-                f"put the {noun}s of each class into a sub-folder of its own, or name the classes in a csv"
-            )
+            found_text = f"{len(classes)} class(es) found" + (f" ({', '.join(classes)})" if classes else "")
+            usual = f"put the {noun}s of each class into a sub-folder of its own, or name the classes in a csv"
+            raise UsageError(f"{what}: {found_text}, at least 2 are needed; {way_out or usual}")
     for name in classes:
         if name.encode("utf-8", "replace").decode() != name:
             raise UsageError(f"{what}: class {name!r} has a name that is no text (UTF-8); rename it")
@@ -270,6 +271,7 @@ def make_file_source(
     classes: Sequence[str] | None,
     what: str,
     reading: Reading = Reading(),
+    way_out: str = "",
 ) -> FileSource:
     """A source of the listed files. No file is opened: the fingerprint takes path, size and label.
 
@@ -278,11 +280,12 @@ def make_file_source(
         parts: of each file: its place in `PARTS`; or None.
         classes: the only classes allowed, in order; None = those of the training part, sorted.
         what: names the data in an error.
+        way_out: see `encode_labels`.
 
     Raises:
         UsageError: fewer than two classes, or a label that is no class.
     """
-    targets, names, notes = encode_labels(labels, parts, classes, what, reading=reading)
+    targets, names, notes = encode_labels(labels, parts, classes, what, reading=reading, way_out=way_out)
     return FileSource(
         folder,
         list(paths),

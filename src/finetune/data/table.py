@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.base.table_names import IMAGE_COLUMNS
+from finetune.base.table_names import IMAGE_COLUMNS, TEXT_COLUMNS
+from finetune.base.words import typed
 from finetune.data.groups import groups_of, with_groups
 from finetune.data.names import MISSING, notes_on_separators
 from finetune.data.source import PART_NAMES, FileSource, Reading, check_inside, make_file_source
@@ -18,15 +19,21 @@ from finetune.data.table_files import read_rows
 from finetune.data.table_images import holds_bytes, unpacked
 from finetune.data.table_paths import found_below
 from finetune.errors import UsageError
+from finetune.recipe.scripts import RECIPE_OF_KIND
 
-# Tried in this order where no column is named.
 # In a column of its own, whether a label applies.
 YES, NO = {"1", "1.0", "true", "t", "yes", "y", "x"}, {"", "0", "0.0", "false", "f", "no", "n", "-"}
 NUMBERS = re.compile(r"\[\s*-?\d+(\s+-?\d+)*\s*\]")
 ELIDED = re.compile(r"['\"\d]\s*,?\s*\.\.\.\s*,?\s*['\"\d]")
 SIDE_BY_SIDE = re.compile(r"['\"]\s+['\"]")
 QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "tags", "intent", "topic", "sentiment")
+# Tried in this order where no column is named.
+LABEL_COLUMNS = (
+    "label", "labels", "class", "category", "target", "tags", "intent", "topic", "sentiment", "lbl", "class_name",
+    "label_name", "classes",
+)  # fmt: skip
+# By the option of what a table is to hold: what others hold, and which columns tell.
+OTHER_KIND = {"--image-column": ("texts", TEXT_COLUMNS), "--text-column": ("images", IMAGE_COLUMNS)}
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,13 @@ class Columns:
     group: str = ""
 
 
-def find_column(path: Path, columns: Sequence[str], given: str, candidates: Sequence[str], option: str) -> str:
+def find_column(
+    path: Path, columns: Sequence[str], given: str, candidates: Sequence[str], option: str, instead: str = ""
+) -> str:
     """The column meant by the option, or by its own name.
+
+    Args:
+        instead: the end of the error.
 
     Raises:
         UsageError: there is no such column.
@@ -60,8 +72,16 @@ def find_column(path: Path, columns: Sequence[str], given: str, candidates: Sequ
     what = f"{option} {given}: no such column" if given else f"no column is called {', '.join(candidates[:4])}, ..."
     raise UsageError(
         f"{path}: {what}; its columns are {', '.join(map(repr, columns))}: give {option} "
-        "(the first line of a csv must name the columns)"
+        f"(the first line of a csv must name the columns){instead}"
     )
+
+
+def _other_kind(path: Path, columns: Sequence[str], option: str) -> str:
+    """What to type if the other kind of data is meant, whose column a table has; "" = it has none."""
+    kind, names = OTHER_KIND[option]
+    if not any(name.strip().lower() in names for name in columns):
+        return ""
+    return f"; if its {kind} are meant: {typed(['finetune', RECIPE_OF_KIND[kind], f'--{kind}', str(path)])}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +159,8 @@ def sample_rows(
     for number, row in read_rows(path, reading.quotes, reading.encoding, is_strict=reading.is_strict):
         if not content_column:
             names = list(row)
-            content_column = find_column(path, names, columns.content, candidates, option)
+            instead = _other_kind(path, names, option) if labelled and not columns.content else ""
+            content_column = find_column(path, names, columns.content, candidates, option, instead)
             several = label_columns(columns.label, names, reading) if labelled else []
             if labelled and not several:
                 label_column = find_column(path, names, columns.label, LABEL_COLUMNS, "--label-column")
@@ -184,8 +205,10 @@ def _group_of(row: Mapping[str, object], column: str, where: str) -> str:
 
 
 def _image_of(row: Row) -> str:
-    """The path in a row, with "/"."""
+    """The path in a row, with "/"; a number is the name of a file, too."""
     image = row.content
+    if isinstance(image, int) and not isinstance(image, bool):
+        return str(image)
     if not isinstance(image, str) or not image.strip():
         raise UsageError(f"{row.where}: column {row.column!r} is empty; name an image")
     return image.strip().replace("\\", "/")

@@ -4,20 +4,25 @@ What is not in UTF-8 is read where the file itself says so (UTF-16 with a byte o
 """
 
 import codecs
-import contextlib
 import gzip
 import importlib.util
 import io
 import json
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from finetune.base.stand_ins import what_stands_in
 from finetune.base.table_names import KNOWN, table_suffix
+from finetune.base.words import typed
 from finetune.data.csv_rows import check_column_names, csv_rows
 from finetune.errors import UsageError, one_line
 
+# How files begin that are no text.
+GZIP, ZIP, PARQUET, OLD_EXCEL = b"\x1f\x8b", b"PK\x03\x04", b"PAR1", b"\xd0\xcf\x11\xe0"
+START_BYTES = 64
 # What says by its first bytes that it is no UTF-8.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
@@ -50,7 +55,7 @@ def read_rows(
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give a {KNOWN} file with a line a sample")
-    suffix = table_suffix(path)
+    suffix = _kind_of(path)
     if suffix == ".parquet":
         yield from _parquet_rows(path, not is_strict)
     elif suffix == ".xlsx":
@@ -69,8 +74,39 @@ def read_rows(
             raise UsageError(f"{path} {undecodable(path, encoding)}") from None
 
 
+def _kind_of(path: Path) -> str:
+    """What kind of table a file is: by its content, where that says so, else by its suffix.
+
+    Raises:
+        UsageError: it is none.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(START_BYTES)
+    if instead := what_stands_in(start):
+        raise UsageError(f"{path}: {instead}")
+    if start.startswith(OLD_EXCEL):
+        raise UsageError(f"{path}: is in Excel's format of before 2007; save it as .xlsx, or as csv")
+    if start.startswith(ZIP):
+        if _is_workbook(path):
+            return ".xlsx"
+        unpack = typed(["python", "-m", "zipfile", "-e", str(path), str(path.with_suffix(""))])
+        raise UsageError(f"{path}: is a zip archive by its content; unpack it: {unpack}")
+    return ".parquet" if start.startswith(PARQUET) else table_suffix(path)
+
+
+def _is_workbook(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "xl/workbook.xml" in archive.namelist()
+    except zipfile.BadZipFile:
+        return table_suffix(path) == ".xlsx"  # and damaged
+
+
 def _opened(path: Path) -> BinaryIO:
-    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+    """A file of text, perhaps gzipped, whatever it is called: browsers unpack what they fetch, and keep its name."""
+    with path.open("rb") as stream:
+        is_packed = stream.read(len(GZIP)) == GZIP
+    return gzip.open(path) if is_packed else path.open("rb")  # type: ignore[return-value]
 
 
 def _decoded(stream: BinaryIO, encoding: str) -> TextIO:
@@ -103,6 +139,8 @@ def undecodable(path: Path, encoding: str) -> str:
             ((number, line) for number, line in enumerate(stream, start=1) if not _is_decodable(line, encoding)),
             (1, b""),
         )
+    if codecs.lookup(encoding).name == UTF_8 and _is_cut(wrong):
+        return f"line {number}: ends in the middle of a letter: the file was cut off; fetch or save it anew"
     # What stands about the line tells more than it does, and is looked at where it is near.
     guess = _guessed(start if wrong in start else wrong)
     name = "UTF-8" if codecs.lookup(encoding).name == UTF_8 else encoding
@@ -113,6 +151,15 @@ def undecodable(path: Path, encoding: str) -> str:
 def _is_decodable(line: bytes, encoding: str) -> bool:
     try:
         line.decode(encoding)
+    except UnicodeError:
+        return False
+    return True
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether a line is UTF-8 but for the end of its last letter."""
+    try:
+        codecs.getincrementaldecoder(UTF_8)().decode(line)
     except UnicodeError:
         return False
     return True
@@ -230,7 +277,8 @@ def _cells(path: Path) -> Iterator[Sequence[object]]:
     import openpyxl
 
     try:
-        with contextlib.closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
+        with path.open("rb") as stream:  # whatever it is called
+            book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
             book.active.reset_dimensions()
             yield from book.active.iter_rows(values_only=True)
     except Exception as error:  # of a damaged file whatever its readers raise

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from finetune.data.decode import formats_by_suffix
-from finetune.data.folder import IMAGES, files_below
+from finetune.data.walk import IMAGES, files_below
 
 # Where none of so many leads to a file, all of them are meant otherwise.
 TRIED = 50
@@ -14,7 +14,8 @@ TRIED = 50
 
 def found_below(folder: Path, names: Sequence[str]) -> tuple[list[str], str]:
     """The files that names mean: as they are; with fewer folders before them, as of a path of another machine; with a
-    suffix that they lack; or by the name of the file alone, in whatever folder it lies, and whatever its suffix.
+    suffix that they lack; with zeros before a number, as spreadsheets drop them; or by the name of the file alone, in
+    whatever folder it lies, and whatever its suffix.
 
     Args:
         names: with "/".
@@ -25,11 +26,12 @@ def found_below(folder: Path, names: Sequence[str]) -> tuple[list[str], str]:
     tried = names[:TRIED]
     if not tried or any(_is_there(folder, name) for name in tried):
         return list(names), ""
-    suffixes = ["", *_suffixes_beside(folder, tried)]
+    spellings = [(0, ""), *_spellings_beside(folder, tried)]
     for dropped in range(max(len(PurePosixPath(name).parts) for name in tried)):
 
         def tail_of(name: str, dropped: int = dropped) -> str:
-            tails = (_tail(name, dropped) + suffix for suffix in suffixes)
+            tail = _tail(name, dropped)
+            tails = (_filled(tail, digits) + suffix for digits, suffix in spellings)
             return next((tail for tail in tails if _is_there(folder, tail)), name)
 
         if any(tail_of(name) != name for name in tried):
@@ -37,11 +39,12 @@ def found_below(folder: Path, names: Sequence[str]) -> tuple[list[str], str]:
     files, _ = files_below(folder, IMAGES)
     by_name = _unique({file: PurePosixPath(file).name for file in files})
     by_stem = _unique({file: PurePosixPath(file).stem for file in files})
+    by_number = _unique({file: _number(stem) for stem, file in by_stem.items() if _number(stem)})
 
     def file_of(name: str) -> str:
         end = PurePosixPath(name)
-        is_image = end.suffix.lower() in formats_by_suffix()
-        return by_name.get(end.name) or by_stem.get(end.stem if is_image else end.name) or name
+        stem = end.stem if end.suffix.lower() in formats_by_suffix() else end.name
+        return by_name.get(end.name) or by_stem.get(stem) or by_number.get(_number(stem)) or name
 
     return _told(names, list(map(file_of, names)), folder)
 
@@ -67,17 +70,38 @@ def _tail(name: str, dropped: int) -> str:
     return "/".join(parts[min(dropped, len(parts) - 1) :]) if dropped else name
 
 
-def _suffixes_beside(folder: Path, names: Sequence[str]) -> list[str]:
-    """What files have that are called like these but for their suffix, the most frequent first."""
-    counts = Counter[str]()
+def _number(stem: str) -> str:
+    """A number without the zeros before it; "" = it is none."""
+    return (stem.lstrip("0") or "0") if stem.isdecimal() and stem.isascii() else ""
+
+
+def _filled(name: str, digits: int) -> str:
+    """A name that is a number, perhaps with a suffix, with zeros before it."""
+    head, slash, end = name.rpartition("/")
+    stem, dot, suffix = end.partition(".")
+    return f"{head}{slash}{stem.zfill(digits) if _number(stem) else stem}{dot}{suffix}"
+
+
+def _spellings_beside(folder: Path, names: Sequence[str]) -> list[tuple[int, str]]:
+    """How files are called that are called like these but for zeros before a number, or their suffix: with so many
+    digits, and that suffix; the most frequent first."""
+    counts = Counter[tuple[int, str]]()
     for place in {folder, *((folder / name).parent for name in names)}:
         try:
             files = os.listdir(place)
         except (OSError, ValueError):
             continue
         ends = {name.rpartition("/")[2] for name in names}
-        counts.update(os.path.splitext(file)[1] for file in files if os.path.splitext(file)[0] in ends)
-    return [suffix for suffix, _ in counts.most_common() if suffix.lower() in formats_by_suffix()]
+        for stem, suffix in map(os.path.splitext, files):
+            if suffix.lower() not in formats_by_suffix():
+                continue
+            if stem in ends:
+                counts[0, suffix] += 1
+            elif _number(stem) and _number(stem) in ends:
+                counts[len(stem), suffix] += 1
+            elif _number(stem) and f"{_number(stem)}{suffix}" in ends:
+                counts[len(stem), ""] += 1
+    return [spelling for spelling, _ in counts.most_common()]
 
 
 def _unique(names: dict[str, str]) -> dict[str, str]:

@@ -11,23 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.base.table_names import KNOWN, is_table
+from finetune.base.table_names import KNOWN, TEXT_COLUMNS, is_table
 from finetune.data.archives import how_to_unpack, is_archive
 from finetune.data.batch import Batch, Request
-from finetune.data.folder import TEXTS as TEXT_FILES
-from finetune.data.folder import before, list_folder
+from finetune.data.folder import list_folder, way_to_classes
 from finetune.data.groups import groups_of, with_groups
 from finetune.data.source import PARTS, Reading, TextSource, encode_labels
 from finetune.data.table import Columns, Found, made_of_others, plain_value, sample_rows
 from finetune.data.table_files import decoded, undecodable
 from finetune.data.tokens import TokenTable
+from finetune.data.walk import TEXTS as TEXT_FILES
+from finetune.data.walk import before
 from finetune.errors import RunError, UsageError
 
 BUNDLED = "messages"
-TEXT_COLUMNS = (
-    "text", "sentence", "message", "content", "review", "body", "question", "utterance", "document", "comment",
-    "tweet", "headline", "title", "description",
-)  # fmt: skip
 # What was a table when tables were read to the letter.
 TABLES_BEFORE = (".csv", ".tsv", ".jsonl", ".parquet")
 TEXT_SUFFIXES = (".txt",)
@@ -74,12 +71,14 @@ def open_texts(
     labels: Sequence[Label]
     parts: list[int] | None
     left, of_rows, notes, row_groups, unreadable = "", Found(), list[str](), list[str](), dict[int, str]()
+    way_out = ""
     if path.is_dir():
         if columns != Columns():
             raise UsageError(f"{what}: columns and --separator belong to a table; leave them out")
         found = list_folder(path, TEXT_FILES if reading.by_content else before(TEXT_FILES), what, allow_outside)
         contents, unreadable = _read_files(path, found.paths, reading.encoding)
         names, labels = found.paths, found.labels
+        way_out = way_to_classes(path, TEXT_FILES, "--texts") if len(set(labels)) < 2 else ""
         parts, left, notes = found.parts, found.left.text, found.left.notes
     elif is_table(path) and not (reading.is_strict and path.suffix.lower() not in TABLES_BEFORE):
         rows = list(
@@ -110,7 +109,7 @@ def open_texts(
             f"{what}: no such data; give {BUNDLED!r}, a {KNOWN} file, or a folder with one "
             "sub-folder of .txt files a class"
         )
-    targets, classes, of_names = _targets(kind, labels, parts, classes, names, what, reading)
+    targets, classes, of_names = _targets(kind, labels, parts, classes, names, what, reading, way_out)
     notes += [*of_rows.notes, *of_names]
     files = names if path.is_dir() else []
     groups, of_groups = groups_of(files, row_groups, columns.group, reading.group_by, "text")
@@ -172,6 +171,7 @@ def _targets(
     names: list[str],
     what: str,
     reading: Reading,
+    way_out: str = "",
 ) -> tuple[Tensor, list[str], list[str]]:
     """Targets and classes as in `TextSource`, and what to say of the classes' names."""
     if kind == "distillation":
@@ -181,7 +181,7 @@ def _targets(
         return torch.tensor(numbers, dtype=torch.float64), [], []
     # Only what is to be distilled has no labels.
     given = [label for label in labels if label is not None]
-    targets, found, notes = encode_labels(given, parts, classes, what, "text", reading)
+    targets, found, notes = encode_labels(given, parts, classes, what, "text", reading, way_out)
     notes += made_of_others(given, classes)
     if classes is None and kind == "classification" and len(found) > 20 and all(map(_is_fraction, found)):
         raise UsageError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.base.files import sha256_of_file
+from finetune.base.stand_ins import what_stands_in
 from finetune.errors import RunError, UsageError, one_line
 
 PREFIX = "hf:"
@@ -131,6 +132,8 @@ def read_tensors(folder: Path, stock_class: Any) -> dict[str, Tensor]:
         raise UsageError(
             f"--backbone {folder}: holds no .safetensors or pytorch_model.bin; put them there, or give --weights none"
         )
+    if instead := next(filter(None, map(what_stands_in, files)), ""):
+        raise UsageError(f"--backbone {folder}: its {files[0].name} {instead}")
     with refusing(f"--backbone {folder}: its weights cannot be read"):
         model, found = stock_class.from_pretrained(
             folder,

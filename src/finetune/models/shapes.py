@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from finetune.errors import UsageError
+
 
 class _EmptyOnMeta(TorchFunctionMode):
     """Parameters are made without memory. Not everything as `torch.device("meta")` does: some builders compute."""
@@ -30,7 +32,7 @@ def build_shapes(build: Callable[[int], nn.Module], class_count: int) -> nn.Modu
         try:
             with _EmptyOnMeta():
                 return build(class_count).to("meta")
-        except RuntimeError:  # some builders try a part of the network on a picture
+        except (RuntimeError, UsageError):  # some builders try a part of the network on a picture
             return build(class_count).to("meta")
     finally:
         torch.set_rng_state(state)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from finetune.base.files import BadFile, sha256_of_file
 from finetune.base.safe_load import load_plain
+from finetune.base.stand_ins import what_stands_in
 from finetune.errors import UsageError, one_line
 from finetune.models import hub, text_encoders, timm_models
 from finetune.models.state_dicts import StateDict, flattened, part_of
@@ -95,7 +96,7 @@ def _read_file(path: Path) -> StateDict:
         is_safetensors = path.suffix == ".safetensors"
         content: object = load_file(path) if is_safetensors else load_plain(path, of_others=True)
     except UNREADABLE as error:
-        raise BadFile(f"{path} cannot be read ({one_line(error)}); restore it") from None
+        raise BadFile(f"{path} {what_stands_in(path) or f'cannot be read ({one_line(error)}); restore it'}") from None
     if isinstance(content, Mapping) and {"schema_version", "frozen", "optimizer"} <= set(content):
         raise BadFile(f"{path} is a checkpoint of a run; give what `finetune export RUN` writes")
     found = flattened(content)
