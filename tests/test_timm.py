@@ -221,6 +221,17 @@ def test_images_are_prepared_as_timm_does_it():
     assert len(done) > 20 and refused <= {"border"}
 
 
+def test_they_are_listed_by_a_word(capsys):
+    assert main(["backbones", "timm:test_resnet"]) == 0
+    assert capsys.readouterr().out == "timm:test_resnet.r160_in1k  160 px\n"
+    assert main(["backbones", "timm", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(timm.list_pretrained())
+    assert (
+        main(["backbones", "timm:no such"]) == 2
+        and "without what follows timm: all are listed" in capsys.readouterr().err
+    )
+
+
 # The smallest of each of timm's files that stands for how its networks are built, and one with two heads.
 USUAL = ["test_convnext", "test_efficientnet", "test_mambaout", "test_coatnet", "deit_tiny_distilled_patch16_224"]
 

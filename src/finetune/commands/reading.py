@@ -180,20 +180,26 @@ def list_backbones(word: str, as_json: bool) -> int:
     """
     from finetune.listing.backbones import show, to_plain
     from finetune.models.catalogue import known_backbones
+    from finetune.models.timm_models import names_with
 
+    if word == "timm" or word.startswith("timm:"):
+        edges = names_with(word.removeprefix("timm").removeprefix(":"))
+        if not edges:
+            raise UsageError(f"finetune backbones {word}: none; without what follows timm: all are listed")
+        if as_json:
+            print(json_line([{"name": name, "size": edge} for name, edge in edges.items()]))
+        else:
+            print("\n".join(f"{name}  {edge} px" for name, edge in edges.items()))
+        return 0
     known = known_backbones(word)
     if not known:
-        raise UsageError(
-            f"finetune backbones {word}: none; without a word all are listed; timm:NAME and hf:OWNER/NAME take others"
-        )
+        raise UsageError(f"finetune backbones {word}: none; without a word all are listed, and with timm those of timm")
     if as_json:
         print(json_line([to_plain(one) for one in known]))
-    else:
-        show(known, make_console())
-        if not word:
-            print(
-                "and: timm:NAME, any of timm's (pip install timm); hf:OWNER/NAME or a folder, of transformers or timm"
-            )
+        return 0
+    show(known, make_console())
+    if not word:
+        print("further: timm:NAME (finetune backbones timm lists them), hf:OWNER/NAME, FOLDER of transformers or timm")
     return 0
 
 

@@ -28,6 +28,17 @@ NOT_TAKEN = {
 }  # fmt: skip
 
 
+def names_with(word: str) -> dict[str, int]:
+    """Of the models of timm that have weights and a word in their names, the edge in pixels that each was trained at.
+
+    Raises:
+        UsageError: timm is not installed.
+    """
+    timm = _timm("finetune backbones timm")
+    found = [name for name in timm.list_pretrained() if word in name]
+    return {PREFIX + name: timm.get_pretrained_cfg(name).input_size[-1] for name in found}
+
+
 def repository_of(name: str) -> str:
     """hf:OWNER/NAME, where the weights of timm:NAME lie.
 
