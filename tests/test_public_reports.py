@@ -17,6 +17,7 @@ from torchvision.models import resnet18
 from finetune import UsageError
 from finetune.base.files import BadFile
 from finetune.data.images import open_images
+from finetune.data.table import Columns
 from finetune.data.texts import open_texts
 from finetune.errors import FinetuneError
 from finetune.models.backbones import find_backbone
@@ -203,6 +204,17 @@ def test_edje_147_an_archive_that_unpacked_into_a_folder_of_its_own(tmp_path, in
     assert f"{place} holds ant, bee, cat: give --images {quoted}" in str(error.value)
 
 
+def test_a_link_that_leads_back_is_followed_no_further(tmp_path):
+    (tmp_path / "again").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match=r"holds no images"):
+        new_data(tmp_path)
+    picture(tmp_path / "cat" / "1.png")
+    (tmp_path / "again").unlink()
+    (tmp_path / "cat" / "again").symlink_to(tmp_path / "cat")
+    with pytest.raises(UsageError, match=r"1 class\(es\) found \(cat\), at least 2 are needed; put the images"):
+        new_data(tmp_path)
+
+
 def test_vision_707_images_without_folders(tmp_path):
     for number in range(3):
         picture(tmp_path / f"{number}.png")
@@ -250,8 +262,6 @@ def test_fastai_1008_beside_the_table_and_with_a_suffix(tmp_path):
 
 
 def test_keras_preprocessing_92_a_column_a_label_and_ids_without_a_suffix(tmp_path):
-    from finetune.data.table import Columns
-
     names = [f"Train_{number}" for number in range(6)]
     for name in names:
         picture(tmp_path / "images" / f"{name}.JPG")
@@ -259,6 +269,33 @@ def test_keras_preprocessing_92_a_column_a_label_and_ids_without_a_suffix(tmp_pa
     path = table(tmp_path / "train.csv", rows, ("image_id", "healthy", "rust"))
     source = open_images(str(path), columns=Columns(label="healthy,rust", separator=","))
     assert source.paths == [f"images/{name}.JPG" for name in names] and source.targets[0].tolist() == [0, 1]
+
+
+def test_a_data_set_of_the_hub_in_several_files_is_read_whole(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    from finetune.data.table import Found, sample_rows
+
+    for shard in range(3):
+        rows = TEXTS[shard * 6 : shard * 6 + 6]
+        columns = {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
+        hashed = "-0a1b2c3d4e5f6071" if shard == 1 else ""
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"train-{shard:05}-of-00003{hashed}.parquet")
+    first = tmp_path / "train-00000-of-00003.parquet"
+    source = open_texts(str(first), "classification")
+    assert source.texts == [text for text, _ in TEXTS[:18]] and source.names[-1] == "line 18"
+    assert any("all 3 files are read, train-00000-of-00003.parquet to train-00002" in note for note in source.notes)
+    # What is to be predicted is what was named.
+    rows = sample_rows(first, Columns(), ["text"], "--text-column", labelled=False, found=Found())
+    assert len(list(rows)) == 6
+    (tmp_path / "train-00002-of-00003.parquet").unlink()
+    with pytest.raises(
+        UsageError, match=r"is one of 3 files, and train-00002-of-00003\.parquet is not there; fetch it"
+    ):
+        open_texts(str(first), "classification")
+    with pytest.raises(UsageError, match=r"give --images .*train-00000-of-00003\.parquet"):
+        open_images(str(tmp_path))
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -25,18 +25,10 @@ LIKELY_TABLES = ("label", "metadata", "train", "annotation")
 SHOWN_EMPTY = 5
 # Folders of a data set that are no classes either, if all others are parts, too.
 CONTAINERS = (
-    "annotations",
-    "data",
-    "image",
-    "images",
-    "img",
-    "imgs",
-    "labels",
-    "masks",
-    "photos",
-    "pictures",
-    "unlabeled",
-)
+    "annotations", "data", "image", "images", "img", "imgs", "labels", "masks", "photos", "pictures", "unlabeled",
+)  # fmt: skip
+# A link may lead back to where we came from.
+DEEPEST = 8
 
 
 @dataclass(frozen=True)
@@ -120,10 +112,12 @@ def way_to_classes(folder: Path, kind: Kind, option: str) -> str:
             line = typed([option, str(place / likely)])
             return f"{likely} lies in {place}: if it names the {kind.noun}s and their labels, give {line}"
     inner = folder
-    while len(names) == 1 and not samples_in(inner, kind):
+    for _ in range(DEEPEST):
+        if len(names) != 1 or samples_in(inner, kind):
+            break
         inner = inner / names[0]
         names = sub_folders(inner, kind.is_left_aside)[0]
-    if len(names) > 1 and inner != folder:
+    if len(names) > 1:
         shown = ", ".join(names[:SHOWN_FOLDERS]) + (", ..." if len(names) > SHOWN_FOLDERS else "")
         return f"{inner} holds {shown}: give {typed([option, str(inner)])}"
     if loose := samples_in(folder, kind):

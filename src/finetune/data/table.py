@@ -15,7 +15,7 @@ from finetune.base.words import typed
 from finetune.data.groups import groups_of, with_groups
 from finetune.data.names import MISSING, notes_on_separators
 from finetune.data.source import PART_NAMES, FileSource, Reading, check_inside, make_file_source
-from finetune.data.table_files import read_rows
+from finetune.data.table_files import read_rows, shards_of
 from finetune.data.table_images import holds_bytes, unpacked
 from finetune.data.table_paths import found_below
 from finetune.errors import UsageError
@@ -156,7 +156,11 @@ def sample_rows(
         UsageError: a line cannot be read, or lacks a label; names it.
     """
     content_column, label_column, several = "", "", list[str]()
-    for number, row in read_rows(path, reading.quotes, reading.encoding, is_strict=reading.is_strict):
+    is_whole = labelled and not reading.is_strict
+    if found is not None and is_whole and len(shards := shards_of(path)) > 1:
+        found.chosen.append(f"all {len(shards):,} files are read, {shards[0].name} to {shards[-1].name}")
+    rows = read_rows(path, reading.quotes, reading.encoding, is_strict=reading.is_strict, is_whole=is_whole)
+    for number, row in rows:
         if not content_column:
             names = list(row)
             instead = _other_kind(path, names, option) if labelled and not columns.content else ""

@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import io
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from finetune.errors import UsageError, one_line
 # How files begin that are no text.
 GZIP, ZIP, PARQUET, OLD_EXCEL = b"\x1f\x8b", b"PK\x03\x04", b"PAR1", b"\xd0\xcf\x11\xe0"
 START_BYTES = 64
+# A file of several, as the hub names them: train-00000-of-00002.parquet, train-00000-of-00002-a1b2c3d4e5f60718.parquet.
+SHARD = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
 # What says by its first bytes that it is no UTF-8.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
@@ -38,7 +41,7 @@ GUESSED_BYTES = 1 << 18
 
 
 def read_rows(
-    path: Path, quotes: str = "auto", encoding: str = UTF_8, *, is_strict: bool = False
+    path: Path, quotes: str = "auto", encoding: str = UTF_8, *, is_strict: bool = False, is_whole: bool = False
 ) -> Iterator[tuple[int, dict[str, object]]]:
     """(line number, column name to value) of each row; of a file without lines the number of the row.
 
@@ -49,6 +52,7 @@ def read_rows(
         encoding: of a file that does not say it itself.
         is_strict: rows without any value are rows, and numbers of classes stay numbers where a parquet file of the hub
             has names for them, as before.
+        is_whole: of a data set in several parquet files, of which one is named, all are read.
 
     Raises:
         UsageError: the file or one of its lines cannot be read; names the line.
@@ -57,7 +61,7 @@ def read_rows(
         raise UsageError(f"{path}: no such file; give a {KNOWN} file with a line a sample")
     suffix = _kind_of(path)
     if suffix == ".parquet":
-        yield from _parquet_rows(path, not is_strict)
+        yield from _parquet_rows(path, shards_of(path) if is_whole else [path], not is_strict)
     elif suffix == ".xlsx":
         yield from _sheet_rows(path)
     else:
@@ -179,23 +183,49 @@ def _guessed(content: bytes) -> str:
 # ---- By kind ------------------------------------------------------------------------------------------------------
 
 
-def _parquet_rows(path: Path, names_classes: bool) -> Iterator[tuple[int, dict[str, object]]]:
+def _parquet_rows(path: Path, paths: Sequence[Path], names_classes: bool) -> Iterator[tuple[int, dict[str, object]]]:
     if importlib.util.find_spec("pyarrow") is None:
         raise UsageError(f"{path}: parquet files need pyarrow; install with: pip install pyarrow, or give a csv")
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number, names = 0, _names_of_classes(file.schema_arrow.metadata or {}) if names_classes else {}
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                for column, classes in names.items():
-                    row[column] = _name_of(row.get(column), classes)
-                yield number, row
+        for file in map(pyarrow.parquet.ParquetFile, paths):
+            names = _names_of_classes(file.schema_arrow.metadata or {}) if names_classes else {}
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    for column, classes in names.items():
+                        row[column] = _name_of(row.get(column), classes)
+                    yield number, row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({one_line(error)}); save it anew") from None
+
+
+def shards_of(path: Path) -> list[Path]:
+    """The files of which a data set of the hub is made, where one of them is named; of another file itself.
+
+    Raises:
+        UsageError: one of them is not there.
+    """
+    found = SHARD.fullmatch(path.name)
+    if found is None or not path.is_file():
+        return [path]
+    beside = {one.name: one for one in path.parent.iterdir()}
+    shards = []
+    for number in range(int(found["count"])):
+        # Some end in a hash, each in its own.
+        start = f"{found['name']}-{number:05}-of-{found['count']}"
+        named = [name for name in beside if SHARD.fullmatch(name) and name.startswith(start)]
+        if len(named) != 1:
+            what = "is there more than once; remove one" if named else "is not there; fetch it"
+            raise UsageError(
+                f"{path}: is one of {int(found['count']):,} files, and {start}.parquet {what}, or rename this one to "
+                "read it alone"
+            )
+        shards.append(beside[named[0]])
+    return shards
 
 
 def _names_of_classes(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
