@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
 
-from finetune.errors import one_line
+from finetune.errors import is_out_of_memory, one_line
 from finetune.models.freeze import in_eval
 from finetune.models.heads import Standardised
 
@@ -225,6 +225,8 @@ def _split_traced(model: nn.Module, images: Tensor) -> tuple[Split, Tensor]:
         with redirect_stderr(io.StringIO()):  # where torch.fx shows the lines that it wrote
             values = take(images)
     except Exception as error:  # of a forward that was not made to be traced
+        if is_out_of_memory(error):
+            raise
         raise CannotSplit(f"its forward cannot be traced ({one_line(error, 120)})") from None
     for place, value in zip(places, values, strict=True):
         if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != len(images):
