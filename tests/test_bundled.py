@@ -133,14 +133,14 @@ def test_the_backbones_for_images_together_are_under_nine_megabytes():
     assert sum(path.stat().st_size for path in FILES if path.suffix == ".safetensors") < 9_000_000
 
 
-@pytest.mark.parametrize("name", ["vgg_head", "resnet_head"])
+@pytest.mark.parametrize("name", ["vgg_head", pytest.param("resnet_head", marks=pytest.mark.slow)])
 def test_a_linear_head_on_the_pretrained_backbone_reads_the_digits(name, tmp_path):
     recipe = load_recipe_function(shipped_recipes()[name])()
     run, _ = start_in(tmp_path / "run", name, recipe, Numerics(), Machine("cpu"), Settings(), DyingTerminal())
     assert read(run)["metrics"]["last_validation"]["val/accuracy"] >= 0.98
 
 
-@pytest.mark.parametrize("name", ["vgg_head", "resnet_head"])
+@pytest.mark.parametrize("name", ["vgg_head", pytest.param("resnet_head", marks=pytest.mark.slow)])
 def test_with_fifty_labels_the_pretrained_backbone_reads_the_digits_better_than_a_random_one(name, tmp_path):
     function = load_recipe_function(shipped_recipes()[name])
     accuracy = {}

@@ -142,7 +142,10 @@ def test_minutes_decide_when_to_save_too(tmp_path):
     assert [step for step, _ in checkpoint.step_files(run.checkpoints)] == [1, 2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("kind", ["link", "copy", "reference", "random"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("link", marks=pytest.mark.slow), "copy", "reference", pytest.param("random", marks=pytest.mark.slow)],
+)
 def test_the_frozen_weights_are_kept_so_that_a_resume_finds_them(tmp_path, monkeypatch, kind):
     """A hard link where the file system can, else by name and hash; a copy when asked, and of what no file holds."""
     recipe = small_recipe(model=Model("bundled/vgg", weights="none" if kind == "random" else "default"))

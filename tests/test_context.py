@@ -251,7 +251,9 @@ class Raising(Heard):
         setattr(self, method, raises)
 
 
-@pytest.mark.parametrize("method", ["begin", "validated", "flush", "draw", "end"])
+@pytest.mark.parametrize(
+    "method", ["validated", "end", *(pytest.param(one, marks=pytest.mark.slow) for one in ("begin", "flush", "draw"))]
+)
 def test_whatever_a_tracker_raises_where_the_run_can_be_gone_on_with_and_nobody_is_told_two_ends(tmp_path, method):
     raising, beside = Raising(method), Heard()
     options = QUIET | {"report": True}

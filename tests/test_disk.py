@@ -181,8 +181,17 @@ class FailingDisk:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names the file of a descriptor as Linux does")
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES], ids=errno.errorcode.get)
-@pytest.mark.parametrize("call", ["open", "fsync", "replace", "link"])
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [
+        pytest.param(
+            call, number, id=f"{call}-{errno.errorcode[number]}",
+            marks=() if number == errno.ENOSPC or (call, number) == ("fsync", errno.EIO) else pytest.mark.slow,
+        )
+        for call in ("open", "fsync", "replace", "link")
+        for number in (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES)
+    ],
+)  # fmt: skip
 def test_whatever_fails_while_a_checkpoint_is_written_the_one_before_is_good(
     tmp_path, unbroken, monkeypatch, call, number
 ):

@@ -71,11 +71,18 @@ def hostile_bytes(gadget: Gadget, kind: str) -> bytes:
     return stream.getvalue()
 
 
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory) -> Path:
+    """A folder with an export of a good run. Do not change it."""
+    folder = tmp_path_factory.mktemp("exported")
+    assert main(["export", str(trained.path), "--output", str(folder / "model.pt")]) == 0
+    return folder
+
+
 @pytest.fixture
-def export(trained, tmp_path) -> Path:
+def export(exported, tmp_path) -> Path:
     """An export of a good run, in a folder of its own."""
-    assert main(["export", str(trained.path), "--output", str(tmp_path / "export" / "model.pt")]) == 0
-    return tmp_path / "export" / "model.pt"
+    return Path(shutil.copytree(exported, tmp_path / "export")) / "model.pt"
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle"])

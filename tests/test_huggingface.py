@@ -78,7 +78,12 @@ def recipe_for(folder, **changes):
     return small_recipe(model=Model(str(folder), **changes.pop("model", {})), data=data, epochs=1, **changes)
 
 
-@pytest.mark.parametrize("family", list(configs()))
+USUAL = ("vit", "convnext", "dinov2")  # the others are slow tests
+
+
+@pytest.mark.parametrize(
+    "family", [one if one in USUAL else pytest.param(one, marks=pytest.mark.slow) for one in configs()]
+)
 def test_a_family_trains_resumes_without_its_folder_and_its_export_loads_into_transformers(tmp_path, folders, family):
     folder = shutil.copytree(folders[family], tmp_path / "model")
     recipe = recipe_for(folder)

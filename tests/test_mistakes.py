@@ -57,8 +57,22 @@ def weights(name: str, content) -> str:
     return name
 
 
+# Of the usual run here, and of what is exported of it: a folder each, that is copied.
+MADE: dict[str, Path] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def made(tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("made")
+    train_run(folder / "run", small_recipe(epochs=1, augment="none"), save_every_steps=0)
+    assert main(["export", str(folder / "run"), "--output", str(folder / "export" / "model.pt")]) == 0
+    MADE.update(run=folder / "run", export=folder / "export")
+
+
 def finished_run(recipe=None) -> RunFolder:
-    return train_run(Path("run"), recipe or small_recipe(epochs=1, augment="none"), save_every_steps=0)
+    if recipe is not None:
+        return train_run(Path("run"), recipe, save_every_steps=0)
+    return RunFolder(Path(shutil.copytree(MADE["run"], "run")))
 
 
 def of_newer_schema() -> list[str]:
@@ -79,7 +93,7 @@ def edited(change: Callable[[dict], object]) -> list[str]:
 
 def exported(change: Callable[[Path], object]) -> list[str]:
     finished_run()
-    assert main(["export", "run"]) == 0
+    shutil.copytree(MADE["export"], "run", dirs_exist_ok=True)
     change(Path("run/model.pt"))
     return ["predict", "run/model.pt", pictures("photos", cat=1) + "/cat/0.png"]
 

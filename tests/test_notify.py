@@ -184,6 +184,7 @@ def test_a_run_killed_by_sigkill_is_told_with_the_command_to_go_on(tmp_path, mom
 # ---- What cannot be sent ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_is_said_once_without_its_secrets_and_holds_nothing_up(tmp_path, capfd, monkeypatch):
     """One refuses, one hangs, one closes at once, one answers 500; the fifth is well."""
     with (

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import transformers
 from elsewhere import make_environment, run_programs
 from encoders import ANIMALS, FILLERS, TOOLS, make_encoder, sentences, write_csv
 from PIL import Image
 from safetensors.torch import load_file
+from timm.models import save_for_hf
 
 import finetune
 from finetune import ImageTraining, TextTable, image_head, text_head
@@ -42,6 +44,12 @@ def vit_folder(folder: Path) -> str:
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
     )
     transformers.ViTForImageClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+def timm_folder(folder: Path) -> str:
+    torch.manual_seed(0)
+    save_for_hf(timm.create_model("test_vit", num_classes=7).eval(), folder, safe_serialization=True)
     return str(folder)
 
 
@@ -77,6 +85,7 @@ def recipes(place: Path) -> dict[str, finetune.Recipe]:
         "resnet": image_head(backbone="bundled/resnet", **digits, training=FEW),
         "mobilenet": image_head(backbone="bundled/mobilenet", image_size=64, **digits, training=FEW),
         "vit": image_head(backbone=vit_folder(place / "vit"), **digits, training=FEW),
+        "timm": image_head(backbone=timm_folder(place / "timm"), **digits, training=FEW),
         "mlp": image_head(backbone="bundled/vgg", head="mlp", **digits, training=FEW),
         "append": image_head(backbone="bundled/vgg", head="append", **digits, training=FEW),
         "unit rows": image_head(
@@ -98,11 +107,12 @@ def recipes(place: Path) -> dict[str, finetune.Recipe]:
 
 # Of each run what is written: files by their ends, folders for transformers. The others take long, or are alike.
 USUAL = {
-    "vgg": [".pt"], "resnet": [".pt"], "mobilenet": [".pt"], "vit": [".pt"], "bert stock": [".pt"],
-    "bert mean": [".pt", "hf"], "multi-label": [".pt"], "regression": [".pt"],
+    "vgg": [".pt"], "resnet": [".pt"], "mobilenet": [".pt"], "vit": [".pt"], "timm": [".pt"],
+    "bert stock": [".pt"], "bert mean": [".pt", "hf"], "multi-label": [".pt"], "regression": [".pt"],
 }  # fmt: skip
 MORE = {
-    "vgg": [".pt", ".onnx", ".pt2"], "mobilenet": [".pt", ".onnx"], "mlp": [".pt"], "append": [".pt"], "unit rows": [".pt"],
+    "vgg": [".pt", ".onnx", ".pt2"], "mobilenet": [".pt", ".onnx"], "timm": [".pt", ".onnx", ".pt2"], "mlp": [".pt"],
+    "append": [".pt"], "unit rows": [".pt"],
     "bert stock": [".pt", "hf"], "bert mean": [".pt", ".onnx", ".pt2"], "bert cls, mlp": [".pt"],
     "multi-label": [".pt", ".onnx", "hf"], "regression": [".pt", ".onnx", "hf"],
 }  # fmt: skip
@@ -224,7 +234,13 @@ def save_wide(folder: Path, shape: tuple[int, ...], suffix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "suffix"), [((160, 90), ".png"), ((40, 64, 3), ".tif"), ((160, 90, 4), ".png"), ((40, 64, 2), ".png")]
+    ("shape", "suffix"),
+    [
+        ((160, 90), ".png"),
+        ((40, 64, 3), ".tif"),
+        pytest.param((160, 90, 4), ".png", marks=pytest.mark.slow),
+        pytest.param((40, 64, 2), ".png", marks=pytest.mark.slow),
+    ],
 )
 def test_pictures_of_16_bits_are_read_by_the_program_as_by_the_kit(shape, suffix, tmp_path):
     save_wide(tmp_path / "wide", shape, suffix)

@@ -123,7 +123,7 @@ def test_new_writes_every_value_out_and_describes_the_very_same_training(name, t
     commented = len(re.findall(r" {12}#.*\n {12}\w+=", text))
     assert len(values) > 25 and commented == len(values)
     for command in (
-        ["ruff", "check", "--isolated"],
+        ["ruff", "check", "--isolated", "--line-length", "120"],
         ["ruff", "format", "--isolated", "--line-length", "120", "--check"],
     ):
         if shutil.which(command[0]):

@@ -47,7 +47,7 @@ DEATHS = [2, 3, 5, 6, 9, 13]
         pytest.param("bundled/vgg", 0, 1, "fp32", "linear", marks=pytest.mark.slow),
         ("bundled/vgg", 2, 4, "fp32", "mlp"),
         pytest.param("bundled/vgg", 0, 4, "bf16", "append", marks=pytest.mark.slow),
-        ("bundled/resnet", 2, 1, "bf16", "linear"),
+        pytest.param("bundled/resnet", 2, 1, "bf16", "linear", marks=pytest.mark.slow),
         pytest.param("bundled/resnet", 0, 4, "fp32", "mlp", marks=pytest.mark.slow),
     ],
 )
@@ -76,7 +76,7 @@ WORSENING = {"optimizer": Optimizer(lr=0.3), "validate_every_steps": 2}
 @pytest.mark.parametrize(
     "changes",
     [
-        {"trainable": Trainable(rules=(("*", "trainable", 0),), batchnorm=True)},
+        pytest.param({"trainable": Trainable(rules=(("*", "trainable", 0),), batchnorm=True)}, marks=pytest.mark.slow),
         {"trainable": Trainable(rules=(("head", "trainable", 0), ("layer3", "trainable", 1), ("*", "frozen", 0)))},
         pytest.param(
             {"optimizer": Optimizer(name="sgd", lr=0.1), "schedule": Schedule(name="step", step_epochs=1)},
@@ -126,7 +126,7 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
     torch.testing.assert_close(one, four, rtol=0, atol=3e-5)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM"])
 def test_a_polite_signal_finishes_the_step_saves_and_the_rest_is_exact(tmp_path, name):
     recipe = small_recipe()
 
@@ -381,7 +381,7 @@ def test_init_from_starts_a_new_run_from_anothers_weights(tmp_path):
     assert torch.equal(read(again)["model"]["classifier.1.weight"], new["classifier.1.weight"])
 
 
-@pytest.mark.parametrize("when", ["before the validation", "in the validation"])
+@pytest.mark.parametrize("when", ["before the validation", pytest.param("in the validation", marks=pytest.mark.slow)])
 def test_a_stop_does_not_wait_for_a_validation_and_the_resume_makes_up_for_it(tmp_path, monkeypatch, when):
     recipe = small_recipe()
     unbroken = train_run(tmp_path / "unbroken", recipe, save_every_steps=0)

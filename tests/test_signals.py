@@ -93,6 +93,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_last_checkpoint_is_good(tmp_path
     assert read(run)["step"] == last_step(run) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="nohup is of POSIX")
 def test_a_signal_that_is_ignored_on_purpose_stays_ignored(tmp_path):
     run = RunFolder(tmp_path / "run")

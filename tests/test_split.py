@@ -13,7 +13,7 @@ from finetune.models.network import build_network
 from finetune.models.split import CannotSplit, split
 
 # One of each family; the other models of torchvision are slow.
-TAKES_SECONDS = ("maxvit_t", "swin_v2_t", "vgg11", "resnext50_32x4d")
+TAKES_SECONDS = ("inception_v3", "maxvit_t", "swin_v2_t", "swin_t", "vgg11", "resnext50_32x4d")
 FAMILIES = [
     "alexnet", "bundled/resnet", "bundled/vgg", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet",
     "inception_v3", "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18",

@@ -75,6 +75,10 @@ def lacking_modules(folder) -> set[str]:
     return {name.rpartition(".")[0] for name in found["missing_keys"]}
 
 
+# A family of each way to a head; the others are slow where a run of each is trained.
+USUAL = ("minilm", "distilbert", "roberta", "deberta-v2", "albert")
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_what_trains_is_exactly_what_the_pretrained_file_lacks(folders, texts, family):
     recipe = text_recipe(texts, folders[family], pooling="stock")
@@ -83,7 +87,9 @@ def test_what_trains_is_exactly_what_the_pretrained_file_lacks(folders, texts, f
     assert {name.rpartition(".")[0] for name in names} == LACKING[family] == lacking_modules(folders[family])
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(
+    "family", [one if one in USUAL else pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES]
+)
 def test_a_family_trains_resumes_without_its_folder_and_its_export_loads_into_transformers(
     tmp_path, folders, texts, family
 ):

@@ -86,7 +86,7 @@ def said_by_start(path, recipe, **numerics):
     ("changes", "options"),
     [
         pytest.param({"pooling": "mean"}, {}, marks=pytest.mark.slow),
-        ({"pooling": "stock", "head": "mlp"}, {}),
+        pytest.param({"pooling": "stock", "head": "mlp"}, {}, marks=pytest.mark.slow),
         pytest.param({"pooling": "mean"}, {"cache": False}, marks=pytest.mark.slow),
         ({"pooling": "cls"}, {"cache": False, "precision": "bf16"}),
         ({"pooling": "mean", "trainable": THAW}, {}),

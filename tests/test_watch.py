@@ -82,7 +82,14 @@ def unwatched(tmp_path_factory) -> RunFolder:
     return train_run(tmp_path_factory.mktemp("unwatched") / "run", small_recipe(), save_every_steps=5)
 
 
-@pytest.mark.parametrize("moment", ["begin", "logged", "validated", "histograms", "draw", "flush", "end"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "begin",
+        "validated",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("logged", "histograms", "draw", "flush", "end")),
+    ],
+)
 def test_a_watcher_that_fails_is_said_once_and_dropped_and_the_run_is_the_same(
     tmp_path, monkeypatch, unwatched, moment
 ):

@@ -54,6 +54,11 @@ class Backbone:
     def reads_texts(self) -> bool:
         return isinstance(self.preprocessing, Tokenization)
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """That the network is built by, besides those that every run names."""
+        return (timm_models.NAME,) if timm_models.NAME in self.options else ()
+
     def to_plain(self) -> dict[str, object]:
         """What `backbone_from_plain` makes it from again."""
         return {"name": self.name, "options": self.options, "preprocessing": self.preprocessing.to_plain()}

@@ -221,7 +221,7 @@ def resumed_setup(
     data = opened_as_before(run, recipe, place, backbone, state.data)
     network = saved_network(run, recipe, state)
     # Last: which libraries the network needs is known once it is built.
-    for line in environment_differences(state.versions, device):
+    for line in environment_differences(state.versions, device, backbone.libraries):
         context.say(f"not bit for bit from here on: {line}")
     give_deterministic_pools(network.module, device)
     if late := said_too_late(device):

@@ -8,9 +8,10 @@ import dataclasses
 import platform
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -326,8 +327,12 @@ def seed_generators(seed: int) -> None:
 # ---- What the last bits depend on -----------------------------------------------------------------------------------
 
 
-def numeric_environment(device: torch.device) -> dict[str, object]:
-    """What bit-for-bit equality depends on beyond the recipe: versions, device, threads."""
+def numeric_environment(device: torch.device, libraries: Sequence[str] = ()) -> dict[str, object]:
+    """What bit-for-bit equality depends on beyond the recipe: versions, device, threads.
+
+    Args:
+        libraries: that the network is built by besides.
+    """
     import PIL
     import torchvision  # takes half a second; whoever only looks into a checkpoint does without
 
@@ -337,7 +342,7 @@ def numeric_environment(device: torch.device) -> dict[str, object]:
         # Only where it builds the network: a VGG does not care.
         "transformers": str(sys.modules["transformers"].__version__) if "transformers" in sys.modules else "",
         "tokenizers": str(sys.modules["tokenizers"].__version__) if "tokenizers" in sys.modules else "",
-        **({"timm": str(sys.modules["timm"].__version__)} if "timm" in sys.modules else {}),
+        **{name: version(name) for name in libraries},
         "numpy": str(np.__version__),
         "pillow": str(PIL.__version__),
         "python": platform.python_version(),
@@ -350,8 +355,8 @@ def numeric_environment(device: torch.device) -> dict[str, object]:
     }
 
 
-def environment_differences(saved: dict[str, object], device: torch.device) -> list[str]:
+def environment_differences(saved: dict[str, object], device: torch.device, libraries: Sequence[str] = ()) -> list[str]:
     """In words, what is not as it was when the checkpoint was written and can move the last bits."""
-    now = numeric_environment(device)
+    now = numeric_environment(device, libraries)
     names = [name for name in now if name != "device_count"]
     return [f"{name} was {saved.get(name)}, is {now[name]}" for name in names if saved.get(name) != now[name]]

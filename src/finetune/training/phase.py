@@ -293,7 +293,7 @@ def _pass_of(setup: Setup, found: Split, frozen_sha256: str) -> Pass:
         "places": list(found.places),
         "shapes": [list(shape) for shape in found.shapes],
         "numerics": {"precision": precision, "deterministic": setup.numerics.deterministic} | setup.tf32_named(),
-        "environment": numeric_environment(device),
+        "environment": numeric_environment(device, setup.backbone.libraries),
         "data": setup.data.source.fingerprint,
         "augment": {"augment": spec.augment, "seed": setup.recipe.seed} if spec.views else "",
     }

@@ -77,7 +77,7 @@ def capture_state(
         metrics_file=mark,
         keep=keep,
         trackers={},
-        versions=numeric_environment(setup.device),
+        versions=numeric_environment(setup.device, setup.backbone.libraries),
     )
 
 
