@@ -150,7 +150,9 @@ def test_cached_and_uncached_runs_see_the_same_samples_in_the_same_order(tmp_pat
     assert fetched[first_look:] == asked
 
 
-@pytest.mark.parametrize("make", [plain_recipe, views_recipe, pytest.param(thawing_recipe, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "make", [plain_recipe, *(pytest.param(one, marks=pytest.mark.slow) for one in (views_recipe, thawing_recipe))]
+)
 def test_cached_and_uncached_runs_agree_within_1e_4_on_the_logits(tmp_path, make):
     recipe = make(dropout=0.0, seed=2)
     runs = [train_run(tmp_path / str(cache), recipe, cache=cache) for cache in (True, False)]

@@ -130,7 +130,7 @@ def test_a_teacher_that_does_not_fit_is_halved_and_that_is_remembered(tmp_path, 
     assert max(sizes) == 16 and read(run)["data"]["taught_halvings"] == 2
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kept", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_first_look_that_does_not_fit_begins_anew_with_fewer_at_once(tmp_path, monkeypatch, kept):
     real, sizes = data_check.standardise, []
 

@@ -81,6 +81,7 @@ def few(tmp_path_factory):
     return write_csv(tmp_path_factory.mktemp("few") / "few.csv", rows)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_bit_for_bit_and_its_frozen_tensors_are_those_of_the_file(
     tmp_path, minilm_folder, few
 ):

@@ -311,6 +311,7 @@ def test_without_that_file_it_says_so_and_a_damaged_one_is_refused(place, tmp_pa
         finetune.load(tmp_path / "model.pt").predict(place / "digits" / "0.png")
 
 
+@pytest.mark.slow
 def test_the_features_of_the_best_epoch_are_kept_where_the_backbone_trains(tmp_path):
     recipe = small_recipe(augment="none", epochs=2, trainable=finetune.Trainable((("*", "trainable", 0),)))
     run = train_run(tmp_path / "run", recipe, save_every_steps=0)

@@ -109,6 +109,7 @@ def steps(names: set[str]) -> list[int]:
     return sorted(int(name[-9:-3]) for name in names if name.startswith("checkpoints/step-"))
 
 
+@pytest.mark.slow
 def test_a_run_on_s3_killed_here_goes_on_exactly_on_another_machine(tmp_path, server):
     here, there = tmp_path / "here", tmp_path / "there"
     process = finetune(*WORDS, "--run", "s3://bucket/run", env=machine(server, here))

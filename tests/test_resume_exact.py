@@ -210,6 +210,7 @@ def lrs(run: RunFolder) -> list[float]:
     return [line["lr"] for line in metrics_lines(run) if "lr" in line]
 
 
+@pytest.mark.slow
 def test_three_extensions_with_a_thaw_killed_and_rewound_are_exact_each_at_its_rate(tmp_path):
     rules = (("head", "trainable", 0), ("features.6", "trainable", 3), ("*", "frozen", 0))
     # Four steps an epoch.

@@ -126,8 +126,14 @@ def test_a_family_trains_resumes_without_its_folder_and_its_export_loads_into_tr
     assert_equal_runs(run, train_run(tmp_path / "unbroken", recipe))
 
 
-@pytest.mark.parametrize("pooling", ["stock", "mean", "cls"])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "pooling"),
+    [
+        pytest.param(family, pooling, marks=() if family in USUAL or pooling == "stock" else pytest.mark.slow)
+        for family in FAMILIES
+        for pooling in ("stock", "mean", "cls")
+    ],
+)
 def test_the_encoder_runs_once_and_padding_does_not_show_in_its_features(folders, texts, family, pooling):
     recipe = text_recipe(texts, folders[family], pooling=pooling)
     network, backbone, data = network_of(recipe)

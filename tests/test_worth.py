@@ -97,7 +97,10 @@ def test_the_bootstrap_of_an_f1_is_that_of_samples_drawn_one_by_one():
     assert bootstrap.of_macro_f1_of_several(one_hot[predicted], one_hot[true]) == pytest.approx(expected, abs=0.02)
 
 
-@pytest.mark.parametrize(("classes", "samples", "right"), [(2, 20, 0.95), (10, 60, 0.98), (2, 60, 0.8)])
+@pytest.mark.parametrize(
+    ("classes", "samples", "right"),
+    [(2, 20, 0.95), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((10, 60, 0.98), (2, 60, 0.8)))],
+)
 def test_an_interval_of_an_f1_holds_the_true_value_about_as_often_as_it_says(classes, samples, right):
     """300 times of samples whose true macro F1 is known; plain percentiles hold it in 61 % of the first."""
     random = np.random.default_rng(3)

@@ -97,8 +97,8 @@ def test_power_may_go_at_every_moment_of_a_run(tmp_path, monkeypatch, capsys):
 
 def test_power_may_go_at_many_moments_of_a_run(tmp_path, monkeypatch):
     run, operations = recorded_run(tmp_path, monkeypatch)
-    looked = replay(run, operations, tmp_path, every=29)
-    assert min(looked.values()) > 30
+    looked = replay(run, operations, tmp_path, every=61)
+    assert min(looked.values()) > 15
 
 
 @pytest.mark.torture
