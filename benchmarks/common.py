@@ -259,6 +259,8 @@ def train_alone(
     class Nothing:
         """In the place of what is not used: the backbone's description, the loaders of images."""
 
+        libraries = ()
+
         def __init__(self):
             self.contents = contents
 
