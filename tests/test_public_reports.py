@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import json
 import shutil
 import zipfile
 from pathlib import Path
@@ -17,6 +18,8 @@ from torchvision.models import resnet18
 from finetune import UsageError
 from finetune.base.files import BadFile
 from finetune.data.images import open_images
+from finetune.data.open import check_data_effects, open_source
+from finetune.data.source import Reading
 from finetune.data.table import Columns
 from finetune.data.texts import open_texts
 from finetune.errors import FinetuneError
@@ -24,6 +27,7 @@ from finetune.models.backbones import find_backbone
 from finetune.models.network import build_network
 from finetune.models.weight_files import read_weights
 from finetune.models.weights import choose_weights
+from finetune.recipe.heads import image_head, text_head
 
 CLASSES = ("ant", "bee", "cat")
 TEXTS = [(f"a text that has number {number}", "good" if number % 2 else "bad") for number in range(20)]
@@ -137,8 +141,6 @@ def test_vision_4925_all_empty_folders_of_classes_are_named_at_once(tmp_path):
 
 def new_data(place: Path, option: str = "--images"):
     """As a run begins: the data opened, and held to be what it should."""
-    from finetune.data.open import check_data_effects, open_source
-    from finetune.recipe.heads import image_head, text_head
 
     recipe = (
         image_head(images=str(place), backbone="bundled/vgg")
@@ -163,9 +165,7 @@ def test_datasets_4311_images_with_a_metadata_file_in_each_part(tmp_path):
         )
     with pytest.raises(UsageError) as error:
         new_data(tmp_path)
-    assert "its folders test/, train/ are called like parts of a data set, and hold no folder of a class" in str(
-        error.value
-    )
+    assert "its folders test/, train/ are called like parts of a data set, not like classes" in str(error.value)
     given = str(tmp_path / "train" / "metadata.csv")
     assert f"give --images {given}" in str(error.value)
     assert new_data(Path(given)).classes == list(CLASSES)
@@ -215,9 +215,35 @@ def test_a_link_that_leads_back_is_followed_no_further(tmp_path):
         new_data(tmp_path)
 
 
+def test_advice_leads_to_other_folders_than_the_one_that_was_named(tmp_path):
+    for part in ("train", "test"):
+        picture(tmp_path / "flat" / part / "1.png")
+    with pytest.raises(UsageError, match=r"not like classes; put the images of each class into a folder of its own"):
+        new_data(tmp_path / "flat")
+    pictures(tmp_path / "both" / "images")
+    pictures(tmp_path / "both" / "masks")
+    with pytest.raises(UsageError, match=r"both/images holds folders of classes: give --images \S+both/images;"):
+        new_data(tmp_path / "both")
+
+
+@pytest.mark.parametrize("name", ["xl/workbook.xml", "[Content_Types].xml", "a.txt"])
+def test_a_damaged_workbook_is_one_line(tmp_path, name):
+    path = tmp_path / "book.xlsx"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, "x")
+    content = bytearray(path.read_bytes())
+    place = content.rindex(b"PK\x01\x02")
+    content[place + 6 : place + 8] = (99).to_bytes(2, "little")  # the version that is needed to read it
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"cannot be read|is a zip archive by its content"):
+        open_images(str(path))
+
+
 def test_vision_707_images_without_folders(tmp_path):
     for number in range(3):
         picture(tmp_path / f"{number}.png")
+    with pytest.raises(UsageError, match=r"holds no images with a class; 3 image\(s\) lie in it themselves"):
+        open_images(str(tmp_path), classes=["ant", "bee"])
     with pytest.raises(
         UsageError, match=r"0 class\(es\) found, at least 2 are needed; 3 image\(s\) lie in it themselves"
     ):
@@ -252,6 +278,35 @@ def test_fastai_1008_numbers_that_lost_their_zeros_name_files_that_have_them(tmp
     assert any("12 image(s) found below" in note and "0 as images/00000.JPG" in note for note in source.notes)
 
 
+def test_a_name_that_is_there_as_it_is_wins_and_of_several_with_zeros_none_is_taken(tmp_path):
+    from finetune.data.table_paths import found_below
+
+    for name in ("1.png", "2.jpg", "01.png", "02.png", "007.png", "0007.png", "009.png"):
+        picture(tmp_path / name)
+    assert found_below(tmp_path, ["1", "2"])[0] == ["1.png", "2.jpg"]
+    assert found_below(tmp_path, ["7", "9"])[0] == ["7", "009.png"]
+    assert found_below(tmp_path, ["7.png"])[0] == ["7.png"]
+
+
+@pytest.mark.parametrize(("value", "said"), [(1.5, "holds 1.5"), (True, "holds True"), (None, "is empty")])
+def test_what_names_no_image_is_shown(tmp_path, value, said):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": value, "label": "a"}) + "\n")
+    with pytest.raises(UsageError, match=rf"line 1: column 'image' {said}; name an image"):
+        open_images(str(tmp_path / "a.jsonl"))
+
+
+def test_numbers_of_a_frame_are_files_of_the_current_folder(tmp_path, monkeypatch):
+    import pandas
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    for number in (1, 2):
+        picture(tmp_path / f"0000{number}.png")
+    frame = pandas.DataFrame({"image_id": [1, 2], "label": ["ant", "bee"]})
+    source = open_source(image_head(images=frame, backbone="bundled/vgg").data, "classification")
+    assert [Path(path).name for path in source.paths] == ["00001.png", "00002.png"]
+
+
 def test_fastai_1008_beside_the_table_and_with_a_suffix(tmp_path):
     """The first fifty are found by their zeros, the last one needs none."""
     rows = [(f"{number}.png", CLASSES[number % 3]) for number in (*range(60), 12345)]
@@ -283,7 +338,7 @@ def test_a_data_set_of_the_hub_in_several_files_is_read_whole(tmp_path):
         hashed = "-0a1b2c3d4e5f6071" if shard == 1 else ""
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"train-{shard:05}-of-00003{hashed}.parquet")
     first = tmp_path / "train-00000-of-00003.parquet"
-    source = open_texts(str(first), "classification")
+    source = open_texts(str(first), "classification", reading=Reading(is_whole=True))
     assert source.texts == [text for text, _ in TEXTS[:18]] and source.names[-1] == "line 18"
     assert any("all 3 files are read, train-00000-of-00003.parquet to train-00002" in note for note in source.notes)
     # What is to be predicted is what was named.
@@ -293,7 +348,14 @@ def test_a_data_set_of_the_hub_in_several_files_is_read_whole(tmp_path):
     with pytest.raises(
         UsageError, match=r"is one of 3 files, and train-00002-of-00003\.parquet is not there; fetch it"
     ):
-        open_texts(str(first), "classification")
+        open_texts(str(first), "classification", reading=Reading(is_whole=True))
+    # A run begun before, which read the one, goes on with it.
+    assert len(open_texts(str(first), "classification").texts) == 6
+    assert text_head(texts=str(first), backbone="bundled/bert").data.tables == "whole"
+    shutil.copy(first, tmp_path / "train-00002-of-00003.parquet")
+    (tmp_path / "train-00001-of-00003-0a1b2c3d4e5f6071.parquet").write_text(POINTER)
+    with pytest.raises(UsageError, match=r"train-00001-of-00003-0a1b2c3d4e5f6071\.parquet: is a pointer of Git LFS"):
+        open_texts(str(first), "classification", reading=Reading(is_whole=True))
     with pytest.raises(UsageError, match=r"give --images .*train-00000-of-00003\.parquet"):
         open_images(str(tmp_path))
 
@@ -316,8 +378,8 @@ def test_tables_that_are_something_else_say_what(tmp_path):
     }
     said[r"is a pointer of Git LFS, not the file itself; fetch that: git lfs pull"] = POINTER.encode()
     said[r"is a web page, not the file itself; download it anew"] = PAGE.encode()
-    said[r"is in Excel's format of before 2007; save it as \.xlsx, or as csv"] = b"\xd0\xcf\x11\xe0\xa1\xb1" + bytes(
-        600
+    said[r"is in Excel's format of before 2007, or locked by a password; save it as csv"] = (
+        b"\xd0\xcf\x11\xe0\xa1\xb1" + bytes(600)
     )
     for match, content in said.items():
         path.write_bytes(content)
@@ -342,11 +404,13 @@ def test_ludwig_113_a_table_that_was_cut_off_within_a_letter_is_not_in_another_e
     path.write_bytes(whole.decode().encode("windows-1252"))
     with pytest.raises(UsageError, match=r"looks like windows-1252"):
         open_texts(str(path), "classification")
+    # In a file without any other letter of more than one byte the last one tells nothing.
+    path.write_bytes(b"text,label\nabc,a\nun joli caf\xe9")
+    with pytest.raises(UsageError, match=r"looks like windows-1252"):
+        open_texts(str(path), "classification")
 
 
 def test_cellxgene_1115_a_country_that_is_spelled_like_a_missing_value_is_asked_about(tmp_path):
-    from finetune.data.source import Reading
-
     path = table(tmp_path / "countries.csv", [(text, "NA" if label == "good" else "DE") for text, label in TEXTS])
     with pytest.raises(UsageError, match=r"holds 'NA', which is how a missing value is written; .* or class"):
         open_texts(str(path), "classification")

@@ -78,7 +78,7 @@ class FinishedRun:
 
     @_files_in_words
     def export(self, output: str | Path = "") -> Path:
-        """The best weights, for `finetune.load` and for stock torchvision or transformers.
+        """The best weights, for `finetune.load` and for stock torchvision, timm or transformers.
 
         Args:
             output: .pt, .safetensors, .onnx or .pt2; default: model.pt in the run's folder.

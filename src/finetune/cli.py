@@ -57,7 +57,7 @@ finetune: a new head on a frozen, pretrained backbone; killed, it resumes bit fo
   finetune look RECIPE [options]         see the data before any training: samples, classes, copies, broken files
   finetune rehearse RECIPE [options]     try kill and resume on a sample of the data; time, memory, disk of it all
   finetune resume [RUN] [--epochs N]     go on; without RUN: the newest unfinished below runs/
-  finetune export RUN                    weights that stock torchvision or transformers loads, a JSON beside them
+  finetune export RUN                    weights that stock torchvision, timm, transformers load, and a JSON
   finetune predict FILE INPUT...         classify images, texts, folders or a csv with an export: JSON lines, or --csv
   finetune evaluate RUN                  loss, accuracy, F1 by class, confusion matrix, calibration
   finetune report RUN                    all that is known of a run as one HTML page: curves, figures, worst samples

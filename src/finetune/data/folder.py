@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.base.table_names import KNOWN, is_table
 from finetune.base.words import typed
 from finetune.data.groups import groups_of, with_groups
-from finetune.data.layout import layout_before, layout_of, samples_in
+from finetune.data.layout import class_folders, layout_before, layout_of, samples_in
 from finetune.data.source import PART_NAMES, FileSource, Reading, check_inside, make_file_source
 from finetune.data.walk import IMAGES, SHOWN_FOLDERS, Kind, LeftAside, before, files_below, sub_folders
 from finetune.errors import UsageError
@@ -85,7 +85,8 @@ def list_folder(folder: Path, kind: Kind, what: str, allow_outside: bool) -> Lis
             parts += [part] * len(files)
     if empty:
         place, found = next(iter(empty.items()))
-        more = f", and so do {len(empty) - 1:,} more: {', '.join(list(empty)[1:SHOWN_EMPTY])}" if len(empty) > 1 else ""
+        shown = ", ".join(list(empty)[1:SHOWN_EMPTY]) + (", ..." if len(empty) > SHOWN_EMPTY else "")
+        more = f", and so do {len(empty) - 1:,} more: {shown}" if len(empty) > 1 else ""
         it = "them" if more else "it"
         raise UsageError(
             f"{what}: class folder {place!r} holds no {kind.noun}s ({kind.suffixes}){found}{more}; fill or remove {it}"
@@ -117,9 +118,12 @@ def way_to_classes(folder: Path, kind: Kind, option: str) -> str:
             break
         inner = inner / names[0]
         names = sub_folders(inner, kind.is_left_aside)[0]
-    if len(names) > 1:
+    if len(names) > 1 and inner != folder:
         shown = ", ".join(names[:SHOWN_FOLDERS]) + (", ..." if len(names) > SHOWN_FOLDERS else "")
         return f"{inner} holds {shown}: give {typed([option, str(inner)])}"
+    for name in sub_folders(folder, kind.is_left_aside)[0]:
+        if name.lower() in CONTAINERS and len(class_folders(folder / name, kind)) > 1:
+            return f"{folder / name} holds folders of classes: give {typed([option, str(folder / name)])}"
     if loose := samples_in(folder, kind):
         return (
             f"{loose:,} {kind.noun}(s) lie in it themselves: put those of each class into a sub-folder of its own, or "
@@ -143,7 +147,7 @@ def check_no_parts(folder: Path, classes: Sequence[str], kind: Kind, option: str
     usual = f"put the {kind.noun}s of each class into a folder of its own, as in train/cat and train/dog"
     raise UsageError(
         f"{option} {folder}: its folders {', '.join(f'{name}/' for name in classes)} are called like parts of a data "
-        f"set, and hold no folder of a class; {way_to_classes(folder, kind, option) or usual}; if they are the "
+        f"set, not like classes; {way_to_classes(folder, kind, option) or usual}; if they are the "
         "classes, rename one"
     )
 

@@ -24,7 +24,7 @@ def _has_samples(folder: Path, kind: Kind) -> bool:
     return any(kind.is_sample(place, name) for place, _, files in walked(folder, kind) for name in files)
 
 
-def _class_folders(folder: Path, kind: Kind) -> list[str]:
+def class_folders(folder: Path, kind: Kind) -> list[str]:
     """Names of the folders in a part that hold samples."""
     return [name for name in sub_folders(folder, kind.is_left_aside)[0] if _has_samples(folder / name, kind)]
 
@@ -68,7 +68,7 @@ def layout_of(folder: Path, kind: Kind, what: str) -> Layout:
     """
     names, _ = sub_folders(folder, kind.is_left_aside)
     parts = {name: PART_NAMES[name.lower()] for name in names if name.lower() in PART_NAMES}
-    classes = {name: _class_folders(folder / name, kind) for name in parts}
+    classes = {name: class_folders(folder / name, kind) for name in parts}
     loose = {name: samples_in(folder / name, kind) for name in parts}
     # A class that is called "train" holds its samples itself.
     divided = [name for name in parts if classes[name] and _has_more(folder / name, classes[name], kind, loose[name])]

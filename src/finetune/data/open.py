@@ -29,7 +29,7 @@ def open_source(spec: recipes.Data, kind: str, classes: Sequence[str] | None = N
 def _whole_source(spec: recipes.Data, kind: str, classes: Sequence[str] | None) -> Source:
     reading = Reading(
         spec.listing == "content", spec.quotes, spec.missing_labels, spec.group_by, spec.encoding,
-        is_strict=spec.tables == "strict",
+        is_strict=spec.tables == "strict", is_whole=spec.tables == "whole",
     )  # fmt: skip
     if isinstance(spec, Texts):
         columns = Columns(spec.text_column, spec.label_column, spec.split_column, spec.separator, spec.group_column)

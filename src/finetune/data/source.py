@@ -46,6 +46,7 @@ class Reading:
         encoding: of files of text that do not say it themselves.
         is_strict: a table is read to the letter, as before: no path is looked for elsewhere, a list that was printed is
             a text, and no label has a column of its own.
+        is_whole: of a data set in several parquet files, of which one is named, all are read.
     """
 
     by_content: bool = True
@@ -54,6 +55,7 @@ class Reading:
     group_by: str = ""
     encoding: str = "utf-8"
     is_strict: bool = False
+    is_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,9 @@ def encode_labels(
     multi_label = bool(labels) and isinstance(labels[0], tuple)
     sets = [label if isinstance(label, tuple) else (label,) for label in labels]
     counts, notes = Counter(name for one in sets for name in one), list[str]()
+    usual = f"put the {noun}s of each class into a sub-folder of its own, or name the classes in a csv"
+    if classes is not None and not labels:
+        raise UsageError(f"{what}: holds no {noun}s with a class; {way_out or usual}")
     if classes is None:
         training = sets if parts is None else [one for one, part in zip(sets, parts, strict=True) if part == 0]
         found = [name for one in training for name in one]
@@ -240,7 +245,6 @@ def encode_labels(
         notes = notes_on_names(counts, noun) if reading.by_content else []
         if len(classes) < 2:
             found_text = f"{len(classes)} class(es) found" + (f" ({', '.join(classes)})" if classes else "")
-            usual = f"put the {noun}s of each class into a sub-folder of its own, or name the classes in a csv"
             raise UsageError(f"{what}: {found_text}, at least 2 are needed; {way_out or usual}")
     for name in classes:
         if name.encode("utf-8", "replace").decode() != name:

@@ -156,10 +156,9 @@ def sample_rows(
         UsageError: a line cannot be read, or lacks a label; names it.
     """
     content_column, label_column, several = "", "", list[str]()
-    is_whole = labelled and not reading.is_strict
-    if found is not None and is_whole and len(shards := shards_of(path)) > 1:
+    if found is not None and reading.is_whole and len(shards := shards_of(path)) > 1:
         found.chosen.append(f"all {len(shards):,} files are read, {shards[0].name} to {shards[-1].name}")
-    rows = read_rows(path, reading.quotes, reading.encoding, is_strict=reading.is_strict, is_whole=is_whole)
+    rows = read_rows(path, reading.quotes, reading.encoding, is_strict=reading.is_strict, is_whole=reading.is_whole)
     for number, row in rows:
         if not content_column:
             names = list(row)
@@ -211,8 +210,12 @@ def _group_of(row: Mapping[str, object], column: str, where: str) -> str:
 def _image_of(row: Row) -> str:
     """The path in a row, with "/"; a number is the name of a file, too."""
     image = row.content
+    if isinstance(image, float) and image.is_integer():  # of a column in which another value is missing
+        image = int(image)
     if isinstance(image, int) and not isinstance(image, bool):
         return str(image)
+    if image is not None and not isinstance(image, str):
+        raise UsageError(f"{row.where}: column {row.column!r} holds {image!r}; name an image")
     if not isinstance(image, str) or not image.strip():
         raise UsageError(f"{row.where}: column {row.column!r} is empty; name an image")
     return image.strip().replace("\\", "/")

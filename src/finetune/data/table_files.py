@@ -25,7 +25,7 @@ from finetune.errors import UsageError, one_line
 GZIP, ZIP, PARQUET, OLD_EXCEL = b"\x1f\x8b", b"PK\x03\x04", b"PAR1", b"\xd0\xcf\x11\xe0"
 START_BYTES = 64
 # A file of several, as the hub names them: train-00000-of-00002.parquet, train-00000-of-00002-a1b2c3d4e5f60718.parquet.
-SHARD = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
+SHARD = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
 # What says by its first bytes that it is no UTF-8.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
@@ -61,7 +61,7 @@ def read_rows(
         raise UsageError(f"{path}: no such file; give a {KNOWN} file with a line a sample")
     suffix = _kind_of(path)
     if suffix == ".parquet":
-        yield from _parquet_rows(path, shards_of(path) if is_whole else [path], not is_strict)
+        yield from _parquet_rows(shards_of(path) if is_whole else [path], not is_strict)
     elif suffix == ".xlsx":
         yield from _sheet_rows(path)
     else:
@@ -89,7 +89,7 @@ def _kind_of(path: Path) -> str:
     if instead := what_stands_in(start):
         raise UsageError(f"{path}: {instead}")
     if start.startswith(OLD_EXCEL):
-        raise UsageError(f"{path}: is in Excel's format of before 2007; save it as .xlsx, or as csv")
+        raise UsageError(f"{path}: is in Excel's format of before 2007, or locked by a password; save it as csv")
     if start.startswith(ZIP):
         if _is_workbook(path):
             return ".xlsx"
@@ -101,9 +101,9 @@ def _kind_of(path: Path) -> str:
 def _is_workbook(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
-            return "xl/workbook.xml" in archive.namelist()
-    except zipfile.BadZipFile:
-        return table_suffix(path) == ".xlsx"  # and damaged
+            return "[Content_Types].xml" in archive.namelist()
+    except Exception:  # of a damaged file whatever its reader raises
+        return True
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -136,6 +136,7 @@ def decoded(content: bytes, encoding: str = UTF_8) -> str:
 
 def undecodable(path: Path, encoding: str) -> str:
     """Which line of a file is not as it should be, what it looks like, and what to do."""
+    is_utf8 = codecs.lookup(encoding).name == UTF_8
     with _opened(path) as stream:
         start = stream.read(GUESSED_BYTES)
         stream.seek(0)
@@ -143,11 +144,15 @@ def undecodable(path: Path, encoding: str) -> str:
             ((number, line) for number, line in enumerate(stream, start=1) if not _is_decodable(line, encoding)),
             (1, b""),
         )
-    if codecs.lookup(encoding).name == UTF_8 and _is_cut(wrong):
+        stream.seek(0)
+        is_ascii = all(line.isascii() for _, line in zip(range(number - 1), stream, strict=False))
+    letters = _whole_letters(wrong) if is_utf8 else None
+    # A letter of more than one byte before it tells that the file is in UTF-8.
+    if letters is not None and not (is_ascii and letters.isascii()):
         return f"line {number}: ends in the middle of a letter: the file was cut off; fetch or save it anew"
     # What stands about the line tells more than it does, and is looked at where it is near.
     guess = _guessed(start if wrong in start else wrong)
-    name = "UTF-8" if codecs.lookup(encoding).name == UTF_8 else encoding
+    name = "UTF-8" if is_utf8 else encoding
     looks = f", but looks like {guess} (--encoding {guess} reads it)" if guess else " (--encoding NAME reads another)"
     return f"line {number}: is not {name}{looks}; save the file as UTF-8"
 
@@ -160,13 +165,12 @@ def _is_decodable(line: bytes, encoding: str) -> bool:
     return True
 
 
-def _is_cut(line: bytes) -> bool:
-    """Whether a line is UTF-8 but for the end of its last letter."""
+def _whole_letters(line: bytes) -> str | None:
+    """A line without the beginning of a letter that it ends with; None = it is no UTF-8 for another reason."""
     try:
-        codecs.getincrementaldecoder(UTF_8)().decode(line)
+        return codecs.getincrementaldecoder(UTF_8)().decode(line)
     except UnicodeError:
-        return False
-    return True
+        return None
 
 
 def _guessed(content: bytes) -> str:
@@ -183,15 +187,18 @@ def _guessed(content: bytes) -> str:
 # ---- By kind ------------------------------------------------------------------------------------------------------
 
 
-def _parquet_rows(path: Path, paths: Sequence[Path], names_classes: bool) -> Iterator[tuple[int, dict[str, object]]]:
+def _parquet_rows(paths: Sequence[Path], names_classes: bool) -> Iterator[tuple[int, dict[str, object]]]:
     if importlib.util.find_spec("pyarrow") is None:
-        raise UsageError(f"{path}: parquet files need pyarrow; install with: pip install pyarrow, or give a csv")
+        raise UsageError(f"{paths[0]}: parquet files need pyarrow; install with: pip install pyarrow, or give a csv")
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        for file in map(pyarrow.parquet.ParquetFile, paths):
+        for path in paths:
+            if instead := what_stands_in(path):
+                raise UsageError(f"{path}: {instead}")
+            file = pyarrow.parquet.ParquetFile(path)
             names = _names_of_classes(file.schema_arrow.metadata or {}) if names_classes else {}
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
@@ -210,7 +217,7 @@ def shards_of(path: Path) -> list[Path]:
         UsageError: one of them is not there.
     """
     found = SHARD.fullmatch(path.name)
-    if found is None or not path.is_file():
+    if found is None or not path.is_file() or int(found["number"]) >= int(found["count"]):
         return [path]
     beside = {one.name: one for one in path.parent.iterdir()}
     shards = []

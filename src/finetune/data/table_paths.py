@@ -26,13 +26,15 @@ def found_below(folder: Path, names: Sequence[str]) -> tuple[list[str], str]:
     tried = names[:TRIED]
     if not tried or any(_is_there(folder, name) for name in tried):
         return list(names), ""
-    spellings = [(0, ""), *_spellings_beside(folder, tried)]
+    suffixes, filled = _spellings_beside(folder, tried)
     for dropped in range(max(len(PurePosixPath(name).parts) for name in tried)):
 
         def tail_of(name: str, dropped: int = dropped) -> str:
             tail = _tail(name, dropped)
-            tails = (_filled(tail, digits) + suffix for digits, suffix in spellings)
-            return next((tail for tail in tails if _is_there(folder, tail)), name)
+            plain = next((tail + one for one in ["", *suffixes] if _is_there(folder, tail + one)), "")
+            zeros = {_filled(tail, digits) + suffix for digits, suffix in filled if _number(_stem(tail))}
+            found = [one for one in zeros if _is_there(folder, one)] if not plain else []
+            return plain or (found[0] if len(found) == 1 else name)  # of several nobody knows which is meant
 
         if any(tail_of(name) != name for name in tried):
             return _told(names, list(map(tail_of, names)), folder)
@@ -75,17 +77,20 @@ def _number(stem: str) -> str:
     return (stem.lstrip("0") or "0") if stem.isdecimal() and stem.isascii() else ""
 
 
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].partition(".")[0]
+
+
 def _filled(name: str, digits: int) -> str:
     """A name that is a number, perhaps with a suffix, with zeros before it."""
     head, slash, end = name.rpartition("/")
-    stem, dot, suffix = end.partition(".")
-    return f"{head}{slash}{stem.zfill(digits) if _number(stem) else stem}{dot}{suffix}"
+    return f"{head}{slash}{'0' * (digits - len(_stem(name)))}{end}"
 
 
-def _spellings_beside(folder: Path, names: Sequence[str]) -> list[tuple[int, str]]:
-    """How files are called that are called like these but for zeros before a number, or their suffix: with so many
-    digits, and that suffix; the most frequent first."""
-    counts = Counter[tuple[int, str]]()
+def _spellings_beside(folder: Path, names: Sequence[str]) -> tuple[list[str], set[tuple[int, str]]]:
+    """Suffixes of files that are called like these but for that, the most frequent first; and of those that have zeros
+    before such a number how many digits, and which suffix a name lacks."""
+    suffixes, filled = Counter[str](), set[tuple[int, str]]()
     for place in {folder, *((folder / name).parent for name in names)}:
         try:
             files = os.listdir(place)
@@ -96,12 +101,12 @@ def _spellings_beside(folder: Path, names: Sequence[str]) -> list[tuple[int, str
             if suffix.lower() not in formats_by_suffix():
                 continue
             if stem in ends:
-                counts[0, suffix] += 1
+                suffixes[suffix] += 1
             elif _number(stem) and _number(stem) in ends:
-                counts[len(stem), suffix] += 1
+                filled.add((len(stem), suffix))
             elif _number(stem) and f"{_number(stem)}{suffix}" in ends:
-                counts[len(stem), ""] += 1
-    return [spelling for spelling, _ in counts.most_common()]
+                filled.add((len(stem), ""))
+    return [suffix for suffix, _ in suffixes.most_common()], filled
 
 
 def _unique(names: dict[str, str]) -> dict[str, str]:

@@ -158,6 +158,8 @@ def find_text_backbone(name: str, pooling: str) -> tuple[Backbone, Path]:
             f"--backbone {name}: is no text encoder; give {', '.join(BUNDLED_TEXT)}, a folder with a "
             f"{hub.CONFIG_FILE}, or a model's name on the hub, as in google-bert/bert-base-uncased"
         )
+    if hub.timm_config(folder) is not None:
+        raise UsageError(f"--backbone {name}: is of timm and reads images, not texts; use it with finetune photo_head")
     options, tokenization = text_encoders.describe(folder, pooling)
     plain = {"name": name, "options": options, "preprocessing": tokenization.to_plain()}
     return replace(backbone_from_plain(plain), preprocessing=tokenization), folder

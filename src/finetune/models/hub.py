@@ -52,8 +52,6 @@ def timm_config(folder: Path) -> dict[str, Any] | None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold its tensors: safetensors where there are any."""
-    if timm_config(folder) is not None:  # beside its own there may be those of OpenCLIP
-        return [path for name in TIMM_WEIGHTS if (path := folder / name).is_file()][:1]
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
@@ -132,8 +130,9 @@ def read_tensors(folder: Path, stock_class: Any) -> dict[str, Tensor]:
         raise UsageError(
             f"--backbone {folder}: holds no .safetensors or pytorch_model.bin; put them there, or give --weights none"
         )
-    if instead := next(filter(None, map(what_stands_in, files)), ""):
-        raise UsageError(f"--backbone {folder}: its {files[0].name} {instead}")
+    for file in files:
+        if instead := what_stands_in(file):
+            raise UsageError(f"--backbone {folder}: its {file.name} {instead}")
     with refusing(f"--backbone {folder}: its weights cannot be read"):
         model, found = stock_class.from_pretrained(
             folder,

@@ -107,9 +107,8 @@ def _is_live(module: nn.Module) -> bool:
 
 
 def _is_mixed(module: nn.Module) -> bool:
-    """Whether a part of a module trains and another does not: of a chain of layers, whether one of them is frozen; of a
-    module with a forward of its own also whether one that has no parameters, as a pool, does not behave as in training.
-    """
+    """Whether some of a module's parameters train and others do not; of one with a forward of its own, not of a chain
+    of layers, also whether a layer without parameters, as a pool, does not behave as in training."""
     if not _is_live(module):
         return False
     is_whole = all(parameter.requires_grad for parameter in module.parameters())

@@ -23,20 +23,20 @@ PREFIX = "timm:"
 NAME, ARGUMENTS = "timm", "arguments"
 # Of these arguments, what is not the architecture's: decided here, or files of others.
 NOT_TAKEN = {
-    "cache_dir", "checkpoint_path", "features_only", "in_chans", "model_name", "num_classes", "pretrained",
-    "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args",
+    "cache_dir", "checkpoint_path", "feature_cfg", "features_only", "in_chans", "kwargs_filter", "model_name",
+    "num_classes",
 }  # fmt: skip
 
 
 def names_with(word: str) -> dict[str, int]:
-    """Of the models of timm that have weights and a word in their names, the edge in pixels that each was trained at.
+    """Models of timm that have weights on its page and a word in their names: the edge in pixels of each.
 
     Raises:
         UsageError: timm is not installed.
     """
     timm = _timm("finetune backbones timm")
-    found = [name for name in timm.list_pretrained() if word in name]
-    return {PREFIX + name: timm.get_pretrained_cfg(name).input_size[-1] for name in found}
+    found = {name: timm.get_pretrained_cfg(name) for name in timm.list_pretrained() if word in name}
+    return {PREFIX + name: config.input_size[-1] for name, config in found.items() if _is_on_timms_page(config)}
 
 
 def repository_of(name: str) -> str:
@@ -46,15 +46,17 @@ def repository_of(name: str) -> str:
         UsageError: timm keeps none on its own page of the hub.
     """
     found = _config_of(name)
-    where = found.hf_hub_id or ""
-    if not where.startswith("timm/") or found.hf_hub_filename or found.custom_load:
-        what = (
-            f"its weights are at {where or found.url}, in a format of their own" if where or found.url else "has none"
-        )
-        raise UsageError(
-            f"--backbone {name}: {what}; give --weights FILE, or none (random), or a name of timm.list_pretrained()"
-        )
+    where = str(found.hf_hub_id or "")
+    if not _is_on_timms_page(found):
+        place = where or found.url
+        what = f"its weights are at {place}, not on timm's own page of the hub" if place else "has no weights"
+        raise UsageError(f"--backbone {name}: {what}; fetch them and give --weights FILE, or none (random)")
     return hub.PREFIX + where
+
+
+def _is_on_timms_page(config: Any) -> bool:
+    in_another_format = config.hf_hub_filename or config.custom_load
+    return str(config.hf_hub_id or "").startswith("timm/") and not in_another_format
 
 
 def describe(name: str) -> tuple[str, dict[str, Any], Preprocessing]:
@@ -74,6 +76,16 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Preprocessing]:
     Raises:
         UsageError: as `describe`; or its config cannot be used.
     """
+    config, options = _options_of(folder)
+    return options, _preprocessing(str(folder), config)
+
+
+def _options_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a folder's config says, flat; and by which name and arguments its model is built.
+
+    Raises:
+        UsageError: as `describe`; or its config cannot be used.
+    """
     timm = _timm(f"--backbone {folder}")
     config, arguments = _read_config(folder)
     name = config["architecture"]
@@ -81,7 +93,7 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Preprocessing]:
         raise UsageError(f"--backbone {folder}: timm {timm.__version__} has no {name}; upgrade it")
     if config.get("fixed_input_size") and "img_size" not in arguments:
         arguments["img_size"] = config["input_size"][-1]
-    return {NAME: name, ARGUMENTS: arguments}, _preprocessing(str(folder), config)
+    return config, {NAME: name, ARGUMENTS: arguments}
 
 
 def read_tensors(folder: Path, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -90,16 +102,18 @@ def read_tensors(folder: Path, state: Mapping[str, Tensor]) -> Mapping[str, Tens
     Args:
         state: as the folder's file has it.
 
-    Raises:
-        UsageError: it does not fit the folder's own architecture.
+    Returns:
+        What timm makes of it; where it can make nothing of it, the same.
     """
-    if importlib.util.find_spec("timm") is None:
+    try:
+        config, options = _options_of(folder)
+        classes = config["num_classes"]
+        given = {"state_dict": dict(state), "num_classes": classes}
+        with _refusing(f"--backbone {folder}: its weights cannot be used"):
+            model = _create(options, num_classes=classes, pretrained=True, pretrained_cfg_overlay=given)
+    except UsageError:
+        # Whoever loads them says what does not fit; another network may call its tensors so, and timm need not be here.
         return state
-    (options, _), (config, _) = describe_folder(folder), _read_config(folder)
-    classes = config["num_classes"]
-    given = {"state_dict": dict(state), "num_classes": classes}
-    with _refusing(f"--backbone {folder}: its weights cannot be used"):
-        model = _create(options, num_classes=classes, pretrained=True, pretrained_cfg_overlay=given)
     found: dict[str, Tensor] = model.state_dict()
     return found
 
@@ -129,10 +143,17 @@ def licence_of(options: Mapping[str, Any]) -> str:
 
 
 def _create(options: dict[str, Any], **given: object) -> nn.Module:
-    arguments = options.get(ARGUMENTS, {})
-    if refused := sorted(NOT_TAKEN & set(arguments)):
-        raise UsageError(f"a timm model's arguments hold {refused[0]!r}, which is not the architecture's")
-    model: nn.Module = _timm(PREFIX + options[NAME]).create_model(options[NAME], **arguments, **given)
+    name, arguments = str(options[NAME]), options.get(ARGUMENTS, {})
+    timm = _timm(PREFIX + name)
+    # Not hf-hub:..., nor local-dir:...: nothing is fetched or read where a network is built.
+    if not timm.is_model(name.partition(".")[0]):
+        raise UsageError(f"{PREFIX}{name}: timm {timm.__version__} has no such model; upgrade it")
+    if refused := sorted(one for one in arguments if one in NOT_TAKEN or one.startswith("pretrained")):
+        raise UsageError(
+            f"{PREFIX}{name}: its arguments hold {refused[0]!r}, which is none of an architecture; take it out of the "
+            f"{hub.CONFIG_FILE} that it is from"
+        )
+    model: nn.Module = timm.create_model(name, **arguments, **given)
     return model
 
 

@@ -75,7 +75,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def hash_of(path: Path) -> str:
-    """sha256 of the file, or over those that an index names, or that a folder in transformers' format holds."""
+    """sha256 of the file, or over those that an index names, or that a folder of transformers or timm holds."""
     if hub.is_folder(str(path)):
         return hub.hash_of_folder(path)
     hashes = [sha256_of_file(file) for file in files_of(path)]
@@ -86,9 +86,11 @@ def _read_folder(folder: Path) -> Mapping[str, Tensor]:
     """By the names that transformers, or timm, knows today."""
     if hub.timm_config(folder) is None:
         return hub.read_tensors(folder, _stock_class(folder))
-    if not (files := hub.weight_files(folder)):
+    # Beside its own there may be the file of another library.
+    file = next((file for name in hub.TIMM_WEIGHTS if (file := folder / name).is_file()), None)
+    if file is None:
         raise UsageError(f"{folder}: holds no {' or '.join(hub.TIMM_WEIGHTS)}; put it there, or give --weights none")
-    return timm_models.read_tensors(folder, _read_file(files[0]))
+    return timm_models.read_tensors(folder, _read_file(file))
 
 
 def _read_file(path: Path) -> StateDict:

@@ -25,7 +25,8 @@ class Images:
         missing_labels: what is done with rows whose label is spelled like a missing value: "refuse", "leave-out" or
             "class".
         encoding: of a table or a file of text that does not say it itself, by Python's name for it.
-        tables: "tolerant" = paths of other machines are looked for below the table's folder, printed lists are lists,
+        tables: "whole" = as "tolerant", and of a data set in several parquet files all are read where one is named;
+            "tolerant" = paths of other machines are looked for below the table's folder, printed lists are lists,
             and --label-column A,B names a column a label; "strict" = nothing of that.
         group_column: of a table: says what samples have in common that stay on one side of a split; "" = none.
         group_by: a regular expression that finds in the names of files what samples have in common that stay on one
@@ -56,7 +57,7 @@ class Images:
     quotes: str = named("auto", before="standard")
     missing_labels: str = named("refuse", before="class")
     encoding: str = named("utf-8", before="utf-8")
-    tables: str = named("tolerant", before="strict")
+    tables: str = named("whole", before="strict")
     group_column: str = named("", before="")
     group_by: str = named("", before="")
     drop_duplicates: bool = named(False, before=False)
@@ -103,7 +104,7 @@ class Texts:
     quotes: str = named("auto", before="standard")
     missing_labels: str = named("refuse", before="class")
     encoding: str = named("utf-8", before="utf-8")
-    tables: str = named("tolerant", before="strict")
+    tables: str = named("whole", before="strict")
     group_column: str = named("", before="")
     group_by: str = named("", before="")
     drop_duplicates: bool = named(False, before=False)
@@ -130,7 +131,7 @@ DATA: dict[str, type[Data]] = {"images": Images, "texts": Texts}
 
 
 LISTINGS = ("content", "suffix")
-TABLES = ("tolerant", "strict")
+TABLES = ("whole", "tolerant", "strict")
 QUOTES = ("auto", "none", "standard")
 MISSING_LABELS = ("refuse", "leave-out", "class")
 KNOWN_ENCODINGS = "utf-8, windows-1252, latin-1, utf-16, shift_jis or another of Python's"

@@ -5,13 +5,13 @@ A checkpoint's keys are the fields below. Each says which key it is stored under
 """
 
 import dataclasses
+import importlib
 import platform
 import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -342,7 +342,7 @@ def numeric_environment(device: torch.device, libraries: Sequence[str] = ()) -> 
         # Only where it builds the network: a VGG does not care.
         "transformers": str(sys.modules["transformers"].__version__) if "transformers" in sys.modules else "",
         "tokenizers": str(sys.modules["tokenizers"].__version__) if "tokenizers" in sys.modules else "",
-        **{name: version(name) for name in libraries},
+        **{name: str(importlib.import_module(name).__version__) for name in libraries},
         "numpy": str(np.__version__),
         "pillow": str(PIL.__version__),
         "python": platform.python_version(),
