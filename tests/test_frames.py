@@ -217,3 +217,14 @@ def test_a_row_without_its_image_is_named_and_nothing_half_unpacked_is_left(tmp_
     with pytest.raises(UsageError, match=r"t\.parquet line 2: its image has no bytes, unlike those of other rows"):
         open_images("t.parquet")
     assert not list((tmp_path / "cache").glob("unpacked/*"))
+
+
+def test_numbers_of_a_frame_are_files_of_the_current_folder(tmp_path, monkeypatch):
+    """As a csv's are that pandas read: without the zeros before them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    for number in (1, 2):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"0000{number}.png")
+    for frame in kinds([{"image_id": 1, "label": "ant"}, {"image_id": 2.0, "label": "bee"}]):
+        source = open_source(image_head(images=frame, backbone="bundled/vgg").data, "classification")
+        assert [os.path.basename(path) for path in source.paths] == ["00001.png", "00002.png"]

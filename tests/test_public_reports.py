@@ -295,18 +295,6 @@ def test_what_names_no_image_is_shown(tmp_path, value, said):
         open_images(str(tmp_path / "a.jsonl"))
 
 
-def test_numbers_of_a_frame_are_files_of_the_current_folder(tmp_path, monkeypatch):
-    import pandas
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    for number in (1, 2):
-        picture(tmp_path / f"0000{number}.png")
-    frame = pandas.DataFrame({"image_id": [1, 2], "label": ["ant", "bee"]})
-    source = open_source(image_head(images=frame, backbone="bundled/vgg").data, "classification")
-    assert [Path(path).name for path in source.paths] == ["00001.png", "00002.png"]
-
-
 def test_fastai_1008_beside_the_table_and_with_a_suffix(tmp_path):
     """The first fifty are found by their zeros, the last one needs none."""
     rows = [(f"{number}.png", CLASSES[number % 3]) for number in (*range(60), 12345)]
