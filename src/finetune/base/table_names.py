@@ -27,6 +27,13 @@ def table_suffix(path: Path) -> str:
     return next((suffix for suffix in kinds if plain.endswith(suffix)), "")
 
 
+def as_file_name(value: object) -> object:
+    """A whole number as the name of a file, which pandas and spreadsheets take for a number; all else as it is."""
+    if isinstance(value, float) and value.is_integer():  # of a column in which another value is missing
+        value = int(value)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def is_table(path: Path) -> bool:
     """Whether a file, perhaps not there, is called like a table; a folder is none."""
     return bool(table_suffix(path)) and not os.path.isdir(path)

@@ -112,16 +112,16 @@ def way_to_classes(folder: Path, kind: Kind, option: str) -> str:
             likely = min(tables, key=lambda name: (not name.lower().startswith(LIKELY_TABLES), name))
             line = typed([option, str(place / likely)])
             return f"{likely} lies in {place}: if it names the {kind.noun}s and their labels, give {line}"
-    inner = folder
+    inner, within = folder, names
     for _ in range(DEEPEST):
-        if len(names) != 1 or samples_in(inner, kind):
+        if len(within) != 1 or samples_in(inner, kind):
             break
-        inner = inner / names[0]
-        names = sub_folders(inner, kind.is_left_aside)[0]
-    if len(names) > 1 and inner != folder:
-        shown = ", ".join(names[:SHOWN_FOLDERS]) + (", ..." if len(names) > SHOWN_FOLDERS else "")
+        inner = inner / within[0]
+        within = sub_folders(inner, kind.is_left_aside)[0]
+    if len(within) > 1 and inner != folder:
+        shown = ", ".join(within[:SHOWN_FOLDERS]) + (", ..." if len(within) > SHOWN_FOLDERS else "")
         return f"{inner} holds {shown}: give {typed([option, str(inner)])}"
-    for name in sub_folders(folder, kind.is_left_aside)[0]:
+    for name in names:
         if name.lower() in CONTAINERS and len(class_folders(folder / name, kind)) > 1:
             return f"{folder / name} holds folders of classes: give {typed([option, str(folder / name)])}"
     if loose := samples_in(folder, kind):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.base.table_names import IMAGE_COLUMNS, TEXT_COLUMNS
+from finetune.base.table_names import IMAGE_COLUMNS, TEXT_COLUMNS, as_file_name
 from finetune.base.words import typed
 from finetune.data.groups import groups_of, with_groups
 from finetune.data.names import MISSING, notes_on_separators
@@ -209,15 +209,11 @@ def _group_of(row: Mapping[str, object], column: str, where: str) -> str:
 
 def _image_of(row: Row) -> str:
     """The path in a row, with "/"; a number is the name of a file, too."""
-    image = row.content
-    if isinstance(image, float) and image.is_integer():  # of a column in which another value is missing
-        image = int(image)
-    if isinstance(image, int) and not isinstance(image, bool):
-        return str(image)
-    if image is not None and not isinstance(image, str):
-        raise UsageError(f"{row.where}: column {row.column!r} holds {image!r}; name an image")
-    if not isinstance(image, str) or not image.strip():
+    image = as_file_name(row.content)
+    if image is None or (isinstance(image, str) and not image.strip()):
         raise UsageError(f"{row.where}: column {row.column!r} is empty; name an image")
+    if not isinstance(image, str):
+        raise UsageError(f"{row.where}: column {row.column!r} holds {image!r}; name an image")
     return image.strip().replace("\\", "/")
 
 

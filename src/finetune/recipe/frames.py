@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+from finetune.base.table_names import as_file_name
 from finetune.errors import UsageError
 
 
@@ -46,11 +47,7 @@ def place_of(data: "str | os.PathLike[str] | Frame", option: str, path_column: s
     lines = []
     for row in rows:
         plain = {str(name): _plain(value, f"{option}: column {name!r} of the DataFrame") for name, value in row.items()}
-        path = plain.get(path_column)
-        if isinstance(path, float) and path.is_integer():
-            path = int(path)
-        if isinstance(path, int) and not isinstance(path, bool):  # a number names a file, too
-            path = str(path)
+        path = as_file_name(plain.get(path_column))
         if path_column and isinstance(path, str):
             plain[path_column] = os.path.abspath(os.path.expanduser(path))
         lines.append(json.dumps(plain))
