@@ -112,19 +112,15 @@ def find_backbone(name: str) -> Backbone:
         UsageError: there is none; names the nearest.
     """
     if name in BUNDLED:
-        preprocessing = BUNDLED[name].preprocessing
-        return backbone_from_plain({"name": name, "options": {}, "preprocessing": preprocessing.to_plain()})
+        return _described(name, {}, BUNDLED[name].preprocessing)
     if name in torchvision_names():
         return torchvision_backbone(name, default_member(name))
     if name.startswith(timm_models.PREFIX):
-        name, options, preprocessing = timm_models.describe(name)
-        return backbone_from_plain({"name": name, "options": options, "preprocessing": preprocessing.to_plain()})
+        return _described(*timm_models.describe(name))
     if name.startswith(hub.PREFIX) or hub.is_folder(name):
         folder = hub.folder_of(name, [huggingface.PREPROCESSOR_FILE])
         is_timm = hub.timm_config(folder) is not None
-        options, preprocessing = (timm_models.describe_folder if is_timm else huggingface.describe)(folder)
-        plain = {"name": name, "options": options, "preprocessing": preprocessing.to_plain()}
-        return backbone_from_plain(plain)
+        return _described(name, *(timm_models.describe_folder if is_timm else huggingface.describe)(folder))
     if name in BUNDLED_TEXT:
         raise UsageError(f"--backbone {name}: reads texts, not images; use it with finetune bert_head")
     names = [*BUNDLED, *torchvision_names()]
@@ -161,8 +157,12 @@ def find_text_backbone(name: str, pooling: str) -> tuple[Backbone, Path]:
     if hub.timm_config(folder) is not None:
         raise UsageError(f"--backbone {name}: is of timm and reads images, not texts; use it with finetune photo_head")
     options, tokenization = text_encoders.describe(folder, pooling)
-    plain = {"name": name, "options": options, "preprocessing": tokenization.to_plain()}
-    return replace(backbone_from_plain(plain), preprocessing=tokenization), folder
+    return replace(_described(name, options, tokenization), preprocessing=tokenization), folder
+
+
+def _described(name: str, options: dict[str, Any], preprocessing: Preprocessing | Tokenization) -> Backbone:
+    """As a run that records these will make it again."""
+    return backbone_from_plain({"name": name, "options": options, "preprocessing": preprocessing.to_plain()})
 
 
 # ---- torchvision -------------------------------------------------------------------------------------------------
@@ -203,9 +203,7 @@ def torchvision_backbone(name: str, member: WeightsEnum) -> Backbone:
         mean=list(mean),
         std=list(std),
     )
-    return backbone_from_plain(
-        {"name": name, "options": member_options(name, member), "preprocessing": preprocessing.to_plain()}
-    )
+    return _described(name, member_options(name, member), preprocessing)
 
 
 def _arguments(name: str, options: dict[str, object]) -> dict[str, object]:
