@@ -14,7 +14,7 @@ from PIL import Image
 from finetune import Finish, Images, UsageError
 from finetune.base.files import read_json
 from finetune.cli import main
-from finetune.data.decode import BrokenImage, read_image
+from finetune.data.decode import BrokenImage, Decoding, read_image
 from finetune.data.preprocess import Preprocessing
 from finetune.data.wide import survey
 from finetune.recipe.execution import Machine, Numerics
@@ -61,7 +61,7 @@ def thermal(folder, count=12, low=LOW, high=HIGH, name="png"):
 def test_grey_of_16_bits_keeps_every_level_of_its_range(tmp_path, suffix):
     values = pattern()
     Image.fromarray(values).save(tmp_path / f"x.{suffix}")
-    found = read_image(tmp_path / f"x.{suffix}", (LOW, HIGH))
+    found = read_image(tmp_path / f"x.{suffix}", Decoding((LOW, HIGH)))
     assert found.dtype == torch.float32 and found.shape == (3, 12, 8)
     wanted = (values.astype(np.float64) - LOW) / (HIGH - LOW) * 255
     torch.testing.assert_close(found[1].double(), torch.from_numpy(wanted), rtol=0, atol=1e-4)
@@ -74,7 +74,7 @@ def test_colours_of_16_bits_keep_theirs(tmp_path, suffix):
     values = np.stack([pattern(seed) for seed in range(3)], axis=2)
     path = tmp_path / f"x.{suffix}"
     write_colours(path, values) if suffix == "png" else tifffile.imwrite(path, values, photometric="rgb")
-    found = read_image(path, (LOW, HIGH))
+    found = read_image(path, Decoding((LOW, HIGH)))
     wanted = (values.astype(np.float64).transpose(2, 0, 1) - LOW) / (HIGH - LOW) * 255
     torch.testing.assert_close(found.double(), torch.from_numpy(wanted), rtol=0, atol=1e-4)
 
@@ -82,13 +82,17 @@ def test_colours_of_16_bits_keep_theirs(tmp_path, suffix):
 def test_planes_of_a_tiff_and_transparency_of_a_png_are_understood(tmp_path):
     values = np.stack([pattern(seed) for seed in range(3)], axis=2)
     tifffile.imwrite(tmp_path / "x.tif", values.transpose(2, 0, 1), photometric="rgb", planarconfig="separate")
-    whole = read_image(write_colours(tmp_path / "y.png", values), (LOW, HIGH))
-    assert torch.equal(read_image(tmp_path / "x.tif", (LOW, HIGH)), whole)
+    whole = read_image(write_colours(tmp_path / "y.png", values), Decoding((LOW, HIGH)))
+    assert torch.equal(read_image(tmp_path / "x.tif", Decoding((LOW, HIGH))), whole)
     alpha = np.zeros((12, 8, 1), dtype=np.uint16)
     alpha[:6] = 65_535
-    mixed = read_image(write_colours(tmp_path / "z.png", np.concatenate([values, alpha], axis=2)), (LOW, HIGH))
+    mixed = read_image(
+        write_colours(tmp_path / "z.png", np.concatenate([values, alpha], axis=2)), Decoding((LOW, HIGH))
+    )
     assert torch.equal(mixed[:, :6], whole[:, :6]) and (mixed[:, 6:] == 255).all()
-    grey = read_image(write_colours(tmp_path / "g.png", np.concatenate([values[:, :, :1], alpha], axis=2)), (LOW, HIGH))
+    grey = read_image(
+        write_colours(tmp_path / "g.png", np.concatenate([values[:, :, :1], alpha], axis=2)), Decoding((LOW, HIGH))
+    )
     assert torch.equal(grey[0, :6], whole[0, :6]) and torch.equal(grey[0], grey[2]) and (grey[:, 6:] == 255).all()
 
 
@@ -103,7 +107,7 @@ def test_pictures_are_upright_whatever_they_hold(tmp_path, orientation):
     tifffile.imwrite(tmp_path / "eight.tif", np.asarray(eight), extratags=tags)
     wanted = read_image(tmp_path / "eight.tif")
     for name in ("colours", "grey"):
-        found = read_image(tmp_path / f"{name}.tif", (LOW, HIGH))
+        found = read_image(tmp_path / f"{name}.tif", Decoding((LOW, HIGH)))
         assert found.shape == wanted.shape
         levels = (found[0].double() / 255 * (HIGH - LOW)).round() // 4
         assert torch.equal(levels, wanted[0].double()), name
@@ -113,7 +117,7 @@ def test_floats_of_a_tiff_are_scaled_and_what_is_no_number_is_black(tmp_path):
     values = np.linspace(-3.0, 5.0, 96, dtype=np.float32).reshape(12, 8)
     values[0, 0] = np.nan
     tifffile.imwrite(tmp_path / "x.tif", values)
-    found = read_image(tmp_path / "x.tif", (-3.0, 5.0))
+    found = read_image(tmp_path / "x.tif", Decoding((-3.0, 5.0)))
     assert len(found[0].unique()) >= 95 and found.min() == 0 and found.max() == 255 and found.isfinite().all()
 
 
@@ -122,7 +126,8 @@ def test_compressed_colours_of_a_tiff_are_read(tmp_path, compression):
     values = np.stack([pattern(seed) for seed in range(3)], axis=2)
     tifffile.imwrite(tmp_path / "x.tif", values, photometric="rgb", compression=compression)
     assert torch.equal(
-        read_image(tmp_path / "x.tif", (LOW, HIGH)), read_image(write_colours(tmp_path / "y.png", values), (LOW, HIGH))
+        read_image(tmp_path / "x.tif", Decoding((LOW, HIGH))),
+        read_image(write_colours(tmp_path / "y.png", values), Decoding((LOW, HIGH))),
     )
 
 
@@ -130,7 +135,7 @@ def test_a_picture_that_is_cut_off_is_broken(tmp_path):
     path = write_colours(tmp_path / "x.png", np.stack([pattern()] * 3, axis=2))
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(BrokenImage, match="cannot be decoded"):
-        read_image(path, (LOW, HIGH))
+        read_image(path, Decoding((LOW, HIGH)))
 
 
 # ---- A data set --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from finetune.base.allocator import give_back
 from finetune.errors import RunError, is_out_of_memory, one_line
 
 Result = TypeVar("Result")
@@ -15,6 +16,7 @@ Result = TypeVar("Result")
 def free_memory(device: torch.device) -> None:
     """Give back what nothing uses any more, and what the device's allocator holds in reserve."""
     gc.collect()
+    give_back()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

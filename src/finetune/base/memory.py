@@ -1,5 +1,6 @@
-"""How much memory there is and what takes it; a guard that asks a run to stop before the machine dies of it."""
+"""How much memory and how many cores there are; a guard that asks a run to stop before the machine dies of it."""
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from finetune.base.allocator import give_back
 from finetune.base.signals import StopRequest
 
 MB = 1_000_000
@@ -17,6 +19,11 @@ SECONDS_BETWEEN_LOOKS = 1.0
 CGROUPS = Path("/sys/fs/cgroup")
 # What the kernel keeps of files without need, and gives back when somebody wants the room (memory.stat).
 RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,8 @@ def guard_memory(stop: StopRequest, seconds_between_looks: float = SECONDS_BETWE
 
     def watch() -> None:
         while not over.wait(seconds_between_looks):
+            if any(limit.is_near for limit in limits()):
+                give_back()  # what lies free is no use of memory
             for limit in limits():
                 if limit.is_near:
                     stop.ask(describe_shortage(limit, before, memory_in_use()))

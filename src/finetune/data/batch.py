@@ -1,8 +1,10 @@
 """What is asked of a pipeline and what comes of it: a batch; and the parts of a data set."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -45,3 +47,21 @@ class Batch(NamedTuple):
     indices: Tensor
     digests: Tensor
     broken: list[tuple[int, str]]
+
+
+def joined(parts: Sequence[Batch], pin_memory: bool = False) -> Batch:
+    """One batch of its parts, in their order.
+
+    Args:
+        pin_memory: put the inputs into page-locked memory.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    inputs = torch.cat([part.inputs for part in parts])
+    return Batch(
+        inputs.pin_memory() if pin_memory else inputs,
+        torch.cat([part.targets for part in parts]),
+        torch.cat([part.indices for part in parts]),
+        torch.cat([part.digests for part in parts]),
+        [one for part in parts for one in part.broken],
+    )

@@ -5,8 +5,9 @@ import importlib.util
 import io
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
 from finetune.base.formatting import with_article
 from finetune.base.stand_ins import what_stands_in
-from finetune.data.wide import is_wide, scaled, values_of
+from finetune.data.wide import EXIF_ORIENTATION, is_wide, scaled, values_of
 from finetune.errors import RunError, one_line
 
 # For these PIL starts another program, needs a handler that nobody has, or reads no picture.
@@ -37,6 +40,24 @@ Picture = Path | Image.Image | NDArray[Any] | Tensor
 
 class BrokenImage(RunError):
     """One file that is missing or cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a picture becomes pixels.
+
+    Attributes:
+        pixel_range: which values of more than 8 bits become black and white; () = the ends of their type's range.
+        least_edge: a picture whose shorter edge has at least twice as many pixels is reduced while it is decoded, by a
+            whole factor, and keeps at least so many; 0 = every pixel is decoded. Pictures of more than 8 bits always
+            keep theirs.
+    """
+
+    pixel_range: tuple[float, ...] = ()
+    least_edge: int = 0
+
+
+EVERY_PIXEL = Decoding()
 
 
 @functools.cache
@@ -91,13 +112,12 @@ def read_bytes(path: Path) -> bytes:
         raise BrokenImage(f"image {path} cannot be read ({one_line(error)}); repair or remove it") from None
 
 
-def decode(content: bytes, path: Path, pixel_range: Sequence[float] = ()) -> Tensor:
+def decode(content: bytes, path: Path, decoding: Decoding = EVERY_PIXEL) -> Tensor:
     """An image file as a person sees it: upright (EXIF), red-green-blue, transparency on white, a film's first frame.
 
     Args:
         content: of the file.
         path: named in the error.
-        pixel_range: which values of more than 8 bits become black and white; () = the ends of their type's range.
 
     Returns:
         (3, height, width) uint8; with a range, of a picture of more than 8 bits, float32 in 0..255.
@@ -107,9 +127,14 @@ def decode(content: bytes, path: Path, pixel_range: Sequence[float] = ()) -> Ten
     """
     try:
         with Image.open(io.BytesIO(content), formats=formats_of(path.suffix)) as image:
-            if pixel_range and is_wide(image):
-                return scaled(values_of(image, content), *pixel_range)
-            return to_rgb_tensor(image)
+            if decoding.pixel_range and is_wide(image):
+                return scaled(values_of(image, content), *decoding.pixel_range)
+            size = image.size
+            if decoding.least_edge and isinstance(image, JpegImageFile):
+                # libjpeg leaves out the frequencies that nobody will see: a half, a quarter or an eighth of each edge.
+                image.draft(None, (decoding.least_edge, decoding.least_edge))
+            pixels = _whole_jpeg(image, content) if image.size == size else None
+            return _to_rgb_tensor(image, decoding.least_edge) if pixels is None else pixels
     except UnidentifiedImageError:
         if instead := what_stands_in(content):
             raise BrokenImage(f"image {path} {instead}") from None
@@ -123,27 +148,55 @@ def decode(content: bytes, path: Path, pixel_range: Sequence[float] = ()) -> Ten
         raise BrokenImage(f"image {path} cannot be decoded ({one_line(error)}); repair or remove it") from None
 
 
-def read_image(path: Path, pixel_range: Sequence[float] = ()) -> Tensor:
+def read_image(path: Path, decoding: Decoding = EVERY_PIXEL) -> Tensor:
     """`decode` of the file at `path`."""
-    return decode(read_bytes(path), path, pixel_range)
+    return decode(read_bytes(path), path, decoding)
 
 
-def to_rgb_tensor(image: Image.Image) -> Tensor:
-    """(3, height, width) uint8 of a PIL image of any mode."""
+def _whole_jpeg(image: Image.Image, content: bytes) -> Tensor | None:
+    """An upright JPEG in colours, every pixel, by torchvision: the same bytes as by PIL in two thirds of the time, for
+    they need not be put into another order. None = it is something else, or PIL shall say what is wrong with it."""
+    if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1:
+        with suppress(Exception):
+            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    return None
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF says it, 1 = upright; also where what a camera wrote beside the picture is damaged."""
+    with suppress(Exception):
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    return 1
+
+
+def _to_rgb_tensor(image: Image.Image, least_edge: int = 0) -> Tensor:
+    """(3, height, width) uint8 of a PIL image of any mode, which stays as it is.
+
+    Args:
+        least_edge: see `Decoding`.
+    """
     image.load()  # whatever is wrong with the picture itself shows here
-    with suppress(Exception):  # what a camera wrote beside the picture is damaged: it stays as it is
-        image = ImageOps.exif_transpose(image)
+    if _orientation(image) != 1:
+        with suppress(Exception):
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # 16-bit grey (and 32-bit grey that holds 16-bit values, as some PNGs give it): PIL's own conversion clips.
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = _reduced(image.convert("RGBA"), least_edge)
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return functional.pil_to_tensor(image.convert("RGB"))
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return functional.pil_to_tensor(_reduced(image, least_edge))
 
 
-def picture_tensor(picture: Picture, pixel_range: Sequence[float] = ()) -> Tensor:
+def _reduced(image: Image.Image, least_edge: int) -> Image.Image:
+    """A large picture by a whole factor smaller, each pixel the mean of those that it stands for."""
+    factor = min(image.size) // least_edge if least_edge else 1
+    return image.reduce(factor) if factor > 1 else image
+
+
+def picture_tensor(picture: Picture, decoding: Decoding = EVERY_PIXEL) -> Tensor:
     """`decode` of a file, or the same of a picture in memory.
 
     Args:
@@ -154,22 +207,26 @@ def picture_tensor(picture: Picture, pixel_range: Sequence[float] = ()) -> Tenso
         BrokenImage: it is nothing of that.
     """
     if isinstance(picture, Path):
-        return read_image(picture, pixel_range)
+        return read_image(picture, decoding)
+    pixel_range, least_edge = decoding.pixel_range, decoding.least_edge
     try:
         if isinstance(picture, Image.Image):
             if pixel_range and is_wide(picture):
                 return scaled(values_of(picture, b""), *pixel_range)
-            return to_rgb_tensor(picture)
+            return _to_rgb_tensor(picture, least_edge)
         if isinstance(picture, Tensor) and picture.dim() == 3 and picture.dtype == torch.uint8 and picture.numel():
             if len(picture) in (1, 3):
-                return picture.cpu().expand(3, -1, -1)
+                pixels = picture.cpu().expand(3, -1, -1)
+                if least_edge and min(pixels.shape[1:]) >= 2 * least_edge:
+                    return _to_rgb_tensor(functional.to_pil_image(pixels), least_edge)
+                return pixels
         elif isinstance(picture, np.ndarray) and picture.size:
-            pixels = picture[:, :, 0] if picture.ndim == 3 and picture.shape[2] == 1 else picture
-            if pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)):
-                if pixels.dtype == np.uint8:
-                    return to_rgb_tensor(Image.fromarray(np.ascontiguousarray(pixels)))
-                if pixel_range and pixels.dtype.kind in "uif":
-                    return scaled(pixels.astype(np.float32), *pixel_range)
+            values = picture[:, :, 0] if picture.ndim == 3 and picture.shape[2] == 1 else picture
+            if values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4)):
+                if values.dtype == np.uint8:
+                    return _to_rgb_tensor(Image.fromarray(np.ascontiguousarray(values)), least_edge)
+                if pixel_range and values.dtype.kind in "uif":
+                    return scaled(values.astype(np.float32), *pixel_range)
     except MemoryError:
         raise
     except Exception as error:  # of a picture that was opened, and is damaged

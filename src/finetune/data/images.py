@@ -67,10 +67,10 @@ def _what_file(path: Path) -> str:
     return f"is a file, and no table ({KNOWN}); give one, or a folder with one sub-folder of images a class"
 
 
-def with_pixel_range(source: Source, preprocessing: object) -> Source:
-    """The source as the preprocessing of its run wants its pictures read."""
+def decoded_for(source: Source, preprocessing: object) -> Source:
+    """The source as the preprocessing of its run wants its pictures decoded."""
     if isinstance(source, FileSource) and isinstance(preprocessing, Preprocessing):
-        return dataclasses.replace(source, pixel_range=tuple(preprocessing.pixel_range))
+        return dataclasses.replace(source, decoding=preprocessing.decoding)
     return source
 
 

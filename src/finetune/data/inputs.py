@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
+from finetune.base.memory import usable_cores
 from finetune.base.table_names import KNOWN, TEXT_COLUMNS, is_table
 from finetune.data.decode import Picture, picture_tensor
 from finetune.data.preprocess import Preprocessing
@@ -111,11 +112,11 @@ class ImageInputs:
 
         def read(image: Picture) -> Tensor | RunError:
             try:
-                return self.preprocessing.resize(picture_tensor(image, self.preprocessing.pixel_range)).float()
+                return self.preprocessing.resize(picture_tensor(image, self.preprocessing.decoding)).float()
             except RunError as error:
                 return error
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             ahead = [pool.submit(read, image) for image in self.images[:batch_size]]
             for start in range(0, len(self.images), batch_size):
                 ready, images = ahead, self.images[start : start + batch_size]

@@ -1,9 +1,12 @@
 """Batches fetched ahead by worker processes, or in this one. Which of the two cannot change a bit."""
 
 import atexit
+import dataclasses
+import math
 import multiprocessing
 import signal
 import weakref
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 
@@ -11,13 +14,29 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from finetune.data.batch import Batch, Request
+from finetune.base.memory import usable_cores
+from finetune.data.batch import Batch, Request, joined
 from finetune.data.contents import Contents
 from finetune.data.images import ImagePipeline
+from finetune.data.order import spread
+from finetune.data.source import FileSource, Source
 from finetune.data.texts import TextPipeline
 from finetune.errors import FinetuneError, say_nothing_of_large_images
 
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
+# How many processes read files, and how many files each takes at once, follows from the cores and from what a file
+# costs to decode. That goes with its size, a small one counted as `LEAST_FILE_BYTES`; no clock is asked.
+LEAST_FILE_BYTES = 128 << 10
+# To start a process takes about as long as to decode so much: 500 small files, 20 photographs of 12 megapixels.
+WORTH_WORKERS_BYTES = 500 * LEAST_FILE_BYTES
+MOST_WORKERS = 16
+# What a worker takes at once: of small files a whole batch, of such photographs one, so that at the end of the files no
+# core is without work for long.
+PART_BYTES = 4 << 20
+# At least so many samples are on their way while others are computed.
+AHEAD_SAMPLES = 128
+# So many files are asked for their size.
+SIZED_FILES = 256
 
 
 class _PipelineDataset(Dataset):
@@ -65,12 +84,27 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def mean_file_bytes(source: Source) -> int:
+    """About how large an image file is, small ones counted as `LEAST_FILE_BYTES`; 0 = there are no files."""
+    if not isinstance(source, FileSource) or not source.paths:
+        return 0
+    some = spread(torch.arange(len(source.paths)), SIZED_FILES).tolist()
+    return sum(max(source.size_bytes(index), LEAST_FILE_BYTES) for index in some) // len(some)
+
+
+def _worth_workers(source: Source, file_bytes: int) -> int:
+    """How many processes are worth their start: one a core, none for images in memory or few of them."""
+    is_worth = file_bytes and len(source.targets) * file_bytes >= WORTH_WORKERS_BYTES
+    return min(usable_cores(), MOST_WORKERS) if is_worth else 0
+
+
 class Loader:
     """Fetches the batches that are asked for, in order.
 
     Args:
         pipeline: does the work.
-        workers: processes that fetch ahead; 0 = this process, when the batch is needed.
+        workers: processes that fetch ahead; 0 = this process, when the batch is needed; None = one a core, or none
+            where there is too little to read.
         start_method: how worker processes start; "auto" is the platform's own way.
         pin_memory: keep batches in page-locked memory, for faster copies to a CUDA device.
         contents: what the files held when they were first read.
@@ -79,15 +113,20 @@ class Loader:
     def __init__(
         self,
         pipeline: ImagePipeline | TextPipeline,
-        workers: int,
+        workers: int | None,
         start_method: str,
         pin_memory: bool,
         contents: Contents,
     ):
         self._pipeline = pipeline
+        file_bytes = mean_file_bytes(pipeline.source)
+        # Samples are mixed within a batch.
+        mixes = isinstance(pipeline, ImagePipeline) and bool(pipeline.mixup or pipeline.cutmix)
+        self._part_samples = max(1, PART_BYTES // file_bytes) if file_bytes and not mixes else 0
         self.contents = contents
         self._requests = _Requests()
-        self.workers, self._start_method, self._pin_memory = workers, start_method, pin_memory
+        self.workers = _worth_workers(pipeline.source, file_bytes) if workers is None else workers
+        self._start_method, self._pin_memory = start_method, pin_memory
         self._loader: DataLoader | None = None
 
     def _with_workers(self) -> DataLoader:
@@ -100,6 +139,7 @@ class Loader:
             multiprocessing_context=multiprocessing.get_context(method),
             worker_init_fn=_prepare_worker,
             persistent_workers=True,
+            prefetch_factor=self._ahead(),
             pin_memory=self._pin_memory,
             # Its own, or each pass would draw a seed from the global one.
             generator=torch.Generator().manual_seed(0),
@@ -137,8 +177,35 @@ class Loader:
             if self._loader is None:
                 self._loader = self._with_workers()
                 _with_processes.add(self)
-            self._requests.requests = requests
-            yield from self._loader
+            yield from self._joined(requests)
+
+    def _ahead(self) -> int:
+        """How many requests each worker has."""
+        return max(2, math.ceil(AHEAD_SAMPLES / (self._part_samples * self.workers))) if self._part_samples else 2
+
+    def _joined(self, requests: Iterable[Request]) -> Iterator[Batch | FinetuneError]:
+        """Batches of the workers, which fetch each in parts."""
+        counts = deque[int]()
+
+        def parts() -> Iterator[Request]:
+            for request in requests:
+                size, before = self._part_samples or len(request.indices), len(request.indices)
+                starts = range(0, before, size)
+                counts.append(len(starts))
+                for start in starts:
+                    yield dataclasses.replace(request, indices=request.indices[start : start + size])
+
+        assert self._loader is not None
+        self._requests.requests = parts()
+        found = list[Batch]()
+        for part in self._loader:
+            if isinstance(part, FinetuneError):
+                yield part  # which ends it
+            found.append(part)
+            if len(found) == counts[0]:
+                counts.popleft()
+                yield joined(found, self._pin_memory)
+                found = []
 
 
 _with_processes: weakref.WeakSet[Loader] = weakref.WeakSet()

@@ -12,11 +12,16 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from finetune.data.decode import Decoding
 from finetune.data.order import keyed_generator
+from finetune.recipe.data_spec import DECODINGS, EXACT, SCALED
 
 # Beyond this a picture is a strip; keeping its proportions would cost memory without end.
 MAX_ASPECT = 20
 LARGEST_IMAGE = 4096
+# A picture keeps at least so many times the edge that it is resized to, where it is reduced while it is decoded: at one
+# time, features move by a cosine of 0.998, at two by 0.9998 (benchmarks/decoding.py).
+DECODED_TIMES = 2
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Preprocessing:
         mean, std: per channel, for values in 0..1.
         pixel_range: [low, high]: which values of pictures of more than 8 bits become black and white; [] = the ends of
             their type's range, after which 8 bits are left.
+        decode: "scaled" = large pictures are reduced while they are decoded, see `Decoding`; "exact" = every pixel is.
     """
 
     image_size: int
@@ -40,6 +46,7 @@ class Preprocessing:
     mean: list[float]
     std: list[float]
     pixel_range: list[float] = dataclasses.field(default_factory=list)
+    decode: str = EXACT
 
     def __post_init__(self) -> None:
         """Refuse what no picture can be prepared with: it may come from a file that somebody else wrote."""
@@ -57,6 +64,14 @@ class Preprocessing:
         limits = self.pixel_range
         if limits and not (len(limits) == 2 and all(map(_is_finite, limits)) and limits[0] < limits[1]):
             raise ValueError(f"pixel_range {limits} must be two numbers, the lower one first")
+        if self.decode not in DECODINGS:
+            raise ValueError(f"decode {self.decode!r} is unknown")
+
+    @property
+    def decoding(self) -> Decoding:
+        """How files become the pixels that `resize` takes."""
+        least_edge = DECODED_TIMES * self.resize_size if self.decode == SCALED else 0
+        return Decoding(tuple(self.pixel_range), least_edge)
 
     def at(self, image_size: int) -> "Preprocessing":
         """The same for another edge, in the same proportion of crop and resized image."""
@@ -107,6 +122,8 @@ class Preprocessing:
         plain = dataclasses.asdict(self)
         if not self.pixel_range:
             del plain["pixel_range"]  # as it was written before there was one: kept features go by it
+        if self.decode == EXACT:
+            del plain["decode"]  # likewise
         return plain
 
     @property
@@ -114,7 +131,8 @@ class Preprocessing:
         how = "shorter edge" if self.keep_proportions else "both edges"
         resized = f"{how} to {self.resize_size}, " if self.resize_size != self.image_size else ""
         levels = f"pixels {self.pixel_range[0]:g} to {self.pixel_range[1]:g}, " if self.pixel_range else ""
-        return f"{levels}{resized}{self.image_size} x {self.image_size} px, {self.interpolation}"
+        reduced = ", scaled decoding" if self.decode == SCALED else ""
+        return f"{levels}{resized}{self.image_size} x {self.image_size} px, {self.interpolation}{reduced}"
 
 
 def _is_finite(value: object) -> bool:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from finetune.data.decode import BrokenImage, decode, read_bytes
+from finetune.data.decode import EVERY_PIXEL, BrokenImage, Decoding, decode, read_bytes
 from finetune.data.names import by_meaning, classes_of, meaning, notes_on_names
 from finetune.errors import UsageError
 
@@ -93,7 +93,7 @@ class FileSource:
 
     `targets` of a multi-label data set are (samples, classes) uint8: 1 where the class applies. `left` says in words
     what lies beside the samples and is none, "" = nothing; `notes` are sentences for whoever trains on them;
-    `pixel_range` is as of `decode`.
+    `decoding` says how files become pixels.
     """
 
     folder: Path
@@ -105,7 +105,7 @@ class FileSource:
     parts: Tensor | None = None
     left: str = ""
     notes: tuple[str, ...] = ()
-    pixel_range: tuple[float, ...] = ()
+    decoding: Decoding = EVERY_PIXEL
     noun: ClassVar[str] = "image"
 
     def read(self, index: int) -> tuple[Tensor, int]:
@@ -116,13 +116,20 @@ class FileSource:
         """
         path = self.folder / self.paths[index]
         content = read_bytes(path)
-        return decode(content, path, self.pixel_range), digest_of(content)
+        return decode(content, path, self.decoding), digest_of(content)
 
     def digest(self, index: int) -> int:
         """The digest that `read` gives, without decoding; 0 = the file cannot be read."""
         try:
             return digest_of(read_bytes(self.folder / self.paths[index]))
         except BrokenImage:
+            return 0
+
+    def size_bytes(self, index: int) -> int:
+        """Of the file; 0 = there is none."""
+        try:
+            return os.stat(self.folder / self.paths[index]).st_size
+        except (OSError, ValueError):
             return 0
 
     def changed_ns(self, index: int) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from finetune.base.formatting import size_text
-from finetune.base.memory import CGROUPS, limits
+from finetune.base.memory import CGROUPS, limits, usable_cores
 from finetune.doctor.probe import NoAnswer
 
 if TYPE_CHECKING:  # imported when packages are looked at
@@ -276,7 +276,7 @@ def _quota(folder: Path) -> float | None:
 
 
 def look_at_cpu(torch_answer: Future[dict[str, Any]], findings: Findings) -> dict[str, Any]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     limit = cpu_limit()
     try:
         torch_says = torch_answer.result()

@@ -1,5 +1,6 @@
 """An export, ready to predict: what `finetune.load` gives, and what `finetune predict` asks."""
 
+import contextlib
 import functools
 import inspect
 import math
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.base.allocator import freed_memory_kept
 from finetune.base.device import in_fp32, module_to_device, pick_device, to_device
 from finetune.base.halves import freeing, in_halves
 from finetune.base.terminal import say_aside
@@ -142,7 +144,8 @@ class LoadedModel:
             FinetuneError: the one sample cannot be read, or there is none.
         """
         samples, is_one = self.samples(inputs, allow_outside)
-        found = list(self.predictions(samples, top_k=top_k, unsure_below=unsure_below, batch_size=batch_size))
+        with contextlib.nullcontext() if is_one else freed_memory_kept():
+            found = list(self.predictions(samples, top_k=top_k, unsure_below=unsure_below, batch_size=batch_size))
         if not is_one:
             return found
         if found[0].error:

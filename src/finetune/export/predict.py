@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from finetune.base.allocator import freed_memory_kept
 from finetune.base.formatting import json_line, printable
 from finetune.base.terminal import say_aside
 from finetune.data.inputs import ImageInputs, TextInputs, image_files, texts_in
@@ -51,7 +52,7 @@ def predict(
     columns = min(top_k, len(model.classes))
     write = csv_writer(samples.fields, columns, model, unsure_below > 0) if as_csv else write_json_line
     failed = 0
-    with progress_bar() as bar:
+    with freed_memory_kept(), progress_bar() as bar:
         shown = bar.add_task("", total=samples.count)
 
         def advance(count: int) -> None:

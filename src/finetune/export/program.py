@@ -14,7 +14,7 @@ from torch import nn
 
 from finetune.base.formatting import printable
 from finetune.base.templates import templates_in
-from finetune.data.preprocess import MAX_ASPECT
+from finetune.data.preprocess import MAX_ASPECT, Preprocessing
 from finetune.data.tokens import tokenizer_folder
 from finetune.models.backbones import backbone_of_export
 from finetune.models.heads import NO_HEAD, StandardisedConv2d, StandardisedLinear, replaced_layers
@@ -74,6 +74,7 @@ def program_of(
             "size": plain["image_size"],
             **{name: plain[name] for name in ("resize_size", "keep_proportions", "interpolation", "mean", "std")},
             "pixel_range": plain.get("pixel_range", []),
+            "least_edge": Preprocessing(**plain).decoding.least_edge,
             "max_aspect": MAX_ASPECT,
             "heif": heif,
             "by_torchvision": kind == "torch",

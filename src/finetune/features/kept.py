@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.base.allocator import give_back
 from finetune.base.formatting import parse_size, size_text
 from finetune.base.halves import freeing, in_halves
 from finetune.base.signals import StopRequest
@@ -313,6 +314,7 @@ class Features:
             raise
         finally:
             self._run.loader.close()
+            give_back()
 
     def _fill(self, terminal: Terminal, stop: StopRequest) -> None:
         """The entries' locks are held."""

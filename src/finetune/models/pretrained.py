@@ -39,7 +39,7 @@ def find_pretrained(recipe: Recipe) -> tuple[Backbone, Weights | None]:
 
 
 def sized(backbone: Backbone, recipe: Recipe) -> Backbone:
-    """The backbone for the recipe's image size or length of text, if it has one.
+    """The backbone for the recipe's way to decode and image size, or length of text, if it has one.
 
     Raises:
         UsageError: the architecture cannot take it, or is of the other kind.
@@ -55,7 +55,8 @@ def sized(backbone: Backbone, recipe: Recipe) -> Backbone:
         )
     size = data.image_size or preprocessing.image_size
     check_image_size(backbone, size)
-    return dataclasses.replace(backbone, preprocessing=preprocessing.at(size))
+    prepared = dataclasses.replace(preprocessing.at(size), decode=data.decode)
+    return dataclasses.replace(backbone, preprocessing=prepared)
 
 
 def new_network(

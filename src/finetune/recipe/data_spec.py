@@ -7,6 +7,8 @@ from typing import ClassVar
 from finetune.errors import UsageError
 from finetune.recipe.named import named
 
+SCALED, EXACT = DECODINGS = ("scaled", "exact")
+
 
 @dataclass(frozen=True)
 class Images:
@@ -43,6 +45,7 @@ class Images:
         fonts: folder of fonts for "glyphs"; "" = those that matplotlib ships.
         pixel_range: which values of pictures of more than 8 bits become black and white: "LOW,HIGH"; "auto" = those
             that the data set uses; "full" = the ends of their type's range, after which 8 bits are left.
+        decode: "scaled" = large image files are reduced while they are decoded; "exact" = every pixel is decoded.
         samples: take so many only of each part of the data (of all, where it has none), each class among them; 0 = all.
     """
 
@@ -71,6 +74,7 @@ class Images:
     train_samples: int = 0
     fonts: str = ""
     pixel_range: str = named("auto", before="full")
+    decode: str = named(SCALED, before=EXACT)
     samples: int = named(0, before=0)
 
     @property
@@ -199,6 +203,7 @@ def data_rules(data: Data, has_several: bool) -> list[tuple[str, float | str, bo
             ("augment", data.augment, data.augment in AUGMENTATIONS, f"one of {', '.join(AUGMENTATIONS)}"),
             ("mixup", data.mixup, data.mixup >= 0, "0 (off) or more"),
             ("cutmix", data.cutmix, data.cutmix >= 0, "0 (off) or more"),
+            ("decode", data.decode, data.decode in DECODINGS, f"one of {', '.join(DECODINGS)}"),
             ("views", data.views, data.views >= 0, "0 (a new one in every epoch) or more"),
         ]
     return [

@@ -81,6 +81,7 @@ def _rules(recipe: Recipe) -> list[tuple[str, bool, str]]:
         ("model.weights", distils, whole),
         ("model.pooling", distils, whole),
         ("model.dropout", model.head == "none", "without a head"),
+        ("data.decode", is_shipped, f"on {data.place}, which lies in memory"),
         ("data.allow_outside", is_shipped, f"on {data.place}, which ships with the kit"),
         ("data.allow_outside", is_table_of_texts, "on a table of texts, which names no files"),
         ("data.label_column", distils, "in a distillation, which reads no labels"),

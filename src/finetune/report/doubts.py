@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from finetune.base.events import Example
 from finetune.data.source import Source, TextSource
 from finetune.errors import UsageError
-from finetune.report.examples import TEXT_CHARACTERS, picture_of
+from finetune.report.examples import TEXT_CHARACTERS, pictures_of
 from finetune.store.run_folder import RunFolder
 from finetune.tasks.doubts import Doubt, plain_name, read_doubts
 
@@ -48,12 +48,12 @@ def doubtful(run: RunFolder, source: Source | None) -> Doubtful:
         indices = {
             name: index for index in range(len(source.targets)) if (name := plain_name(source.name(index))) in names
         }
-    examples = tuple(_example(one, source, indices.get(one.name)) for one in shown)
+    pictures = pictures_of(source, [indices.get(one.name) for one in shown])
+    examples = tuple(map(_example, shown, pictures))
     return Doubtful(len(wrong), looked_at, examples, frozenset(one.name for one in doubts if one.is_marked))
 
 
-def _example(doubt: Doubt, source: Source | None, index: int | None) -> Example:
+def _example(doubt: Doubt, picture: bytes) -> Example:
     chances = (doubt.likelier, doubt.likelier_probability), (doubt.label, doubt.probability)
-    picture = b"" if index is None or source is None or isinstance(source, TextSource) else picture_of(source, index)
     loss = -math.log(max(doubt.probability, 1e-12))
     return Example(doubt.name, loss, doubt.label, doubt.likelier, chances, picture, doubt.text[:TEXT_CHARACTERS])

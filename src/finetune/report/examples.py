@@ -1,17 +1,25 @@
 """Samples of a validation as a person sees them: small pictures, beginnings of texts, names of classes."""
 
+import functools
 import io
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import torch
 from PIL import Image
 
 from finetune.base.events import Example
 from finetune.base.formatting import digits_to_tell_apart
+from finetune.base.memory import usable_cores
 from finetune.base.plain import Fields
-from finetune.data.source import ImageSource, Source, TextSource
+from finetune.data.decode import Decoding
+from finetune.data.source import FileSource, ImageSource, Source, TextSource
 from finetune.tasks.evaluation import class_names
 
 PICTURE_PIXELS = 160
+# A process remembers so many, of some 30 kB each.
+CACHED_PICTURES = 256
 # Smaller pictures are shown larger, by a whole factor, with their pixels as squares.
 SMALL_PIXELS = 112
 TEXT_CHARACTERS = 400
@@ -32,10 +40,12 @@ def examples_of(
     """
     values = (sample.get(name) for sample in samples for name in ("true", "predicted"))
     digits = digits_to_tell_apart(value for value in values if isinstance(value, int | float))
-    return [_example(Fields(sample, "a sample"), classes, source, digits) for sample in samples]
+    fields = [Fields(sample, "a sample") for sample in samples]
+    pictures = pictures_of(source, [one.integer("index") for one in fields])
+    return [_example(one, classes, source, picture, digits) for one, picture in zip(fields, pictures, strict=True)]
 
 
-def _example(sample: Fields, classes: Sequence[str], source: Source | None, digits: int) -> Example:
+def _example(sample: Fields, classes: Sequence[str], source: Source | None, picture: bytes, digits: int) -> Example:
     def words(name: str) -> str:
         if sample.plain[name] is None:
             return ""
@@ -50,13 +60,34 @@ def _example(sample: Fields, classes: Sequence[str], source: Source | None, digi
         words("true"),
         words("predicted"),
         tuple((classes[number], probability) for number, probability in sample.items("probabilities", list)),
-        b"" if source is None or isinstance(source, TextSource) else picture_of(source, index),
+        picture,
         source.texts[index][:TEXT_CHARACTERS] if isinstance(source, TextSource) else "",
     )
 
 
-def picture_of(source: ImageSource, index: int) -> bytes:
-    """A PNG, at most 160 pixels wide and high; nothing where the file cannot be read any more."""
+def pictures_of(source: Source | None, indices: Sequence[int | None]) -> list[bytes]:
+    """Of each sample a PNG, at most 160 pixels wide and high; nothing of a text, of what is no sample, and of a file
+    that cannot be read any more."""
+
+    def one(index: int | None) -> bytes:
+        if index is None or source is None or isinstance(source, TextSource):
+            return b""
+        if isinstance(source, FileSource):
+            decoding = Decoding(source.decoding.pixel_range, PICTURE_PIXELS)
+            return _picture_of_file(str(source.folder), source.name(index), decoding, source.changed_ns(index))
+        return _picture_of(source, index)
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        return list(pool.map(one, indices))
+
+
+@functools.lru_cache(CACHED_PICTURES)
+def _picture_of_file(folder: str, name: str, decoding: Decoding, _changed_ns: int) -> bytes:
+    """A run shows the same samples in several places."""
+    return _picture_of(FileSource(Path(folder), [name], torch.zeros(1), [], "", decoding=decoding), 0)
+
+
+def _picture_of(source: ImageSource, index: int) -> bytes:
     try:
         pixels = source.read(index)[0].round().clamp(0, 255).byte()
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.base.formatting import number_text
+from finetune.base.memory import usable_cores
 from finetune.data.batch import Request, Split
 from finetune.data.decode import formats_of
 from finetune.data.images import ImagePipeline
@@ -176,9 +178,18 @@ def _pictures(
     """Those of them that can be read."""
     spec, found = recipe.data, list[ShownSample]()
     pipeline = ImagePipeline(source, preprocessing, spec.augment, 0.0, 0.0, recipe.seed)
-    for index in chosen:
+
+    def seen(index: int) -> bytes:
         with suppress(Exception):  # what is wrong with it is said elsewhere
-            plain = _encoded(pipeline.fetch(Request([index])).inputs[0], preprocessing)
+            return _encoded(pipeline.fetch(Request([index])).inputs[0], preprocessing)
+        return b""
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        pictures = zip(chosen, pool.map(seen, chosen), strict=True)
+    for index, plain in pictures:
+        with suppress(Exception):
+            if not plain:
+                continue
             augmented = b""
             if spec.augment != "none":
                 augmented = _encoded(pipeline.fetch(Request([index], 0)).inputs[0], preprocessing)

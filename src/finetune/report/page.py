@@ -18,7 +18,7 @@ from finetune.base.formatting import number_text
 from finetune.base.intervals import worth_text
 from finetune.base.lock import is_held
 from finetune.data.batch import Split
-from finetune.data.images import names_to_indices, with_pixel_range, without
+from finetune.data.images import decoded_for, names_to_indices, without
 from finetune.data.open import open_source, split_data
 from finetune.data.preprocess import Preprocessing
 from finetune.data.source import FileSource, Source, TextSource
@@ -176,7 +176,7 @@ def _open_data(data: RunData, place: str) -> Source | None:
     prepared = data.checkpoint.backbone.get("preprocessing")
     if isinstance(source, FileSource) and isinstance(prepared, dict):
         with suppress(TypeError, ValueError):
-            source = with_pixel_range(source, Preprocessing(**prepared))
+            source = decoded_for(source, Preprocessing(**prepared))
     return source
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from finetune.base.allocator import freed_memory_kept
 from finetune.base.device import module_to_device, numerics_put_back, pick_device, set_numerics
 from finetune.base.formatting import number_text, printable
 from finetune.base.halves import freeing, in_halves
@@ -44,7 +45,6 @@ from finetune.tasks.losses import MultiLabelTask, Task, make_task, standardised
 from finetune.tasks.thresholds import cross_fitted_of
 from finetune.training.dataset import make_pipeline
 from finetune.training.phase import trained_forward
-from finetune.training.setup import count_workers
 
 BATCH_SAMPLES = 64
 MATRIX_CLASSES = 15  # a larger confusion matrix is shown as its worst mistakes
@@ -61,6 +61,7 @@ UNDEFINED = "undefined: the numbers are all the same, so there is no variance to
 
 @numerics_put_back()
 @generators_put_back()
+@freed_memory_kept()
 def evaluate(
     run: RunFolder,
     which: str,
@@ -95,7 +96,6 @@ def evaluate(
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         source = dataclasses.replace(source, targets=standardised(source.targets, scale, dtype))
     pipeline = make_pipeline(source, recipe.data, backbone, recipe.seed)
-    workers = count_workers(judged.source) if workers is None else workers
     loader = Loader(pipeline, workers, "auto", device.type == "cuda", judged.contents)
     module_to_device(network.module, device)
     forward = trained_forward(network, recipe, numerics, state.frozen.epoch, backbone, device)

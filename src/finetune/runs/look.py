@@ -19,7 +19,7 @@ from finetune.data.copies import Copies, find_copies
 from finetune.data.preprocess import Preprocessing
 from finetune.data.source import PARTS, ArraySource, TextSource
 from finetune.data.texts import TextPipeline
-from finetune.report.examples import picture_of
+from finetune.report.examples import pictures_of
 from finetune.report.look_page import KINDS, SHOWN_FINDINGS, Finding, Look
 from finetune.report.overview import label_of, overview_of
 from finetune.runs.start import Plan, new_setup, surroundings_put_back
@@ -61,11 +61,10 @@ class _Teller:
 
     def with_pictures(self, finding: Finding) -> Finding:
         """The same with its pictures, and that of the other sample."""
-        source = self.data.source
-        if isinstance(source, TextSource) or finding.kind == "broken":
+        if finding.kind == "broken":
             return finding
         places = [self.places.get(plain_name(name)) for name in (finding.name, finding.beside)]
-        pictures = (picture_of(source, place) for place in places if place is not None)
+        pictures = pictures_of(self.data.source, places)
         return dataclasses.replace(finding, pictures=tuple(one for one in pictures if one))
 
     def label(self, index: int) -> str:

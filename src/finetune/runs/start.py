@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.base.allocator import freed_memory_kept
 from finetune.base.device import (
     module_to_device,
     numerics_put_back,
@@ -141,7 +142,7 @@ def surroundings_put_back() -> Iterator[None]:
     Raises:
         RunError: another thread trains.
     """
-    with alone_in_process(), numerics_put_back(), generators_put_back():
+    with alone_in_process(), numerics_put_back(), generators_put_back(), freed_memory_kept():
         yield
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finetune.data.batch import Split
 from finetune.data.decode import formats_of
-from finetune.data.images import ImagePipeline, names_to_indices, with_pixel_range, without
+from finetune.data.images import ImagePipeline, decoded_for, names_to_indices, without
 from finetune.data.open import open_source, split_data
 from finetune.data.order import epoch_order, side_by_side
 from finetune.data.preprocess import Preprocessing
@@ -164,7 +164,7 @@ def make_pipeline(source: Source, spec: recipes.Data, backbone: Backbone, seed: 
     if isinstance(preprocessing, Tokenization):
         assert isinstance(source, TextSource)
         return TextPipeline(source, preprocessing.tokenize(source.texts))
-    source = with_pixel_range(source, preprocessing)
+    source = decoded_for(source, preprocessing)
     assert not isinstance(source, TextSource)
     return ImagePipeline(source, preprocessing, spec.augment, spec.mixup, spec.cutmix, seed)
 
@@ -261,7 +261,7 @@ def survey_pixels(
             f"type: {for_photos}"
         )
     prepared = dataclasses.replace(preprocessing, pixel_range=list(limits))
-    source = dataclasses.replace(source, pixel_range=limits, notes=(*source.notes, *notes))
+    source = dataclasses.replace(source, decoding=prepared.decoding, notes=(*source.notes, *notes))
     assert isinstance(data.pipeline, ImagePipeline)
     pipeline = dataclasses.replace(data.pipeline, preprocessing=prepared)
     looked_at = dataclasses.replace(data, pipeline=pipeline).with_source(source)

@@ -1,7 +1,7 @@
 """A training, ready to go: recipe, data, network and machine put together."""
 
-import os
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,6 @@ from finetune.base.device import TF32_CONVOLUTIONS
 from finetune.base.plain import Plain
 from finetune.data.contents import Contents
 from finetune.data.loader import Loader
-from finetune.data.source import FileSource, Source
 from finetune.models.backbones import Backbone
 from finetune.models.freeze import FreezeMap
 from finetune.models.network import Network
@@ -21,9 +20,6 @@ from finetune.tasks.losses import Task, make_task
 from finetune.tasks.losses import to_device as task_to_device
 from finetune.training.dataset import Data
 
-# To start a process takes about as long as to decode this many small files.
-WORTH_WORKERS_FILES = 500
-MOST_WORKERS = 8
 # So many files are decoded before the first step; of a larger data set the rest in its first epoch.
 CHECKED_FILES = 20_000
 
@@ -42,15 +38,8 @@ class Loaders(NamedTuple):
 
 def make_loaders(data: Data, machine: Machine, device: torch.device, contents: Contents) -> Loaders:
     pin_memory = device.type == "cuda"
-    workers = count_workers(data.source) if machine.workers is None else machine.workers
-    return Loaders(*(Loader(data.pipeline, workers, machine.worker_start, pin_memory, contents) for _ in range(2)))
-
-
-def count_workers(source: Source) -> int:
-    """How many processes are worth their start: none for images in memory, or few of them."""
-    if isinstance(source, FileSource) and len(source.paths) >= WORTH_WORKERS_FILES:
-        return min(os.cpu_count() or 1, MOST_WORKERS)
-    return 0
+    one = partial(Loader, data.pipeline, machine.workers, machine.worker_start, pin_memory, contents)
+    return Loaders(one(), one())
 
 
 @dataclass(frozen=True)
