@@ -254,10 +254,14 @@ def test_pictures_of_16_bits_are_read_by_the_program_as_by_the_kit(shape, suffix
         assert report.seen.alike == report.seen.samples and report.seen.difference < (1e-5 if kind == ".pt" else 1e-2)
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "P", "1", "L", "LA", "RGBA", "LAB", "I;16", "animated", "strip", "turned"])
+@pytest.mark.parametrize("mode", [
+    "CMYK", "P", "1", "L", "LA", "RGBA", "LAB", "I;16", "animated", "strip", "turned", "large JPEG", "large RGBA",
+    "large turned",
+])  # fmt: skip
 def test_whatever_a_picture_is_the_program_sees_what_the_kit_sees(mode, tmp_path, decoders):
     colours = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
-    picture, file = Image.fromarray(colours).resize((64, 36)), tmp_path / "a.tif"
+    size = (1920, 1080) if "large" in mode else (64, 36)
+    picture, file, mode = Image.fromarray(colours).resize(size), tmp_path / "a.tif", mode.rpartition(" ")[2]
     if mode == "I;16":
         picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
         picture.save(file)
@@ -268,13 +272,16 @@ def test_whatever_a_picture_is_the_program_sees_what_the_kit_sees(mode, tmp_path
         exif[274] = 8 if mode == "turned" else 1
         more = [picture.rotate(180)] if mode == "animated" else []
         picture.save(file, save_all=bool(more), append_images=more, exif=exif)
+    elif mode == "JPEG":
+        file = tmp_path / "a.jpg"
+        picture.save(file)
     elif mode in ("P", "LA", "RGBA"):
         file = tmp_path / "a.png"
         picture.convert(mode).save(file, **({"transparency": 3} if mode == "P" else {}))
     else:
         picture.convert("RGB" if mode == "LAB" else mode).convert(mode).save(file)
     preprocessing, tensors, arrays = decoders
-    expected = preprocessing.normalise(preprocessing.resize(read_image(file)).float().unsqueeze(0))
+    expected = preprocessing.normalise(preprocessing.resize(read_image(file, preprocessing.decoding)).float().unsqueeze(0))
     assert torch.equal(tensors["prepare"](tensors["read"](file)), expected)
     # Pillow rounds to whole levels after each direction.
     found = torch.from_numpy(arrays["prepare"](arrays["read"](file)))
