@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import psutil
@@ -21,16 +20,19 @@ from finetune.doctor.checks import (
     AMD,
     NVIDIA,
     Findings,
+    cannot_be_found,
     cpu_limit,
     install_command,
     judge_devices,
     judge_threads,
     look_at_environment,
     look_at_memory,
+    look_at_versions,
     module_name,
     package_facts,
     pci_gpus,
     redacted,
+    unmet,
 )
 from finetune.doctor.disk import file_system, folder_size, judge, look_at_disk, places, trial
 from finetune.doctor.probe import NoAnswer, ask
@@ -39,12 +41,6 @@ from finetune.watch.devices import device_figures, nvml_handle
 
 def told(findings: Findings, level: str) -> str:
     return "\n".join(text for found, text in findings.found if found == level)
-
-
-def answered(value) -> Future:
-    future: Future = Future()
-    future.set_result(value)
-    return future
 
 
 # ---- Questions to other processes ---------------------------------------------------------------------------------------
@@ -108,9 +104,8 @@ def test_torch_tells_its_threads_and_devices_and_the_driver_answers_or_says_why_
 def test_packages_that_are_missing_old_or_broken_are_named_with_the_command_that_mends_them():
     assert (module_name("PyYAML"), module_name("pillow"), module_name("torch")) == ("yaml", "PIL", "torch")
     needed = [Requirement(text) for text in ("torch>=99", "no-such-package>=1", "numpy>=1.26", "pillow>=10")]
-    answers = {name: answered({name: ""}) for name in ("torch", "numpy")}
-    answers["PIL"] = answered({"PIL": "ImportError: libjpeg is missing"})
-    rows = package_facts(needed, answers)
+    answers = {"torch": "", "numpy": "", "PIL": "ImportError: libjpeg is missing"}
+    rows = package_facts(needed, answers.__getitem__)
     assert [row["failure"] for row in rows] == [
         f"{rows[0]['version']} is too old",
         "",
@@ -120,6 +115,25 @@ def test_packages_that_are_missing_old_or_broken_are_named_with_the_command_that
     assert rows[1]["version"] == ""
     assert install_command(rows) == "pip install -U 'torch>=99' 'no-such-package>=1' 'pillow>=10'"
     assert install_command([rows[2]]) == ""
+
+
+def test_without_an_import_files_that_are_gone_and_packages_that_do_not_fit_each_other_are_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, needs in (("here", "numpy>=1"), ("strange", "numpy==0.1"), ("alone", "no-such-package>=2")):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+        about = tmp_path / f"{name}-1.0.dist-info"
+        about.mkdir()
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0", f"Requires-Dist: {needs}"]
+        (about / "METADATA").write_text("\n".join([*lines, "Requires-Dist: none-such; extra == 'more'", ""]))
+        (about / "RECORD").write_text(f"{name}.py,,\n{name}-1.0.dist-info/METADATA,,\n")
+    assert unmet("here") == ""
+    assert re.fullmatch(r"needs numpy==0\.1, \d\S+ is installed", unmet("strange"))
+    assert unmet("alone") == "needs no-such-package>=2, which is not installed"
+    findings = Findings()
+    (tmp_path / "alone.py").unlink()
+    look_at_versions([Requirement(name) for name in ("here", "strange", "alone")], cannot_be_found, findings)
+    levels = [level for level, _ in findings.found]
+    assert levels == ["note", "problem"] and "alone: its files are gone" in findings.found[1][1]
 
 
 # ---- Devices: what torch and the driver say on other machines -----------------------------------------------------------
@@ -341,7 +355,7 @@ def test_the_command_tells_all_and_ends_with_1_where_there_is_a_problem(tmp_path
             [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=cwd, env=environment
         )  # fmt: skip
 
-    well = command("--json")
+    well = command("--json", "--deep")
     found = json.loads(well.stdout)
     problems = [finding for finding in found["findings"] if finding["level"] == "problem"]
     assert well.returncode == bool(problems) and secret not in well.stdout and well.stderr == ""

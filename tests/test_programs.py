@@ -281,7 +281,9 @@ def test_whatever_a_picture_is_the_program_sees_what_the_kit_sees(mode, tmp_path
     else:
         picture.convert("RGB" if mode == "LAB" else mode).convert(mode).save(file)
     preprocessing, tensors, arrays = decoders
-    expected = preprocessing.normalise(preprocessing.resize(read_image(file, preprocessing.decoding)).float().unsqueeze(0))
+    expected = preprocessing.normalise(
+        preprocessing.resize(read_image(file, preprocessing.decoding)).float().unsqueeze(0)
+    )
     assert torch.equal(tensors["prepare"](tensors["read"](file)), expected)
     # Pillow rounds to whole levels after each direction.
     found = torch.from_numpy(arrays["prepare"](arrays["read"](file)))

@@ -197,7 +197,7 @@ def command_doctor(arguments: Sequence[str]) -> int:
     options = parse(DoctorOptions, "doctor", "What is missing or wrong on this machine.", arguments)
     from finetune.doctor.report import examine
 
-    return examine(options.json)
+    return examine(options.json, options.deep)
 
 
 NEW_HELP = """\

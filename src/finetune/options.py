@@ -248,6 +248,8 @@ class BackbonesOptions:
 class DoctorOptions:
     """Options of `finetune doctor`."""
 
+    deep: bool = False
+    """Import every package that is installed, to find those that cannot be used: takes some twenty seconds."""
     json: bool = False
     """Print one JSON object."""
 

@@ -5,9 +5,10 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,19 +91,38 @@ def module_name(package: str) -> str:
     return usual if usual in names or not names else names[0]
 
 
-def package_facts(needed: "list[Requirement]", answers: Mapping[str, Future[dict[str, str]]]) -> list[dict[str, str]]:
-    """{"name", "needs", "version", "failure"} each; "version" "" = not installed, "failure" = why it cannot be used.
+# Module -> why it cannot be used, "" = it can; raises NoAnswer where that crashes.
+Judge = Callable[[str], str]
 
-    Args:
-        answers: module -> of the question whether it, and others, can be imported.
-    """
+
+def cannot_be_found(module: str) -> str:
+    """A `Judge` that imports nothing."""
+    return "" if PathFinder.find_spec(module) is not None else "its files are gone"
+
+
+def unmet(name: str) -> str:
+    """What an installed package needs and does not have, as torchvision does of a torch that somebody put in its
+    place; "" = nothing."""
+    from packaging.requirements import Requirement
+
+    for line in importlib.metadata.requires(name) or []:
+        one = Requirement(line)
+        if one.marker is None or one.marker.evaluate({"extra": ""}):
+            version = installed_version(one.name)
+            if not version or not one.specifier.contains(version, prereleases=True):
+                there = f"{version} is installed" if version else "which is not installed"
+                return f"needs {one.name}{one.specifier}, {there}"
+    return ""
+
+
+def package_facts(needed: "list[Requirement]", judge: Judge) -> list[dict[str, str]]:
+    """{"name", "needs", "version", "failure"} each; "version" "" = not installed, "failure" = why it cannot be used."""
     rows = []
     for one in needed:
         version, failure = installed_version(one.name), ""
         if version:
-            module = module_name(one.name)
             try:
-                failure = answers[module].result()[module]
+                failure = judge(module_name(one.name))
             except NoAnswer as error:
                 failure = f"to import it {error}"
             if not failure and not one.specifier.contains(version, prereleases=True):
@@ -117,16 +137,17 @@ def install_command(rows: list[dict[str, str]]) -> str:
     return f"pip install -U {' '.join(wanted)}" if wanted else ""
 
 
-def look_at_versions(
-    needed: "list[Requirement]", answers: Mapping[str, Future[dict[str, str]]], findings: Findings
-) -> dict[str, str | None]:
-    rows = package_facts(needed, answers)
+def look_at_versions(needed: "list[Requirement]", judge: Judge, findings: Findings) -> dict[str, str | None]:
+    rows = package_facts(needed, judge)
     for row in rows:
         if not row["version"] or row["failure"]:
             why = row["failure"] or "is not installed"
             findings.problem(f"{row['name']}{row['needs']}: {why}; {install_command([row])}")
+        elif lacks := unmet(row["name"]):
+            findings.note(f"{row['name']} {row['version']} {lacks}; pip install -U {row['name']} mends it")
     if not findings.found:
-        findings.ok(f"all {len(rows)} packages that finetune needs are there and can be imported")
+        how = "are there: --deep also imports each" if judge is cannot_be_found else "can be imported"
+        findings.ok(f"all {len(rows)} packages that finetune needs {how}")
     return {
         "finetune": installed_version("finetune"),
         "python": platform.python_version(),
@@ -136,11 +157,11 @@ def look_at_versions(
 
 
 def look_at_extras(
-    needed: "dict[str, list[Requirement]]", answers: Mapping[str, Future[dict[str, str]]], findings: Findings
+    needed: "dict[str, list[Requirement]]", judge: Judge, findings: Findings
 ) -> dict[str, dict[str, object]]:
     facts: dict[str, dict[str, object]] = {}
     for extra, requirements_of in needed.items():
-        rows = package_facts(requirements_of, answers)
+        rows = package_facts(requirements_of, judge)
         broken = [row for row in rows if row["version"] and row["failure"]]
         for row in broken:
             findings.problem(f"{extra}: {row['name']} cannot be used ({row['failure']}); {install_command([row])}")
@@ -150,7 +171,8 @@ def look_at_extras(
             state = "not installed" if len(missing) == len(rows) else f"without {', '.join(missing)}"
         facts[extra] = {"state": state, "packages": rows, "install": install_command(rows)}
     if not findings.found:
-        findings.ok("every extra that is installed can be imported")
+        how = "is there" if judge is cannot_be_found else "can be imported"
+        findings.ok(f"every extra that is installed {how}")
     return facts
 
 

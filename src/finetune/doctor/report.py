@@ -16,6 +16,7 @@ from finetune.base.formatting import json_line, printable, size_text
 from finetune.base.terminal import make_console
 from finetune.doctor.checks import (
     Findings,
+    cannot_be_found,
     installed_version,
     look_at_cpu,
     look_at_devices,
@@ -65,12 +66,17 @@ class Report:
         self.findings += [{"level": level, "about": about, "text": text} for level, text in findings.found]
 
 
-def examine(as_json: bool) -> int:
-    """`finetune doctor`. Returns 1 if there is a problem, else 0."""
+def examine(as_json: bool, deep: bool) -> int:
+    """`finetune doctor`. Returns 1 if there is a problem, else 0.
+
+    Args:
+        deep: import every package that is installed.
+    """
     console = make_console(quiet=as_json)
-    waits = console.status("looking at packages and devices") if console.is_terminal else nullcontext()
+    what = "importing every package, some twenty seconds" if deep else "looking at packages and devices"
+    waits = console.status(what) if console.is_terminal else nullcontext()
     with waits:
-        report = look_around()
+        report = look_around(deep)
     if as_json:
         print(json_line(redacted(report.facts | {"findings": report.findings})))
     else:
@@ -78,7 +84,7 @@ def examine(as_json: bool) -> int:
     return 1 if report.count("problem") else 0
 
 
-def look_around() -> Report:
+def look_around(deep: bool) -> Report:
     """Everything that there is to look at. What takes long is asked for first and answered meanwhile."""
     report = Report()
     needed: dict[str, list[Requirement]] = {"": []}
@@ -88,7 +94,7 @@ def look_around() -> Report:
 
         def ask_for_imports(findings: Findings) -> list[str]:
             needed.update(requirements())
-            for ones in needed.values():
+            for ones in needed.values() if deep else ():
                 names = [module_name(one.name) for one in ones if installed_version(one.name)]
                 new = [name for name in names if name not in answers]
                 answers.update(dict.fromkeys(new, pool.submit(ask, "works", *new)))
@@ -101,9 +107,9 @@ def look_around() -> Report:
         report.look("cpu", lambda findings: look_at_cpu(torch_answer, findings))
         report.look("devices", lambda findings: look_at_devices(torch_answer, nvml_answer, findings))
         if report.facts.pop("packages") is not None:
-            own = needed.pop("")
-            report.look("versions", lambda findings: look_at_versions(own, answers, findings))
-            report.look("extras", lambda findings: look_at_extras(needed, answers, findings))
+            own, judge = needed.pop(""), (lambda module: answers[module].result()[module]) if deep else cannot_be_found
+            report.look("versions", lambda findings: look_at_versions(own, judge, findings))
+            report.look("extras", lambda findings: look_at_extras(needed, judge, findings))
     return report
 
 
