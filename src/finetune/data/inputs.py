@@ -1,5 +1,6 @@
 """What `predict` is asked about: image files or texts, wherever they stand, in batches of network inputs."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,14 @@ def _files_of(folder: Path, kind: Kind, wanted: str, say: Callable[[str], None])
     for line in aside:
         say(f"folder {folder}: {line}")
     return found
+
+
+def _parts(count: int, batch_size: int, first_samples: int) -> Iterator[slice]:
+    """Of so many samples those of each batch."""
+    start, size = 0, min(first_samples, batch_size) or batch_size
+    while start < count:
+        yield slice(start, start + size)
+        start, size = start + size, batch_size
 
 
 # ---- Images -------------------------------------------------------------------------------------------------------
@@ -107,8 +116,12 @@ class ImageInputs:
     def count(self) -> int:
         return len(self.images)
 
-    def batches(self, batch_size: int) -> Iterator[Inputs]:
-        """In order; the next batch is decoded while one is computed."""
+    def batches(self, batch_size: int, first_samples: int = 0) -> Iterator[Inputs]:
+        """In order; the next batch is decoded while one is computed.
+
+        Args:
+            first_samples: of the first batch; 0 = as of the others.
+        """
 
         def read(image: Picture) -> Tensor | RunError:
             try:
@@ -117,11 +130,11 @@ class ImageInputs:
                 return error
 
         with ThreadPoolExecutor(usable_cores()) as pool:
-            ahead = [pool.submit(read, image) for image in self.images[:batch_size]]
-            for start in range(0, len(self.images), batch_size):
-                ready, images = ahead, self.images[start : start + batch_size]
-                following = self.images[start + batch_size : start + 2 * batch_size]
-                ahead = [pool.submit(read, image) for image in following]
+            parts = list(_parts(len(self.images), batch_size, first_samples))
+            ahead = [pool.submit(read, image) for part in parts[:1] for image in self.images[part]]
+            for part, following in itertools.zip_longest(parts, parts[1:], fillvalue=slice(0, 0)):
+                ready, images = ahead, self.images[part]
+                ahead = [pool.submit(read, image) for image in self.images[following]]
                 found = [future.result() for future in ready]
                 good = [image for image in found if isinstance(image, Tensor)]
                 yield Inputs(
@@ -217,10 +230,10 @@ class TextInputs:
     def count(self) -> int:
         return len(self.texts)
 
-    def batches(self, batch_size: int) -> Iterator[Inputs]:
-        """In order."""
-        for start in range(0, len(self.texts), batch_size):
-            chunk = self.texts[start : start + batch_size]
+    def batches(self, batch_size: int, first_samples: int = 0) -> Iterator[Inputs]:
+        """In order. See `ImageInputs.batches`."""
+        for part in _parts(len(self.texts), batch_size, first_samples):
+            chunk = self.texts[part]
             errors = [one.get("error") or ("" if one["text"].strip() else "is empty; write a text") for one in chunk]
             good = [one["text"] for one, error in zip(chunk, errors, strict=True) if not error]
             tokens = self.tokenization.tokenize(good).batch(list(range(len(good)))) if good else None

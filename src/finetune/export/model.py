@@ -168,11 +168,13 @@ class LoadedModel:
         top_k: int = TOP_K,
         unsure_below: float = 0.0,
         batch_size: int = BATCH_SIZE,
+        first_samples: int = 0,
         advance: Callable[[int], None] = lambda _: None,
     ) -> Iterator[Prediction]:
         """A prediction a sample, in order.
 
         Args:
+            first_samples: computed first, for somebody who waits to see one; 0 = as many as at all other times.
             advance: told of each batch that is done.
 
         Raises:
@@ -180,7 +182,7 @@ class LoadedModel:
         """
         self.check(top_k, batch_size, unsure_below)
         free, halvings = freeing(self.device, lambda text: say_aside(f"finetune: {text}")), 0
-        for batch in samples.batches(batch_size):
+        for batch in samples.batches(batch_size, first_samples):
             outputs: Iterator[tuple[Tensor, float | None]] = iter(())
             if batch.inputs is not None:
                 attempt = partial(self._compute, batch.inputs)

@@ -60,7 +60,7 @@ def predict(
             bar.advance(shown, count)
 
         for one in model.predictions(
-            samples, top_k=top_k, unsure_below=unsure_below, batch_size=batch_size, advance=advance
+            samples, top_k=top_k, unsure_below=unsure_below, batch_size=batch_size, first_samples=1, advance=advance
         ):
             failed += bool(one.error)
             write(one.to_plain())
