@@ -142,7 +142,7 @@ def finetune(work: str, count: int, is_tracked: bool = True) -> dict[str, float]
         schedule=Schedule("constant", warmup_fraction=0.0), epochs=1, batch_size=BATCH,
     )  # fmt: skip
     samples = count * BATCH
-    source = ArraySource(torch.zeros(samples, 1), torch.zeros(samples, dtype=torch.int64), ["a", "b"], "")
+    source = ArraySource(torch.zeros(samples, 1), torch.zeros(samples, dtype=torch.int64), list("0123456789"), "")
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder) / "run")
         settings = Settings(track="tensorboard" if is_tracked else "none")

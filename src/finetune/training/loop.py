@@ -4,6 +4,7 @@
 import math
 from functools import partial
 
+from finetune.base.device import autocast
 from finetune.base.halves import freeing, in_halves
 from finetune.models.freeze import learning_statistics
 from finetune.store.state import CheckpointState, Progress
@@ -35,7 +36,7 @@ def train(
         RunError: the loss is not finite, memory or disk do not suffice, or frozen tensors changed.
     """
     recipe, spec, device = setup.recipe, setup.recipe.optimizer, setup.device
-    precision, watch, log_every = setup.numerics.precision, context.watch, context.settings.log_every_steps
+    watch, log_every = context.watch, context.settings.log_every_steps
     session, free = Session(setup, context, phase, progress, resumed), freeing(device, context.watch.say)
     try:
         session.begin()
@@ -47,13 +48,15 @@ def train(
             statistics = learning_statistics(setup.network.module)
             in_twos = bool(statistics) and recipe.folds
             least = 2 if in_twos else 1
+            # What it finds to leave is the same at every step: to ask once is a hundredth of a small one.
+            arithmetic = autocast(device, setup.numerics.precision)
             for batch in session.batches():
                 # ---- One optimizer step ------------------------------------------------------------------------------
                 targets = batch.targets.to(device, non_blocking=True)
                 set_learning_rate(optimizer, learning_rate(recipe, progress, session.steps))
                 attempt = partial(
                     gradients, phase.feed.forward, session.task, batch.inputs, targets, spec.accumulate, optimizer,
-                    scaler, precision, in_twos,
+                    scaler, arithmetic, in_twos,
                 )  # fmt: skip
                 at_once, halvings = math.ceil(len(targets) / spec.accumulate), progress.halvings
                 loss, progress.halvings = in_halves(

@@ -188,7 +188,9 @@ class Session:
         progress.step += 1
         progress.skipped_steps += not moved
         progress.position_samples += count
-        progress.loss_sum = progress.loss_sum.to(self.device).add(batch_loss, alpha=count)
+        if progress.loss_sum.device != batch_loss.device:
+            progress.loss_sum = progress.loss_sum.to(batch_loss.device)
+        progress.loss_sum = progress.loss_sum.add(batch_loss, alpha=count)
         progress.loss_samples += count
         self.losses.note(progress.step, batch.indices, batch_loss)
         self.context.watch.step(progress.step, progress.epoch + 1, self.epochs, count)

@@ -1,11 +1,13 @@
 """One optimizer step."""
 
+import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from finetune.base.device import autocast, to_device
+from finetune.base.device import to_device
 from finetune.errors import RunError, is_out_of_memory
 from finetune.tasks.losses import Outputs, Task, training_loss
 
@@ -21,7 +23,7 @@ def gradients(
     accumulate: int,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    precision: str,
+    arithmetic: AbstractContextManager[object],
     in_twos: bool,
     halvings: int = 0,
 ) -> Tensor:
@@ -31,6 +33,7 @@ def gradients(
         inputs: of the batch; each part of it goes to the device when it is its turn.
         targets: of the batch, on the device.
         accumulate: forward and backward passes, each over its share of the batch.
+        arithmetic: as of `autocast`; entered anew for each.
         in_twos: no share is one sample.
         halvings: each doubles the number of passes. The gradient stays the same but for rounding, and for BatchNorm
             that learns: it does so from each share by itself.
@@ -48,11 +51,11 @@ def gradients(
     try:
         # The parts of a batch are weighed by the whole batch, so any number of parts gives the same mean.
         for part_inputs, part_targets in pairs:
-            with autocast(targets.device, precision):
+            with arithmetic:
                 outputs = forward(to_device(part_inputs, targets.device))
             loss = training_loss(task, outputs, part_targets)
             # The mean's gradient, without a node of the graph for the division.
-            loss.backward(scaler.scale(torch.ones_like(loss) / batch_weight))
+            loss.backward(scaler.scale(_share(batch_weight, loss)))
             part_losses.append(loss.detach() / batch_weight)
     except BaseException as error:
         optimizer.zero_grad(set_to_none=True)  # of some parts only
@@ -63,6 +66,19 @@ def gradients(
             ) from None
         raise
     return sum(part_losses[1:], start=part_losses[0])
+
+
+def _share(batch_weight: Tensor | int, loss: Tensor) -> Tensor:
+    """() what one sample's loss counts for in the mean."""
+    if isinstance(batch_weight, Tensor):
+        return torch.ones_like(loss) / batch_weight
+    return _share_of_count(batch_weight, loss.device, loss.dtype)
+
+
+# To make the number anew is a hundredth of a small step.
+@functools.lru_cache(maxsize=16)
+def _share_of_count(samples: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.ones((), device=device, dtype=dtype) / samples
 
 
 def count_parts(samples: int, parts: int, in_twos: bool) -> int:
