@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,21 +18,25 @@ from finetune.base.device import module_to_device, numerics_put_back, pick_devic
 from finetune.base.formatting import number_text, printable
 from finetune.base.halves import freeing, in_halves
 from finetune.base.intervals import share_text, worth_text
+from finetune.base.signals import StopRequest
 from finetune.base.table_names import is_table
+from finetune.base.terminal import Terminal, make_console
 from finetune.base.words import typed
-from finetune.data.batch import Batch, Request
+from finetune.data.batch import Batch, Request, Split
 from finetune.data.contents import Contents
-from finetune.data.images import names_to_indices, without
+from finetune.data.images import ImagePipeline, names_to_indices, without
 from finetune.data.loader import Loader
 from finetune.data.open import open_source, split_data
 from finetune.data.order import batches_from
 from finetune.data.source import PARTS, Source
+from finetune.data.texts import TextPipeline
 from finetune.errors import RunError, UsageError
 from finetune.recipe.data_spec import check_encoding
-from finetune.recipe.execution import split_config
+from finetune.recipe.execution import Machine, split_config
 from finetune.recipe.heads import AnyTable
 from finetune.recipe.serialize import spec_from_plain
-from finetune.recipe.spec import Data, Distillation, Recipe, Regression
+from finetune.recipe.spec import Data as DataSpec
+from finetune.recipe.spec import Distillation, Recipe, Regression
 from finetune.runs.same_data import hinting_at_a_move
 from finetune.store.finish_state import Finish
 from finetune.store.restore import backbone_of_run, shipped_thresholds, trained_network
@@ -43,8 +47,9 @@ from finetune.tasks.evaluation import evaluate as evaluate_batches
 from finetune.tasks.levels import nearest_level
 from finetune.tasks.losses import MultiLabelTask, Task, make_task, standardised
 from finetune.tasks.thresholds import cross_fitted_of
-from finetune.training.dataset import make_pipeline
-from finetune.training.phase import trained_forward
+from finetune.training.dataset import Data, make_pipeline
+from finetune.training.phase import Feed, feed_if_kept, trained_forward
+from finetune.training.setup import Loaders, Setup
 
 BATCH_SAMPLES = 64
 MATRIX_CLASSES = 15  # a larger confusion matrix is shown as its worst mistakes
@@ -98,7 +103,13 @@ def evaluate(
     pipeline = make_pipeline(source, recipe.data, backbone, recipe.seed)
     loader = Loader(pipeline, workers, "auto", device.type == "cuda", judged.contents)
     module_to_device(network.module, device)
-    forward = trained_forward(network, recipe, numerics, state.frozen.epoch, backbone, device)
+    setup = Setup(
+        recipe, numerics, Machine(device_name), backbone, network, network.freeze_map(recipe.trainable),
+        _data_of(judged, pipeline, state.data), Loaders(loader, loader), device, "", "",
+    )  # fmt: skip
+    feed = _kept(setup, judged)
+    forward = feed.forward if feed else trained_forward(network, recipe, numerics, state.frozen.epoch, backbone, device)
+    network.module.eval()
     # Figures of today, by whatever way the run itself went.
     kind = Regression() if isinstance(recipe.task, Regression) else recipe.task
     task = make_task(kind, state.data.outputs, state.data.scale)
@@ -114,12 +125,13 @@ def evaluate(
         parts = batches_from(judged.indices, max(1, BATCH_SAMPLES >> halvings))
         requests = (Request(batch.tolist(), tolerant=True) for batch in parts)
         with closing(loader):
-            batches = loader.batches(requests)
+            batches = feed.validation.batches(requests) if feed else loader.batches(requests)
             if held is not None:
                 return _look_up(batches, held, task, count)
             return evaluate_batches(forward, batches, task, device, numerics.precision, samples=count)
 
-    evaluation, _ = in_halves(attempt, BATCH_SAMPLES, 0, freeing(device, say))
+    with closing(feed.features) if feed and feed.features else nullcontext():
+        evaluation, _ = in_halves(attempt, BATCH_SAMPLES, 0, freeing(device, say))
     noun = judged.source.noun
     if not evaluation.samples:
         raise RunError(f"--{noun}s {place}: none of {count} {noun}(s) could be read; {evaluation.broken[0]}")
@@ -164,7 +176,33 @@ class _Judged(NamedTuple):
     indices: Tensor
     part: str
     contents: Contents
-    is_own: bool = False
+    split: Split | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is of the data that the run was trained on, which is split then."""
+        return self.split is not None
+
+
+def _data_of(judged: _Judged, pipeline: ImagePipeline | TextPipeline, facts: DataFacts) -> Data:
+    """What is evaluated, as a run opens its data."""
+    none = torch.zeros(0, dtype=torch.int64)
+    split = judged.split or Split(none, judged.indices, none)
+    kept = Split(*(without(part, names_to_indices(judged.source, facts.skipped)) for part in split))
+    return Data(pipeline.source, kept, split, pipeline)
+
+
+def _kept(setup: Setup, judged: _Judged) -> Feed | None:
+    """The features that the run kept of these samples, so that no file is decoded that is still what it was."""
+    if not judged.is_own or judged.part != "validation":
+        return None
+    feed = feed_if_kept(setup, Terminal(make_console(quiet=True)), StopRequest())
+    if feed is None or feed.features is None:
+        return None
+    if torch.isin(judged.indices, torch.tensor(feed.features.broken, dtype=torch.int64)).any():
+        feed.features.close()
+        return None
+    return feed
 
 
 class _Held(NamedTuple):
@@ -210,7 +248,7 @@ def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: DataFacts, place: s
         split = split_data(source, recipe)
         indices, part = (split.test, "test") if len(split.test) else (split.validation, "validation")
         indices = without(indices, names_to_indices(source, facts.skipped))
-        return _Judged(source, indices, part, Contents(source, run.contents_file), is_own=True)
+        return _Judged(source, indices, part, Contents(source, run.contents_file), split)
     if spec.samples:  # of the run's own data
         source = open_source(dataclasses.replace(spec, samples=0), recipe.task.kind, facts.classes or None)
     if not place:
@@ -232,7 +270,7 @@ def _data_to_judge_on(run: RunFolder, recipe: Recipe, facts: DataFacts, place: s
     return _Judged(source, torch.arange(len(source.targets)), "all", Contents(source))
 
 
-def _opened(spec: Data, kind: str, facts: DataFacts, place: str) -> Source:
+def _opened(spec: DataSpec, kind: str, facts: DataFacts, place: str) -> Source:
     """The data; grouped as in the run if it is the run's own, for nothing is split of other data."""
     classes = (facts.classes or None) if place else None
     if not place or not (spec.group_column or spec.group_by):
@@ -244,7 +282,7 @@ def _opened(spec: Data, kind: str, facts: DataFacts, place: str) -> Source:
     return open_source(dataclasses.replace(spec, group_column="", group_by=""), kind, classes)
 
 
-def _located(spec: Data, place: str, table: AnyTable) -> Data:
+def _located(spec: DataSpec, place: str, table: AnyTable) -> DataSpec:
     """The run's data description for other data: a table has the columns that are given, or, where none is given,
     those of the run; a folder has none."""
     values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
