@@ -104,6 +104,24 @@ def test_files_that_were_swapped_since_the_run_are_found_though_their_sizes_are_
     assert "is not what it was when the run first read it" in capsys.readouterr().err
 
 
+def test_kept_features_are_used_where_every_file_is_known(tmp_path, capsys, monkeypatch):
+    folder = make_folder(tmp_path / "data", {"a": 8, "b": 8})
+    run = train_run(tmp_path / "run", small_recipe(data=Images(str(folder)), epochs=1, batch_size=4))
+    figures = {}
+    for which in ("best", "final"):
+        assert main(["evaluate", str(run.path), "--from", which, "--json"]) == 0
+        figures[which] = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr("finetune.data.source.FileSource.read", lambda *_arguments: pytest.fail("a file was decoded"))
+    for which, found in figures.items():
+        assert main(["evaluate", str(run.path), "--from", which, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == found
+    monkeypatch.undo()
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "none"))  # nothing is kept there: they are computed
+    for which, found in figures.items():
+        assert main(["evaluate", str(run.path), "--from", which, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["accuracy"] == found["accuracy"]
+
+
 def test_strange_classes_and_missing_runs_are_one_line(coloured, tmp_path, capsys):
     make_folder(tmp_path / "other", {"green": 2, "pink": 2})
     assert main(["evaluate", str(coloured.path), "--images", str(tmp_path / "other")]) == 2

@@ -91,7 +91,6 @@ def make_console(quiet: bool = False) -> Console:
     width = None if is_terminal else 120
     return PatientConsole(
         quiet=quiet,
-        force_jupyter=False if quiet else None,  # there a quiet one still shows empty lines
         no_color=plain,
         force_terminal=False if plain else None,
         force_interactive=False if plain else None,
