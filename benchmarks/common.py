@@ -36,9 +36,11 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Finished:
-    """A process that ended well: seconds as a whole, the largest resident memory, and its standard output."""
+    """A process that ended well: seconds as a whole, those of all its cores, the largest resident memory, and its
+    standard output."""
 
     seconds: float
+    cpu_seconds: float
     peak_mb: float
     output: str
 
@@ -60,7 +62,7 @@ def run_process(command: Sequence[str], environment: dict[str, str] | None = Non
         text, said = output.read(), errors.read()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{text[-3000:]}{said[-3000:]}")
-    return Finished(seconds, usage.ru_maxrss / 1024, text)
+    return Finished(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, text)
 
 
 def run_itself(script: str, *words: str) -> Any:

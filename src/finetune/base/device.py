@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,16 @@ def pick_device(name: str, before: str = "") -> torch.device:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {name}: cannot be used ({reason}); give auto, cpu, cuda, cuda:N or mps") from None
     return device
+
+
+def bf16_unit(file: Path = Path("/proc/cpuinfo")) -> str:
+    """What this processor multiplies bf16 with by itself, as Linux names it: amx_bf16, avx512_bf16; "" = nothing, or
+    not known."""
+    try:
+        flags = next((line for line in file.read_text().splitlines() if line.startswith("flags")), "").split()
+    except OSError:
+        return ""
+    return next((unit for unit in ("amx_bf16", "avx512_bf16") if unit in flags), "")
 
 
 def set_numerics(is_deterministic: bool, tf32: str) -> None:

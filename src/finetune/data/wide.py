@@ -152,8 +152,12 @@ def _some(paths: Sequence[str], count: int) -> list[str]:
     return [paths[place] for place in spread(torch.arange(len(paths)), count).tolist()]
 
 
-def survey(folder: Path, paths: Iterable[str], formats: Iterable[str]) -> Survey:
-    """Look into files, evenly spread over the data set; those that are broken are found elsewhere."""
+def survey(folder: Path, paths: Iterable[str], formats: Iterable[str], *, colours: bool = True) -> Survey:
+    """Look into files, evenly spread over the data set; those that are broken are found elsewhere.
+
+    Args:
+        colours: decode some, to see whether they hold colours.
+    """
     chosen, formats = _some(list(paths), LOOKED_AT), list(formats)
     wide, several, large, in_colour_mode = list[str](), list[str](), 0, list[str]()
     for path in chosen:
@@ -182,7 +186,7 @@ def survey(folder: Path, paths: Iterable[str], formats: Iterable[str]) -> Survey
         if low == high:  # a few bright spots on black are all that there is
             low, high = float(values.min()), float(values.max())
         used = (float(np.floor(low)), float(np.ceil(high))) if whole_numbers else (low, high)
-    looked_into = _some(in_colour_mode, COLOUR_FILES)
+    looked_into = _some(in_colour_mode, COLOUR_FILES if colours else 0)
     coloured = sum(_holds_colours(folder / path, formats) for path in looked_into)
     are_coloured = coloured > COLOURED_FILES * len(looked_into)
     return Survey(len(chosen), len(wide), several, large, are_coloured, used, whole_numbers)

@@ -32,6 +32,8 @@ from finetune.features.feature_file import BATCH_ROWS, Layout, RowFile, RowReade
 
 # For rows in memory, all entries of a run together; smaller data lies there as a whole.
 MEMORY_BYTES = 512 << 20
+# From so many on somebody waits long enough to be told how it would be shorter.
+HINTED_ROWS = 2_000
 # In the place of a digest; that of a broken file is stored negative.
 UNREADABLE = 1
 SCHEMA = 1
@@ -66,6 +68,7 @@ class Pass:
         loader: reads the samples.
         about: what runs over what, for people.
         lengths: (samples,) int64: how long each text is; None of images.
+        hint: asked before it runs over many samples: what a person could do to make it shorter; "" = nothing.
     """
 
     compute: Callable[[Tensor], Tensor]
@@ -76,6 +79,7 @@ class Pass:
     loader: Loader
     about: str
     lengths: Tensor | None = None
+    hint: Callable[[], str] = str
 
 
 class KeptRows:
@@ -325,6 +329,8 @@ class Features:
                 missing, count = missing + part.open(terminal, stop), count + part.layout.count
         terminal.say(f"features: {self._how(missing, count)}")
         if missing:
+            if missing >= HINTED_ROWS and (hint := self._run.hint()):
+                terminal.say(hint)
             started = time.monotonic()
             with terminal.track(f"the frozen backbone runs over the {self._run.source.noun}s", count) as advance:
                 advance(count - missing)

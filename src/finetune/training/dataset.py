@@ -233,7 +233,8 @@ def survey_pixels(
         if pixel_range != "auto":
             raise UsageError(f"--pixel-range {pixel_range}: is for image files only; leave it out")
         return data, backbone
-    found = survey(source.folder, [source.paths[index] for index in data.split.train.tolist()], formats_of(""))
+    paths = [source.paths[index] for index in data.split.train.tolist()]
+    found = survey(source.folder, paths, formats_of(""), colours=bool(for_photos))
     if pixel_range != "auto" and not found.wide:
         raise UsageError(
             f"--pixel-range {pixel_range}: none of the {found.looked_at:,} images looked at has more than 8 bits a "

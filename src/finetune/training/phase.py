@@ -1,13 +1,16 @@
 """A stretch of training between two thaws: what trains, its optimizer, what is fed to it: samples or kept features."""
 
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from finetune.base.device import autocast, to_device
+from finetune.base.device import autocast, bf16_unit, to_device
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
 from finetune.data.batch import Batch, Request
@@ -29,6 +32,8 @@ from finetune.training.optimizer import build_optimizer
 from finetune.training.setup import Setup
 
 CHECKED_SAMPLES = 2
+# Computed in fp32 and bf16, to tell what the second would take; said where it is at most such a share.
+TRIED_SAMPLES, WORTH_SHARE = 8, 0.8
 
 
 class Batches(Protocol):
@@ -304,4 +309,29 @@ def _pass_of(setup: Setup, found: Split, frozen_sha256: str) -> Pass:
     pipeline, lengths = setup.data.pipeline, None
     if isinstance(pipeline, TextPipeline):
         identity["tokens"], lengths = pipeline.table.sha256(), pipeline.lengths
-    return Pass(compute, found.width, dtype, identity, setup.data.source, setup.loaders.train, about, lengths)
+    hint = partial(_bf16_hint, setup, found)
+    return Pass(compute, found.width, dtype, identity, setup.data.source, setup.loaders.train, about, lengths, hint)
+
+
+def _bf16_hint(setup: Setup, found: Split) -> str:
+    """What the frozen part would take in bf16, where this processor has arithmetic of its own for that; tried on inputs
+    of no meaning. Nothing goes by it."""
+    unit = bf16_unit()
+    if setup.device.type != "cpu" or setup.numerics.of_backbone != "fp32" or not unit:
+        return ""
+    example = to_device(setup.backbone.preprocessing.example(TRIED_SAMPLES), setup.device)
+    seconds, rows = dict[str, float](), dict[str, Tensor]()
+    for precision in ("fp32", "bf16"):
+        with torch.inference_mode(), autocast(setup.device, precision):
+            found.prefix(example)
+            started = time.perf_counter()
+            rows[precision] = found.prefix(example).float()
+            seconds[precision] = time.perf_counter() - started
+    share = seconds["bf16"] / seconds["fp32"]
+    if share > WORTH_SHARE:
+        return ""
+    likeness = torch.nn.functional.cosine_similarity(rows["fp32"], rows["bf16"]).min().item()
+    return (
+        f"this processor computes bf16 by itself ({unit}): --backbone-precision bf16 would take about {share:.0%} of the "
+        f"time, and give other features (cosine {math.floor(likeness * 1e4) / 1e4:.4f})"
+    )
