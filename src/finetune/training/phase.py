@@ -332,6 +332,6 @@ def _bf16_hint(setup: Setup, found: Split) -> str:
         return ""
     likeness = torch.nn.functional.cosine_similarity(rows["fp32"], rows["bf16"]).min().item()
     return (
-        f"this processor computes bf16 by itself ({unit}): --backbone-precision bf16 would take about {share:.0%} of the "
+        f"this processor computes bf16 by itself ({unit}): --backbone-precision bf16 would take {share:.0%} of the "
         f"time, and give other features (cosine {math.floor(likeness * 1e4) / 1e4:.4f})"
     )
