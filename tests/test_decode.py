@@ -93,7 +93,7 @@ def test_pictures_are_upright_at_any_size(tmp_path, orientation, edge):
 
 JPEGS = {
     "baseline": {}, "progressive": {"progressive": True}, "no-subsampling": {"subsampling": 0},
-    "half": {"subsampling": 1}, "restart-markers": {"restart_marker_rows": 1}, "coarse": {"quality": 5},
+    "half": {"subsampling": 1}, "red-green-blue": {"keep_rgb": True}, "restart-markers": {"restart_marker_rows": 1}, "coarse": {"quality": 5},
 }  # fmt: skip
 
 

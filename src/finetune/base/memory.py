@@ -153,12 +153,13 @@ def guard_memory(stop: StopRequest, seconds_between_looks: float = SECONDS_BETWE
 
     def watch() -> None:
         while not over.wait(seconds_between_looks):
-            if any(limit.is_near for limit in limits()):
-                give_back()  # what lies free is no use of memory
-            for limit in limits():
-                if limit.is_near:
-                    stop.ask(describe_shortage(limit, before, memory_in_use()))
-                    return
+            if not any(limit.is_near for limit in limits()):
+                continue
+            give_back()  # what lies free with us is not in use
+            near = [limit for limit in limits() if limit.is_near]
+            if near:
+                stop.ask(describe_shortage(near[0], before, memory_in_use()))
+                return
 
     thread = threading.Thread(target=watch, name="memory guard", daemon=True)
     thread.start()

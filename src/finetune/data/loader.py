@@ -36,7 +36,7 @@ PART_BYTES = 4 << 20
 # At least so many samples are on their way while others are computed.
 AHEAD_SAMPLES = 128
 # So many files are asked for their size.
-SIZED_FILES = 256
+SIZED_FILES = 64
 
 
 class _PipelineDataset(Dataset):

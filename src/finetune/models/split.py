@@ -21,6 +21,7 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 from finetune.errors import is_out_of_memory, one_line
 from finetune.models.freeze import in_eval
+from finetune.models.fusion import Fusion
 from finetune.models.heads import Standardised
 
 # The two parts do the same operations; but a kernel may choose its algorithm by the memory layout of what it gets.
@@ -40,12 +41,18 @@ class Split:
         suffix: rows -> what the model returns. It trains, or does not, as the model's modules are set.
         places: the operations whose outputs lie in a row, by their paths in the model.
         shapes: of those outputs, a sample each.
+        graph: of the prefix, from images to those outputs; None of what cannot be traced.
     """
 
     prefix: Callable[[Tensor], Tensor]
     suffix: Callable[[Tensor], Any]
     places: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    graph: fx.GraphModule | None = None
+
+    def fused(self, fusion: Fusion) -> Callable[[Tensor], Tensor]:
+        """The prefix with what can be computed at once; made when it is first called."""
+        return lambda batch: _to_rows(fusion.network(batch))
 
     @property
     def width(self) -> int:
@@ -245,7 +252,7 @@ def _split_traced(model: nn.Module, images: Tensor) -> tuple[Split, Tensor]:
     def suffix(rows: Tensor) -> Any:
         return graphs[model.training](*_from_rows(rows, shapes))
 
-    return Split(lambda batch: _to_rows(take(batch)), suffix, places, shapes), _to_rows(values)
+    return Split(lambda batch: _to_rows(take(batch)), suffix, places, shapes, take), _to_rows(values)
 
 
 # ---- What cannot be traced ------------------------------------------------------------------------------------------

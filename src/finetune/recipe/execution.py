@@ -22,6 +22,7 @@ class Numerics:
         cache: whether features may be kept.
         tf32: what CUDA may compute with 10 of fp32's 23 bits: "none", "convolutions" (as torch does by itself), "all" =
             matrix products too.
+        fuse_batchnorm: where features are kept, a frozen BatchNorm is computed as a part of the convolution before it.
     """
 
     precision: str = "fp32"
@@ -29,6 +30,7 @@ class Numerics:
     backbone_precision: str = ""
     cache: bool = True
     tf32: str = named("none", before="convolutions")
+    fuse_batchnorm: bool = named(True, before=False)
 
     @property
     def of_backbone(self) -> str:

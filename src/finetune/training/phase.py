@@ -21,6 +21,7 @@ from finetune.errors import RunError, UsageError
 from finetune.features.kept import CannotKeep, Features, KeptRows, Pass, filled
 from finetune.models.backbones import Backbone
 from finetune.models.freeze import Freeze
+from finetune.models.fusion import Fusion
 from finetune.models.network import Network
 from finetune.models.split import CannotSplit, Split, split
 from finetune.recipe.execution import Numerics
@@ -282,11 +283,13 @@ def _parts(setup: Setup) -> dict[int | None, Tensor]:
 
 
 def _pass_of(setup: Setup, found: Split, frozen_sha256: str) -> Pass:
-    device, precision = setup.device, setup.numerics.of_backbone
+    device, precision, prefix, numerics = setup.device, setup.numerics.of_backbone, found.prefix, dict[str, object]()
+    if setup.numerics.fuse_batchnorm and found.graph is not None and (fusion := Fusion(found.graph)).pairs:
+        prefix, numerics = found.fused(fusion), {"fuse_batchnorm": True}
 
     def compute(samples: Tensor) -> Tensor:
         with torch.inference_mode(), autocast(device, precision):
-            return found.prefix(to_device(samples, device)).to("cpu", dtype).contiguous()
+            return prefix(to_device(samples, device)).to("cpu", dtype).contiguous()
 
     spec, preprocessing = setup.recipe.data, setup.backbone.preprocessing
     # What comes out of the backbone's last layer: half as many bytes where that is bfloat16.
@@ -297,7 +300,9 @@ def _pass_of(setup: Setup, found: Split, frozen_sha256: str) -> Pass:
         "frozen": frozen_sha256,
         "places": list(found.places),
         "shapes": [list(shape) for shape in found.shapes],
-        "numerics": {"precision": precision, "deterministic": setup.numerics.deterministic} | setup.tf32_named(),
+        "numerics": {"precision": precision, "deterministic": setup.numerics.deterministic}
+        | setup.tf32_named()
+        | numerics,
         "environment": numeric_environment(device, setup.backbone.libraries),
         "data": setup.data.source.fingerprint,
         "augment": {"augment": spec.augment, "seed": setup.recipe.seed} if spec.views else "",
