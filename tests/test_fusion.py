@@ -94,3 +94,4 @@ def test_a_run_names_it_and_one_that_does_not_computes_as_before(tmp_path):
     rows, rows_before = now.compute(inputs), before.compute(inputs)
     assert not torch.equal(rows, rows_before)
     assert torch.nn.functional.cosine_similarity(rows, rows_before).min() > 0.999_999
+    assert "fuse_batchnorm" not in identity_of(backbone_precision="bf16").identity["numerics"]

@@ -22,7 +22,8 @@ class Numerics:
         cache: whether features may be kept.
         tf32: what CUDA may compute with 10 of fp32's 23 bits: "none", "convolutions" (as torch does by itself), "all" =
             matrix products too.
-        fuse_batchnorm: where features are kept, a frozen BatchNorm is computed as a part of the convolution before it.
+        fuse_batchnorm: where features are kept and computed in fp32, a frozen BatchNorm is computed as a part of the
+            convolution before it.
     """
 
     precision: str = "fp32"

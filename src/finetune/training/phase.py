@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from finetune.base.device import autocast, bf16_unit, to_device
+from finetune.base.device import NO_TF32, autocast, bf16_unit, to_device
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
 from finetune.data.batch import Batch, Request
@@ -284,7 +284,7 @@ def _parts(setup: Setup) -> dict[int | None, Tensor]:
 
 def _pass_of(setup: Setup, found: Split, frozen_sha256: str) -> Pass:
     device, precision, prefix, numerics = setup.device, setup.numerics.of_backbone, found.prefix, dict[str, object]()
-    if setup.numerics.fuse_batchnorm and found.graph is not None and (fusion := Fusion(found.graph)).pairs:
+    if _fuses(setup) and found.graph is not None and (fusion := Fusion(found.graph)).pairs:
         prefix, numerics = found.fused(fusion), {"fuse_batchnorm": True}
 
     def compute(samples: Tensor) -> Tensor:
@@ -316,6 +316,13 @@ def _pass_of(setup: Setup, found: Split, frozen_sha256: str) -> Pass:
         identity["tokens"], lengths = pipeline.table.sha256(), pipeline.lengths
     hint = partial(_bf16_hint, setup, found)
     return Pass(compute, found.width, dtype, identity, setup.data.source, setup.loaders.train, about, lengths, hint)
+
+
+def _fuses(setup: Setup) -> bool:
+    """Whether BatchNorm is computed with the convolution before it. Not where few bits are left: rounded once in place
+    of twice, features would be others than those of the network that the head is used with."""
+    is_fp32 = setup.numerics.of_backbone == "fp32" and (setup.device.type != "cuda" or setup.numerics.tf32 == NO_TF32)
+    return setup.numerics.fuse_batchnorm and is_fp32
 
 
 def _bf16_hint(setup: Setup, found: Split) -> str:
