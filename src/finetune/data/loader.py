@@ -189,8 +189,9 @@ class Loader:
 
         def parts() -> Iterator[Request]:
             for request in requests:
-                size, before = self._part_samples or len(request.indices), len(request.indices)
-                starts = range(0, before, size)
+                count = max(len(request.indices), 1)
+                size = self._part_samples or count
+                starts = range(0, count, size)
                 counts.append(len(starts))
                 for start in starts:
                     yield dataclasses.replace(request, indices=request.indices[start : start + size])
@@ -200,7 +201,8 @@ class Loader:
         found = list[Batch]()
         for part in self._loader:
             if isinstance(part, FinetuneError):
-                yield part  # which ends it
+                yield part
+                return
             found.append(part)
             if len(found) == counts[0]:
                 counts.popleft()
