@@ -59,6 +59,37 @@ def test_a_block_within_another_leaves_it_as_it_is(monkeypatch):
     assert calls == [allocator.KEPT, allocator.USUAL] * 2
 
 
+def test_whoever_has_told_the_library_what_to_do_is_left_alone(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")
+    assert allocator._libc() is None
+
+
+WORKER = """
+import sys
+import psutil, torch
+from finetune.base.allocator import freed_memory_kept
+from finetune.data.loader import _prepare_worker
+def rss(): return psutil.Process().memory_info().rss
+with freed_memory_kept():
+    if sys.argv[1] == "worker":
+        _prepare_worker(0)
+    before = rss()
+    large = [torch.ones(10 << 20) for _ in range(4)]
+    small = torch.ones(1)
+    del large
+    print(rss() - before)
+"""
+
+
+@pytest.mark.skipif(not is_glibc, reason="the C library here is not glibc, and does as it likes")
+def test_a_worker_process_keeps_nothing_of_its_largest_picture():
+    kept = {}
+    for way in ("worker", "alone"):
+        run = subprocess.run([sys.executable, "-c", WORKER, way], capture_output=True, text=True, check=True)
+        kept[way] = int(run.stdout)
+    assert kept["worker"] < 20 << 20 < 100 << 20 < kept["alone"]
+
+
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("", ""))
     with freed_memory_kept():

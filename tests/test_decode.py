@@ -11,6 +11,7 @@ from conftest import small_recipe
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional
 
+import finetune
 from finetune.cli import main
 from finetune.data.batch import Request
 from finetune.data.contents import Contents
@@ -97,12 +98,12 @@ JPEGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [(61, 47), (640, 481)])
+@pytest.mark.parametrize("size", [(61, 47), (1931, 1301)])
 @pytest.mark.parametrize("name", JPEGS)
 def test_every_pixel_of_a_jpeg_is_that_of_pillow(tmp_path, name, size):
     content = saved(picture(*size), **JPEGS[name])
     assert torch.equal(decode(content, tmp_path), by_pillow(content))
-    assert torch.equal(decode(content, tmp_path, Decoding(least_edge=600)), by_pillow(content))  # it is small enough
+    assert torch.equal(decode(content, tmp_path, Decoding(least_edge=1300)), by_pillow(content))  # it is small enough
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -221,11 +222,11 @@ def test_processes_start_where_files_take_long_enough(tmp_path, monkeypatch, cou
 
 
 def test_an_export_and_its_program_decode_as_the_run_did(tmp_path, capsys):
-    folder = tmp_path / "photos"
+    folder, found = tmp_path / "photos", {}
     for number in range(8):
         place = folder / str(number % 2)
         place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number}.jpg").write_bytes(saved(picture(520, 390, seed=number)))
+        (place / f"{number}.jpg").write_bytes(saved(picture(1100, 900, seed=number)))
     options = ["--images", str(folder), "--image-size", "96", "--epochs", "1", "--workers", "0", "--track", ""]
     for way in (SCALED, EXACT):
         run = tmp_path / way
@@ -235,6 +236,17 @@ def test_an_export_and_its_program_decode_as_the_run_did(tmp_path, capsys):
         described = json.loads((run / "model.json").read_text())["preprocessing"]
         assert described.get("decode", EXACT) == way
         program = (run / "model.md").read_text()
+        model, file = finetune.load(run / "model.pt"), folder / "0" / "0.jpg"
+        assert model.preprocessing.decoding.least_edge == (220 if way == SCALED else 0)
+        pixels = model.preprocessing.resize(read_image(file, model.preprocessing.decoding))
+        with torch.inference_mode():
+            wanted = model.module(model.preprocessing.normalise(pixels[None])).softmax(1).max().item()
+        found[way] = model.predict(file).probability
+        assert found[way] == pytest.approx(wanted, abs=1e-6)
+        capsys.readouterr()
+        assert main(["predict", str(run), str(file)]) == 0
+        assert json.loads(capsys.readouterr().out)["probability"] == pytest.approx(wanted, abs=2e-6)
         assert ("image.draft(None, (" in program) == (way == SCALED)
+    assert abs(found[SCALED] - found[EXACT]) > 1e-5  # they do see other pixels
     assert main(["vgg_head", "--images", "digits", "--decode", "exact"]) == 2
     assert "--decode exact: has no effect on digits" in capsys.readouterr().err

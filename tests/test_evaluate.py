@@ -122,6 +122,25 @@ def test_kept_features_are_used_where_every_file_is_known(tmp_path, capsys, monk
         assert json.loads(capsys.readouterr().out)["accuracy"] == found["accuracy"]
 
 
+def test_what_lies_beside_the_judged_samples_is_neither_read_nor_written(tmp_path, capsys, monkeypatch):
+    folder = make_folder(tmp_path / "data", {"a": 8, "b": 8})
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "features"))
+    run = train_run(tmp_path / "run", small_recipe(data=Images(str(folder)), epochs=1, batch_size=4))
+    judged = {one["name"] for one in json.loads(run.validation_file.read_text())["worst"]}
+    changed = next(path for path in sorted(folder.rglob("*.png")) if str(path.relative_to(folder)) not in judged)
+    changed.write_bytes(bytes(changed.stat().st_size))
+    kept = [path.read_bytes() for path in sorted((tmp_path / "features").glob("*"))]
+    assert kept
+    for _ in range(2):
+        assert main(["evaluate", str(run.path), "--from", "best"]) == 0
+        assert capsys.readouterr().out
+    assert [path.read_bytes() for path in sorted((tmp_path / "features").glob("*"))] == kept
+    held = next(path for path in sorted(folder.rglob("*.png")) if str(path.relative_to(folder)) in judged)
+    held.write_bytes(bytes(held.stat().st_size))
+    assert main(["evaluate", str(run.path), "--from", "best"]) == 0
+    assert "left out: image" in capsys.readouterr().out
+
+
 def test_strange_classes_and_missing_runs_are_one_line(coloured, tmp_path, capsys):
     make_folder(tmp_path / "other", {"green": 2, "pink": 2})
     assert main(["evaluate", str(coloured.path), "--images", str(tmp_path / "other")]) == 2

@@ -75,6 +75,16 @@ def test_a_network_that_cannot_be_traced_has_no_pairs():
     assert Fusion(Strange()).pairs == []
 
 
+def test_layers_that_are_put_together_as_they_run_or_count_nothing_are_left_alone():
+    plain = nn.Conv2d(3, 4, 3)
+    weighed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))
+    network = nn.Sequential(plain, nn.BatchNorm2d(4, track_running_stats=False), weighed, nn.BatchNorm2d(4)).eval()
+    fusion, images = Fusion(network), torch.randn(2, 3, 8, 8)
+    assert fusion.pairs == []
+    with torch.inference_mode():
+        assert torch.equal(fusion.network(images), network(images))
+
+
 def identity_of(**numerics):
     setup, _ = new_setup(Plan(small_recipe(), Numerics(**numerics), Machine("cpu")))
     freeze = setup.freeze.at(0)

@@ -7,10 +7,19 @@ of MobileNetV2 went there (benchmarks/roofline.py). No number is changed by wher
 
 import contextlib
 import ctypes
+import os
 import platform
 import threading
 from collections.abc import Iterator
 
+# Whoever sets one of these has chosen.
+VARIABLES = (
+    "GLIBC_TUNABLES",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+)
 # Of mallopt(3): how much may lie free at the heap's end, from which size on blocks are mapped, and how many may be.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: (1 << 31) - 1}
@@ -21,13 +30,17 @@ _blocks = {"open": 0}
 
 
 def _libc() -> ctypes.CDLL | None:
-    """None = another C library, which does as it likes."""
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    """None = another C library, or somebody has told it what to do."""
+    is_free = platform.libc_ver()[0] == "glibc" and not any(name in os.environ for name in VARIABLES)
+    return ctypes.CDLL(None) if is_free else None
 
 
 @contextlib.contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Within the block freed memory stays with the process, for the next tensor; afterwards it is given back."""
+    """Within the block freed memory stays with the process, for the next tensor; afterwards it is given back.
+
+    What glibc had learnt of sizes cannot be put back; afterwards it has those that it comes to in a process of tensors.
+    """
     with _lock:
         _blocks["open"] += 1
         if _blocks["open"] == 1:
@@ -40,6 +53,11 @@ def freed_memory_kept() -> Iterator[None]:
             if not _blocks["open"]:
                 _set(USUAL)
         give_back()
+
+
+def keep_nothing() -> None:
+    """In a process that was forked within the block: do as usual."""
+    _set(USUAL)
 
 
 def _set(options: dict[int, int]) -> None:

@@ -34,6 +34,8 @@ SUFFIXES_BEFORE = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 # What takes a package of its own: the package by suffix.
 PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif"}
 LARGEST_FILE_BYTES = 1 << 30
+# From so many on it shows who decodes them.
+LARGE_PIXELS = 2_000_000
 # A file, or a picture that a program has in memory.
 Picture = Path | Image.Image | NDArray[Any] | Tensor
 
@@ -49,8 +51,7 @@ class Decoding:
     Attributes:
         pixel_range: which values of more than 8 bits become black and white; () = the ends of their type's range.
         least_edge: a picture whose shorter edge has at least twice as many pixels is reduced while it is decoded, by a
-            whole factor, and keeps at least so many; 0 = every pixel is decoded. Pictures of more than 8 bits always
-            keep theirs.
+            whole factor, and keeps at least so many; 0 = every pixel is decoded. Those that the range is of keep all.
     """
 
     pixel_range: tuple[float, ...] = ()
@@ -154,9 +155,11 @@ def read_image(path: Path, decoding: Decoding = EVERY_PIXEL) -> Tensor:
 
 
 def _whole_jpeg(image: Image.Image, content: bytes) -> Tensor | None:
-    """An upright JPEG in colours, every pixel, by torchvision: the same bytes as by PIL in two thirds of the time, for
-    they need not be put into another order. None = it is something else, or PIL shall say what is wrong with it."""
-    if image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1:
+    """A large, upright JPEG in colours, every pixel, by torchvision: the same bytes as by PIL in two thirds of the
+    time, for they need not be put into another order. None = it is something else, or PIL shall say what is wrong with
+    it; of small ones, too, for torchvision's libjpeg writes of stray bytes to stderr, and many old files have some."""
+    is_large = image.width * image.height >= LARGE_PIXELS
+    if is_large and image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1:
         with suppress(Exception):
             return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
     return None

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from finetune.base.allocator import keep_nothing
 from finetune.base.memory import usable_cores
 from finetune.data.batch import Batch, Request, joined
 from finetune.data.contents import Contents
@@ -33,8 +34,8 @@ MOST_WORKERS = 16
 # What a worker takes at once: of small files a whole batch, of such photographs one, so that at the end of the files no
 # core is without work for long.
 PART_BYTES = 4 << 20
-# At least so many samples are on their way while others are computed.
-AHEAD_SAMPLES = 128
+# So many samples are on their way while others are computed; fewer of large ones, for they lie in shared memory.
+AHEAD_SAMPLES, AHEAD_BYTES = 128, 96 << 20
 # So many files are asked for their size.
 SIZED_FILES = 64
 
@@ -64,6 +65,8 @@ class _Requests:
 
 
 def _prepare_worker(_worker: int) -> None:
+    # A process that was forked would keep the room of its largest picture.
+    keep_nothing()
     say_nothing_of_large_images()
     # Ctrl-C reaches the whole process group; only the run decides what to do about it.
     for name in ("SIGINT", "SIGUSR1", "SIGHUP", "SIGBREAK"):
@@ -181,7 +184,11 @@ class Loader:
 
     def _ahead(self) -> int:
         """How many requests each worker has."""
-        return max(2, math.ceil(AHEAD_SAMPLES / (self._part_samples * self.workers))) if self._part_samples else 2
+        if not self._part_samples or not isinstance(self._pipeline, ImagePipeline):
+            return 2
+        sample_bytes = 3 * 4 * self._pipeline.preprocessing.image_size**2
+        samples = min(AHEAD_SAMPLES, AHEAD_BYTES // sample_bytes)
+        return max(2, math.ceil(samples / (self._part_samples * self.workers)))
 
     def _joined(self, requests: Iterable[Request]) -> Iterator[Batch | FinetuneError]:
         """Batches of the workers, which fetch each in parts."""

@@ -2,13 +2,13 @@
 what it makes of them."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +97,8 @@ Judge = Callable[[str], str]
 
 def cannot_be_found(module: str) -> str:
     """A `Judge` that imports nothing."""
-    return "" if PathFinder.find_spec(module) is not None else "its files are gone"
+    found = importlib.util.find_spec(module)  # also where it is installed in place
+    return "" if found is not None and found.loader is not None else "its files are gone"
 
 
 def unmet(name: str) -> str:

@@ -116,11 +116,24 @@ class RowFile:
         checksums: (2, blocks) int64, of rows and digests.
     """
 
-    def __init__(self, path: Path, layout: Layout):
-        """Open the file, or make one without any row where there is none with this layout."""
-        self.path, self.layout = path, _found_or_made(path, layout)
+    def __init__(self, path: Path, layout: Layout, *, read_only: bool = False):
+        """Open the file, or make one without any row where there is none with this layout.
+
+        Args:
+            read_only: nothing is made or written; what is damaged counts as missing.
+
+        Raises:
+            BadFile: to be read only, and there is none with this layout.
+        """
+        if read_only and read_layout(path) != layout:
+            raise BadFile(f"{path} holds other rows")
+        self.path, self.layout, self._is_read_only = (
+            path,
+            layout if read_only else _found_or_made(path, layout),
+            read_only,
+        )
         layout = self.layout
-        self._stream = open(path, "r+b", buffering=0)  # noqa: SIM115 - open as long as the rows are used
+        self._stream = open(path, "rb" if read_only else "r+b", buffering=0)  # noqa: SIM115 - as long as rows are used
         self._rows_at = len(layout.header())
         self._digests_at = self._rows_at + layout.count * layout.row_bytes
         self._changed_at = self._digests_at + 8 * layout.count
@@ -150,6 +163,8 @@ class RowFile:
             done += count
 
     def _write_at(self, content: Numbers | Bytes, position: int) -> None:
+        if self._is_read_only:
+            return
         self._stream.seek(position)
         rest = np.ascontiguousarray(content).data.cast("B")
         while rest:

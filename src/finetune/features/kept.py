@@ -90,6 +90,7 @@ class KeptRows:
         batch_rows: how many are computed at once, which shows in their last bits.
         view: number of the augmented view, or None for the plain images.
         broken: samples that could not be read.
+        row_of_sample: (sample,) int64 numbers of their rows.
     """
 
     def __init__(self, run: Pass, samples: Tensor, view: int | None, batch_rows: int = BATCH_ROWS):
@@ -97,8 +98,8 @@ class KeptRows:
         about = run.about if view is None else f"{run.about}, view {view + 1}"
         self.layout = Layout(len(samples), run.width, run.dtype, about)
         self.entry: Entry = entry(self._key())
-        self._row_of_sample = torch.full((int(samples.max()) + 1,), -1)
-        self._row_of_sample[samples] = torch.arange(len(samples))
+        self.row_of_sample = torch.full((int(samples.max()) + 1,), -1)
+        self.row_of_sample[samples] = torch.arange(len(samples))
         self._opened: RowFile | None = None
         self._reader: RowReader | None = None
 
@@ -196,9 +197,9 @@ class KeptRows:
             for _ in self._batches([block]):
                 batch = next(batches)
                 for index, reason in batch.broken:
-                    digests[int(self._row_of_sample[index]) - numbers.start] = -self._digest_of_broken(index, reason)
+                    digests[int(self.row_of_sample[index]) - numbers.start] = -self._digest_of_broken(index, reason)
                 if len(batch.indices):
-                    places = self._row_of_sample[batch.indices] - numbers.start
+                    places = self.row_of_sample[batch.indices] - numbers.start
                     rows[places] = run.compute(batch.inputs)
                     digests[places.numpy()] = batch.digests.numpy()
                 advance(len(batch.indices) + len(batch.broken))
@@ -224,7 +225,7 @@ class KeptRows:
         Raises:
             RunError: it could be, when the run began.
         """
-        if self._reader is not None and self.file.digests[int(self._row_of_sample[index])] >= 0:
+        if self._reader is not None and self.file.digests[int(self.row_of_sample[index])] >= 0:
             raise RunError(reason)
         source = self.run.source
         return (source.digest(index) if isinstance(source, FileSource) else 0) or UNREADABLE
@@ -233,7 +234,7 @@ class KeptRows:
         """Rows (n, width) of samples (n,)."""
         if self._reader is None:
             self._reader = RowReader(self.file, self._remake, memory_bytes, window_samples)
-        return self._reader.read(self._row_of_sample[indices])
+        return self._reader.read(self.row_of_sample[indices])
 
     def _remake(self, block: int) -> None:
         with self.entry.filling(lambda: None):

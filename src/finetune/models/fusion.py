@@ -33,7 +33,7 @@ class Fusion:
         self.pairs = [
             (before, node)
             for node in nodes
-            if self._is_layer(node, BATCHNORMS) and not self._layer(node).training
+            if self._is_layer(node, BATCHNORMS) and self._has_statistics(self._layer(node))
             for before in node.args[:1]
             if self._is_layer(before, CONVOLUTIONS) and len(before.users) == 1
             if called.count(node.target) == 1 and called.count(before.target) == 1
@@ -43,7 +43,14 @@ class Fusion:
         return self._traced.get_submodule(str(node.target))
 
     def _is_layer(self, node: object, kinds: tuple[type[nn.Module], ...]) -> bool:
-        return isinstance(node, fx.Node) and node.op == "call_module" and isinstance(self._layer(node), kinds)
+        """Whether a plain layer is called; the weight of one that is put together in its forward is no parameter."""
+        if not isinstance(node, fx.Node) or node.op != "call_module" or type(self._layer(node)) not in kinds:
+            return False
+        return kinds is BATCHNORMS or "weight" in dict(self._layer(node).named_parameters(recurse=False))
+
+    @staticmethod
+    def _has_statistics(batchnorm: nn.Module) -> bool:
+        return not batchnorm.training and getattr(batchnorm, "running_var", None) is not None
 
     @functools.cached_property
     def network(self) -> nn.Module:

@@ -18,9 +18,7 @@ from finetune.base.device import module_to_device, numerics_put_back, pick_devic
 from finetune.base.formatting import number_text, printable
 from finetune.base.halves import freeing, in_halves
 from finetune.base.intervals import share_text, worth_text
-from finetune.base.signals import StopRequest
 from finetune.base.table_names import is_table
-from finetune.base.terminal import Terminal, make_console
 from finetune.base.words import typed
 from finetune.data.batch import Batch, Request, Split
 from finetune.data.contents import Contents
@@ -31,6 +29,7 @@ from finetune.data.order import batches_from
 from finetune.data.source import PARTS, Source
 from finetune.data.texts import TextPipeline
 from finetune.errors import RunError, UsageError
+from finetune.features.known import KnownRows
 from finetune.recipe.data_spec import check_encoding
 from finetune.recipe.execution import Machine, split_config
 from finetune.recipe.heads import AnyTable
@@ -45,10 +44,10 @@ from finetune.store.state import DataFacts, generators_put_back
 from finetune.tasks.evaluation import Evaluation
 from finetune.tasks.evaluation import evaluate as evaluate_batches
 from finetune.tasks.levels import nearest_level
-from finetune.tasks.losses import MultiLabelTask, Task, make_task, standardised
+from finetune.tasks.losses import MultiLabelTask, Outputs, Task, make_task, standardised
 from finetune.tasks.thresholds import cross_fitted_of
 from finetune.training.dataset import Data, make_pipeline
-from finetune.training.phase import Feed, feed_if_kept, trained_forward
+from finetune.training.phase import known_feed, trained_forward
 from finetune.training.setup import Loaders, Setup
 
 BATCH_SAMPLES = 64
@@ -107,8 +106,9 @@ def evaluate(
         recipe, numerics, Machine(device_name), backbone, network, network.freeze_map(recipe.trainable),
         _data_of(judged, pipeline, state.data), Loaders(loader, loader), device, "", "",
     )  # fmt: skip
-    feed = _kept(setup, judged)
-    forward = feed.forward if feed else trained_forward(network, recipe, numerics, state.frozen.epoch, backbone, device)
+    forward, rows = _known(setup, judged)
+    if forward is None:
+        forward = trained_forward(network, recipe, numerics, state.frozen.epoch, backbone, device)
     network.module.eval()
     # Figures of today, by whatever way the run itself went.
     kind = Regression() if isinstance(recipe.task, Regression) else recipe.task
@@ -125,12 +125,12 @@ def evaluate(
         parts = batches_from(judged.indices, max(1, BATCH_SAMPLES >> halvings))
         requests = (Request(batch.tolist(), tolerant=True) for batch in parts)
         with closing(loader):
-            batches = feed.validation.batches(requests) if feed else loader.batches(requests)
+            batches = loader.batches(requests) if rows is None else rows.batches(requests)
             if held is not None:
                 return _look_up(batches, held, task, count)
             return evaluate_batches(forward, batches, task, device, numerics.precision, samples=count)
 
-    with closing(feed.features) if feed and feed.features else nullcontext():
+    with nullcontext() if rows is None else closing(rows):
         evaluation, _ = in_halves(attempt, BATCH_SAMPLES, 0, freeing(device, say))
     noun = judged.source.noun
     if not evaluation.samples:
@@ -192,17 +192,10 @@ def _data_of(judged: _Judged, pipeline: ImagePipeline | TextPipeline, facts: Dat
     return Data(pipeline.source, kept, split, pipeline)
 
 
-def _kept(setup: Setup, judged: _Judged) -> Feed | None:
-    """The features that the run kept of these samples, so that no file is decoded that is still what it was."""
-    if not judged.is_own or judged.part != "validation":
-        return None
-    feed = feed_if_kept(setup, Terminal(make_console(quiet=True)), StopRequest())
-    if feed is None or feed.features is None:
-        return None
-    if torch.isin(judged.indices, torch.tensor(feed.features.broken, dtype=torch.int64)).any():
-        feed.features.close()
-        return None
-    return feed
+def _known(setup: Setup, judged: _Judged) -> tuple[Callable[[Tensor], Outputs], KnownRows] | tuple[None, None]:
+    """The features that the run kept of these samples, where no file has changed: then none is decoded."""
+    found = known_feed(setup, judged.indices) if judged.is_own and judged.part == "validation" else None
+    return (None, None) if found is None else found
 
 
 class _Held(NamedTuple):

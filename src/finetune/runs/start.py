@@ -23,6 +23,7 @@ from finetune.data.contents import Contents
 from finetune.data.names import by_meaning, meaning, order_of
 from finetune.data.open import check_data_effects
 from finetune.data.order import key
+from finetune.data.preprocess import Preprocessing
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, StoppedEarly, UsageError
 from finetune.models.backbones import Backbone
@@ -219,7 +220,8 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     recipe_here = located(recipe, plan.place)
     if init_from:
         backbone, network, other = network_from_run(recipe, init_from)
-        weights, preprocessing_of = None, init_from
+        weights = None
+        backbone, preprocessing_of = _decoded_as_asked(recipe, backbone, init_from)
         data = _opened(recipe_here, backbone)
         network, weights_text = _with_classes_of(plan, data, backbone, network, other)
         if isinstance(recipe.data, Images):
@@ -257,6 +259,15 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
     )  # fmt: skip
     check_parts(setup)
     return setup, weights
+
+
+def _decoded_as_asked(recipe: Recipe, backbone: Backbone, init_from: str) -> tuple[Backbone, str]:
+    """The backbone of another run, with this one's way to decode; whose preprocessing that is, in words."""
+    prepared, data = backbone.preprocessing, recipe.data
+    if not isinstance(prepared, Preprocessing) or not isinstance(data, Images) or prepared.decode == data.decode:
+        return backbone, init_from
+    words = f"{init_from}, where decoding was {prepared.decode}"
+    return dataclasses.replace(backbone, preprocessing=dataclasses.replace(prepared, decode=data.decode)), words
 
 
 def _with_classes_of(

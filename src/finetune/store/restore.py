@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from finetune.base.files import BadFile
 from finetune.base.plain import Plain
-from finetune.data.preprocess import Preprocessing
 from finetune.data.tokens import Tokenization
 from finetune.errors import RunError, UsageError
 from finetune.models.backbones import Backbone, backbone_from_plain
@@ -21,7 +20,7 @@ from finetune.models.weights import (
 )
 from finetune.recipe.execution import completed, split_config
 from finetune.recipe.serialize import differences
-from finetune.recipe.spec import Images, Recipe
+from finetune.recipe.spec import Recipe
 from finetune.store.checkpoint import read_checkpoint
 from finetune.store.run_folder import RunFolder, peek
 from finetune.store.state import CheckpointState, DataFacts
@@ -39,7 +38,7 @@ def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network,
     """The recipe's network with another run's weights, frozen and trained ones; its backbone; what that run keeps of
     its data.
 
-    No pretrained file is needed, and images are prepared as in that run, but for how they are decoded.
+    No pretrained file is needed, and images are prepared as in that run.
 
     Raises:
         RunError: that run has another architecture.
@@ -54,9 +53,6 @@ def network_from_run(recipe: Recipe, init_from: str) -> tuple[Backbone, Network,
     run = RunFolder(Path(folder))
     other, state = trained_network(run, which or "best", calibrated=False)
     backbone = backbone_of_run(run, state)
-    if isinstance(recipe.data, Images) and isinstance(backbone.preprocessing, Preprocessing):
-        prepared = dataclasses.replace(backbone.preprocessing, decode=recipe.data.decode)
-        backbone = dataclasses.replace(backbone, preprocessing=prepared)
     if (backbone.name, other.head_kind) != (recipe.model.full_name, recipe.model.head):
         raise RunError(f"--init-from {folder}: another architecture or head; use the same --backbone and --head")
     has_unit_rows = split_config(state.config)[0].model.unit_rows

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -15,10 +16,12 @@ from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
 from finetune.data.batch import Batch, Request
 from finetune.data.decode import formats_by_suffix
+from finetune.data.order import reading_order
 from finetune.data.source import FileSource
 from finetune.data.texts import TextPipeline
 from finetune.errors import RunError, UsageError
 from finetune.features.kept import CannotKeep, Features, KeptRows, Pass, filled
+from finetune.features.known import KnownRows, find_known
 from finetune.models.backbones import Backbone
 from finetune.models.freeze import Freeze
 from finetune.models.fusion import Fusion
@@ -206,6 +209,23 @@ def feed_if_kept(setup: Setup, terminal: Terminal, stop: StopRequest) -> Feed | 
         return None
 
 
+def known_feed(setup: Setup, samples: Tensor) -> tuple[Callable[[Tensor], Outputs], KnownRows] | None:
+    """What computes outputs of kept features in the first phase, and those of some samples as they are, no view of
+    them; None where one is not known. See `find_known`."""
+    freeze = setup.freeze.at(0)
+    freeze.apply()
+    freeze.modes()
+    if _reason_against(setup, None):
+        return None
+    try:
+        found = cut(setup.network.module, setup.backbone, setup.device)
+    except CannotSplit:
+        return None
+    run, kept = _pass_of(setup, found, freeze.sha256()), _parts(setup)[None]
+    rows = find_known(KeptRows(run, reading_order(kept, len(setup.data.whole.train)), None), samples)
+    return None if rows is None else (lambda rows: found.suffix(rows.float()), rows)
+
+
 def _reason_against(setup: Setup, kept: bool | None) -> str:
     """Why features are not to be kept, whatever the model is like; "" = nothing is against it."""
     data, recipe = setup.recipe.data, setup.recipe
@@ -314,7 +334,7 @@ def _pass_of(setup: Setup, found: Split, frozen_sha256: str) -> Pass:
     pipeline, lengths = setup.data.pipeline, None
     if isinstance(pipeline, TextPipeline):
         identity["tokens"], lengths = pipeline.table.sha256(), pipeline.lengths
-    hint = partial(_bf16_hint, setup, found)
+    hint = partial(_bf16_hint, setup, prefix)
     return Pass(compute, found.width, dtype, identity, setup.data.source, setup.loaders.train, about, lengths, hint)
 
 
@@ -325,22 +345,22 @@ def _fuses(setup: Setup) -> bool:
     return setup.numerics.fuse_batchnorm and is_fp32
 
 
-def _bf16_hint(setup: Setup, found: Split) -> str:
+def _bf16_hint(setup: Setup, prefix: Callable[[Tensor], Tensor]) -> str:
     """What the frozen part would take in bf16, where this processor has arithmetic of its own for that; tried on inputs
     of no meaning. Nothing goes by it."""
     unit = bf16_unit()
     if setup.device.type != "cpu" or setup.numerics.of_backbone != "fp32" or not unit:
         return ""
     example = to_device(setup.backbone.preprocessing.example(TRIED_SAMPLES), setup.device)
-    seconds, rows = dict[str, float](), dict[str, Tensor]()
-    for precision in ("fp32", "bf16"):
-        with torch.inference_mode(), autocast(setup.device, precision):
-            found.prefix(example)
-            started = time.perf_counter()
-            rows[precision] = found.prefix(example).float()
-            seconds[precision] = time.perf_counter() - started
+    seconds, rows = dict.fromkeys(("fp32", "bf16"), math.inf), dict[str, Tensor]()
+    with suppress(Exception):  # an operator without bf16: there is nothing to say
+        for precision in (*seconds, *seconds, *seconds):  # the first is the slowest
+            with torch.inference_mode(), autocast(setup.device, precision):
+                started = time.perf_counter()
+                rows[precision] = prefix(example).float()
+                seconds[precision] = min(seconds[precision], time.perf_counter() - started)
     share = seconds["bf16"] / seconds["fp32"]
-    if share > WORTH_SHARE:
+    if not share <= WORTH_SHARE:
         return ""
     likeness = torch.nn.functional.cosine_similarity(rows["fp32"], rows["bf16"]).min().item()
     return (
