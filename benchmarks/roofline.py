@@ -31,9 +31,9 @@ EDGE = 4096
 
 @dataclass
 class Options:
-    samples: int = 256
+    samples: int = 128
     """Through each network."""
-    repeats: int = 3
+    repeats: int = 2
     """Rounds, before and now in turn; medians count."""
     only: str = ""
     """Used by the benchmark itself: a network, or a precision."""

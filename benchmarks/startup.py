@@ -94,7 +94,7 @@ def main(options: Options) -> None:
             shown = {owner: round(imports.pop(owner, 0.0), 2) for owner in SHOWN}
             seconds, cpu = (round(median([one[place] for one in found]), 2) for place in range(2))
             others = round(sum(imports.values()), 2)
-            rows.append({"finetune": name, "s": seconds, "CPU s": cpu, **shown, "others": others})
+            rows.append({"command": name, "s": seconds, "CPU s": cpu, **shown, "others": others})
     title = "What a command costs, and what of it is the import of whom, in seconds"
     report("startup", title, rows, options.output, options=dataclasses.asdict(options))
 
