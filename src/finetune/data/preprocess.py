@@ -19,8 +19,8 @@ from finetune.recipe.data_spec import DECODINGS, EXACT, SCALED
 # Beyond this a picture is a strip; keeping its proportions would cost memory without end.
 MAX_ASPECT = 20
 LARGEST_IMAGE = 4096
-# A picture keeps at least so many times the edge that it is resized to, where it is reduced while it is decoded: the
-# cosine of its features to those of every pixel is 0.9991 then at the least, and 0.995 at once (benchmarks/decoding.py).
+# A picture keeps at least so many times the edge that it is resized to, where it is reduced while it is decoded: its
+# features' cosine to those of every pixel is 0.9991 then at the least, and 0.995 at once (benchmarks/decoding.py).
 DECODED_TIMES = 2
 
 
