@@ -98,12 +98,17 @@ JPEGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [(61, 47), (1931, 1301)])
+@pytest.mark.parametrize("size", [(61, 47), pytest.param((1931, 1301), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", JPEGS)
 def test_every_pixel_of_a_jpeg_is_that_of_pillow(tmp_path, name, size):
     content = saved(picture(*size), **JPEGS[name])
     assert torch.equal(decode(content, tmp_path), by_pillow(content))
     assert torch.equal(decode(content, tmp_path, Decoding(least_edge=1300)), by_pillow(content))  # it is small enough
+
+
+def test_every_pixel_of_a_large_jpeg_is_that_of_pillow(tmp_path):
+    content = saved(picture(1700, 1300), progressive=True)
+    assert torch.equal(decode(content, tmp_path), by_pillow(content))
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])

@@ -55,7 +55,14 @@ def test_only_what_nothing_else_reads_and_nothing_learns_is_computed_at_once():
     assert fusion.network.get_submodule("read").weight is network.read.weight  # what is not changed is not copied
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("mobilenet_v2", marks=pytest.mark.slow),
+        "resnet18",
+        pytest.param("densenet121", marks=pytest.mark.slow),
+    ],
+)
 def test_what_comes_out_differs_by_rounding(name):
     network = spread_statistics(torchvision.models.get_model(name)).eval()
     fusion, images = Fusion(network), torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
