@@ -49,6 +49,15 @@ class Batch(NamedTuple):
     broken: list[tuple[int, str]]
 
 
+def batch_of_rows(rows: Tensor, indices: Tensor, targets: Tensor) -> Batch:
+    """Rows (n, width) in the place of samples (n,), whose files were compared before.
+
+    Args:
+        targets: of all samples.
+    """
+    return Batch(rows, targets[indices], indices, torch.zeros_like(indices), [])
+
+
 def joined(parts: Sequence[Batch], pin_memory: bool = False) -> Batch:
     """One batch of its parts, in their order.
 

@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import functools
 import math
 import multiprocessing
 import signal
@@ -122,15 +123,29 @@ class Loader:
         contents: Contents,
     ):
         self._pipeline = pipeline
-        file_bytes = mean_file_bytes(pipeline.source)
-        # Samples are mixed within a batch.
-        mixes = isinstance(pipeline, ImagePipeline) and bool(pipeline.mixup or pipeline.cutmix)
-        self._part_samples = max(1, PART_BYTES // file_bytes) if file_bytes and not mixes else 0
         self.contents = contents
         self._requests = _Requests()
-        self.workers = _worth_workers(pipeline.source, file_bytes) if workers is None else workers
-        self._start_method, self._pin_memory = start_method, pin_memory
+        self._asked_workers, self._start_method, self._pin_memory = workers, start_method, pin_memory
         self._loader: DataLoader | None = None
+
+    # A loader that nothing is asked of, as of samples whose features are kept, looks at no file.
+
+    @functools.cached_property
+    def _file_bytes(self) -> int:
+        return mean_file_bytes(self._pipeline.source)
+
+    @functools.cached_property
+    def workers(self) -> int:
+        """How many processes fetch ahead."""
+        if self._asked_workers is None:
+            return _worth_workers(self._pipeline.source, self._file_bytes)
+        return self._asked_workers
+
+    @functools.cached_property
+    def _part_samples(self) -> int:
+        """How many samples of a batch a process fetches at once; 0 = all, as where samples are mixed within it."""
+        mixes = isinstance(self._pipeline, ImagePipeline) and bool(self._pipeline.mixup or self._pipeline.cutmix)
+        return max(1, PART_BYTES // self._file_bytes) if self._file_bytes and not mixes else 0
 
     def _with_workers(self) -> DataLoader:
         method = None if self._start_method == "auto" else self._start_method

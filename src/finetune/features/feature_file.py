@@ -127,12 +127,8 @@ class RowFile:
         """
         if read_only and read_layout(path) != layout:
             raise BadFile(f"{path} holds other rows")
-        self.path, self.layout, self._is_read_only = (
-            path,
-            layout if read_only else _found_or_made(path, layout),
-            read_only,
-        )
-        layout = self.layout
+        layout = layout if read_only else _found_or_made(path, layout)
+        self.path, self.layout, self._is_read_only = path, layout, read_only
         self._stream = open(path, "rb" if read_only else "r+b", buffering=0)  # noqa: SIM115 - as long as rows are used
         self._rows_at = len(layout.header())
         self._digests_at = self._rows_at + layout.count * layout.row_bytes

@@ -22,7 +22,7 @@ from finetune.base.formatting import parse_size, size_text
 from finetune.base.halves import freeing, in_halves
 from finetune.base.signals import StopRequest
 from finetune.base.terminal import Terminal
-from finetune.data.batch import Batch, Request
+from finetune.data.batch import Batch, Request, batch_of_rows
 from finetune.data.loader import Loader
 from finetune.data.order import WINDOW_SAMPLES, reading_order, shuffles_in_blocks
 from finetune.data.source import FileSource, Source
@@ -360,8 +360,7 @@ class Features:
         """What a `Loader` gives, with rows in place of samples: one gather a batch."""
         for request in requests:
             indices = torch.tensor(request.indices, dtype=torch.int64)
-            rows = self.read(indices, request.augment_epoch)
-            yield Batch(rows, self._run.source.targets[indices], indices, torch.zeros_like(indices), [])
+            yield batch_of_rows(self.read(indices, request.augment_epoch), indices, self._run.source.targets)
 
     def close(self) -> None:
         self._resources.close()

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from finetune.base.files import BadFile
-from finetune.data.batch import Batch, Request
+from finetune.data.batch import Batch, Request, batch_of_rows
 from finetune.data.source import FileSource
 from finetune.features.feature_file import RowFile, RowReader
 from finetune.features.kept import MEMORY_BYTES, KeptRows
@@ -31,7 +32,7 @@ class KnownRows:
         for request in requests:
             indices = torch.tensor(request.indices, dtype=torch.int64)
             rows = self._reader.read(self._kept.row_of_sample[indices])
-            yield Batch(rows, self._kept.run.source.targets[indices], indices, torch.zeros_like(indices), [])
+            yield batch_of_rows(rows, indices, self._kept.run.source.targets)
 
     def close(self) -> None:
         self._file.close()
@@ -70,6 +71,6 @@ def _are_unchanged(kept: KeptRows, file: RowFile, samples: Tensor) -> bool:
     for sample, row in zip(samples.tolist(), kept.row_of_sample[samples].tolist(), strict=True):
         if source.changed_ns(sample) != file.changed_ns[row] and source.digest(sample) != file.digests[row]:
             return False
-    digests = torch.from_numpy(file.digests.astype("int64"))[kept.row_of_sample[samples]]
+    digests = torch.from_numpy(file.digests.astype(np.int64))[kept.row_of_sample[samples]]
     kept.run.loader.contents.note(samples, digests)
     return True

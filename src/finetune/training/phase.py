@@ -193,37 +193,40 @@ def choose_feed(
 
 def feed_if_kept(setup: Setup, terminal: Terminal, stop: StopRequest) -> Feed | None:
     """Kept features of the first phase, where an earlier run has computed all of them; else None."""
-    freeze = setup.freeze.at(0)
-    freeze.apply()
-    freeze.modes()
-    if _reason_against(setup, None):
+    if (first := _first_cut(setup)) is None:
+        return None
+    found, frozen_sha256 = first
+    run = _pass_of(setup, found, frozen_sha256)
+    if any(KeptRows(run, samples, view).missing_bytes for view, samples in _parts(setup).items()):
         return None
     try:
-        found = cut(setup.network.module, setup.backbone, setup.device)
-        frozen_sha256 = freeze.sha256()
-        run = _pass_of(setup, found, frozen_sha256)
-        if any(KeptRows(run, samples, view).missing_bytes for view, samples in _parts(setup).items()):
-            return None
         return _feed_of_rows(setup, found, frozen_sha256, terminal, stop, 0)
-    except (CannotSplit, CannotKeep):
+    except CannotKeep:
         return None
 
 
 def known_feed(setup: Setup, samples: Tensor) -> tuple[Callable[[Tensor], Outputs], KnownRows] | None:
     """What computes outputs of kept features in the first phase, and those of some samples as they are, no view of
     them; None where one is not known. See `find_known`."""
+    if (first := _first_cut(setup)) is None:
+        return None
+    found, frozen_sha256 = first
+    run, kept = _pass_of(setup, found, frozen_sha256), _parts(setup)[None]
+    rows = find_known(KeptRows(run, reading_order(kept, len(setup.data.whole.train)), None), samples)
+    return None if rows is None else (lambda rows: found.suffix(rows.float()), rows)
+
+
+def _first_cut(setup: Setup) -> tuple[Split, str] | None:
+    """The model cut as in its first phase, and the sha256 of what is frozen then; None where no features are kept."""
     freeze = setup.freeze.at(0)
     freeze.apply()
     freeze.modes()
     if _reason_against(setup, None):
         return None
     try:
-        found = cut(setup.network.module, setup.backbone, setup.device)
+        return cut(setup.network.module, setup.backbone, setup.device), freeze.sha256()
     except CannotSplit:
         return None
-    run, kept = _pass_of(setup, found, freeze.sha256()), _parts(setup)[None]
-    rows = find_known(KeptRows(run, reading_order(kept, len(setup.data.whole.train)), None), samples)
-    return None if rows is None else (lambda rows: found.suffix(rows.float()), rows)
 
 
 def _reason_against(setup: Setup, kept: bool | None) -> str:
