@@ -17,6 +17,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY, CLASSES = 64, 3e-3, 1e-2, 10
 
@@ -60,13 +61,13 @@ class WithLoss(nn.Module):
         return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def adamw(model: HeadOnly) -> torch.optim.Optimizer:
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.head.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
 
 def loader(data: dict, part: str, shuffle: bool):
     dataset = torch.utils.data.TensorDataset(data[f"{part}_images"], data[f"{part}_targets"])
-    return torch.utils.data.DataLoader(dataset, BATCH, shuffle=shuffle)
+    return DataLoader(dataset, BATCH, shuffle=shuffle)
 
 
 def size_bytes(path: Path) -> int:
@@ -81,9 +82,12 @@ def largest_file(folder: Path) -> int:
 
 
 def raw(model: HeadOnly, data: dict, epochs: int, folder: Path) -> float:
+    return by_hand(model, loader(data, "train", True), loader(data, "validation", False), epochs, folder)
+
+
+def by_hand(model: nn.Module, train: DataLoader, validation: DataLoader, epochs: int, folder: Path) -> float:
     """The loop that everybody writes."""
-    optimizer, train, validation = adamw(model), loader(data, "train", True), loader(data, "validation", False)
-    accuracy = 0.0
+    optimizer, accuracy = adamw(model), 0.0
     for epoch in range(epochs):
         model.train()
         for images, targets in train:
@@ -127,6 +131,10 @@ def floor(model: HeadOnly, data: dict, epochs: int, folder: Path) -> float:
 
 
 def lightning(model: HeadOnly, data: dict, epochs: int, folder: Path) -> float:
+    return by_lightning(model, loader(data, "train", True), loader(data, "validation", False), epochs, folder)
+
+
+def by_lightning(model: nn.Module, train: DataLoader, validation: DataLoader, epochs: int, folder: Path) -> float:
     import lightning as L
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -153,7 +161,7 @@ def lightning(model: HeadOnly, data: dict, epochs: int, folder: Path) -> float:
         max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, callbacks=[ModelCheckpoint(folder)],
     )  # fmt: skip
-    trainer.fit(module, loader(data, "train", True), loader(data, "validation", False))
+    trainer.fit(module, train, validation)
     return module.right / module.seen
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from peers import BATCH, LEARNING_RATE, adamw, by_hand, by_lightning
 from PIL import Image
 from torch import nn
 from torch.nn import functional
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-BATCH, LEARNING_RATE, WORKERS, EDGE, RESIZED = 64, 3e-3, 2, 224, 256
+WORKERS, EDGE, RESIZED = 2, 224, 256
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -61,10 +62,6 @@ def parts(data: ImageFolder) -> tuple[Subset, Subset]:
     return Subset(data, order[len(data) // 5 :]), Subset(data, order[: len(data) // 5])
 
 
-def adamw(model: HeadOnly) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.head.parameters(), lr=LEARNING_RATE)
-
-
 def loaders(data: ImageFolder) -> tuple[DataLoader, DataLoader]:
     train, validation = parts(data)
     return (
@@ -74,28 +71,8 @@ def loaders(data: ImageFolder) -> tuple[DataLoader, DataLoader]:
 
 
 def raw(folder: Path, weights: Path, epochs: int, place: Path) -> float:
-    """The loop that everybody writes."""
     data = opened(folder)
-    train, validation = loaders(data)
-    model = HeadOnly(weights, len(data.classes))
-    optimizer, accuracy = adamw(model), 0.0
-    for epoch in range(epochs):
-        model.train()
-        for images, targets in train:
-            loss = functional.cross_entropy(model(images), targets)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        model.eval()
-        right = 0
-        with torch.inference_mode():
-            for images, targets in validation:
-                right += (model(images).argmax(1) == targets).sum().item()
-        accuracy = right / len(validation.dataset)
-        torch.save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}, place / "last.pt"
-        )
-    return accuracy
+    return by_hand(HeadOnly(weights, len(data.classes)), *loaders(data), epochs, place)
 
 
 def floor(folder: Path, weights: Path, epochs: int, place: Path) -> float:
@@ -120,35 +97,8 @@ def floor(folder: Path, weights: Path, epochs: int, place: Path) -> float:
 
 
 def lightning(folder: Path, weights: Path, epochs: int, place: Path) -> float:
-    import lightning as L
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    class Module(L.LightningModule):
-        def __init__(self, class_count):
-            super().__init__()
-            self.model, self.right, self.seen = HeadOnly(weights, class_count), 0, 0
-
-        def training_step(self, batch, _number):
-            return functional.cross_entropy(self.model(batch[0]), batch[1])
-
-        def on_validation_epoch_start(self):
-            self.right = self.seen = 0
-
-        def validation_step(self, batch, _number):
-            self.right += (self.model(batch[0]).argmax(1) == batch[1]).sum().item()
-            self.seen += len(batch[1])
-
-        def configure_optimizers(self):
-            return adamw(self.model)
-
     data = opened(folder)
-    module = Module(len(data.classes))
-    trainer = L.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, callbacks=[ModelCheckpoint(place)],
-    )  # fmt: skip
-    trainer.fit(module, *loaders(data))
-    return module.right / module.seen
+    return by_lightning(HeadOnly(weights, len(data.classes)), *loaders(data), epochs, place)
 
 
 def fastai(folder: Path, weights: Path, epochs: int, place: Path) -> float:
