@@ -133,7 +133,7 @@ def test_trainings_in_one_process_do_not_know_of_each_other(tmp_path):
 
 
 def test_what_is_called_from_python_leaves_the_process_as_it_was(tmp_path, trained):
-    from finetune.recipe.heads import AnyTable
+    from finetune.recipe.head_options import AnyTable
     from finetune.runs.evaluate import evaluate
     from finetune.runs.summary import summary_text
 

@@ -44,7 +44,7 @@ from finetune.features.cache import entries
 from finetune.features.feature_file import RowFile, read_layout
 from finetune.features.kept import Features
 from finetune.recipe.execution import Machine, Numerics, Settings
-from finetune.recipe.heads import AnyTable
+from finetune.recipe.head_options import AnyTable
 from finetune.runs.evaluate import evaluate
 from finetune.runs.start import Plan, new_setup
 from finetune.store.restore import trained_network

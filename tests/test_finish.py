@@ -25,7 +25,7 @@ from finetune import Classification, Finish, Images, Stop
 from finetune.cli import main
 from finetune.data.digits import load_digits
 from finetune.recipe.execution import Machine, Numerics, Settings, completed, determining_config, split_config
-from finetune.recipe.heads import AnyTable
+from finetune.recipe.head_options import AnyTable
 from finetune.runs.evaluate import evaluate
 from finetune.store.restore import shipped
 from finetune.store.run_folder import RunFolder

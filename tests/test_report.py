@@ -20,7 +20,7 @@ from finetune import Images, MultiLabel, Trainable
 from finetune.base.files import read_json, write_atomically, write_json
 from finetune.cli import main
 from finetune.data.source import ArraySource
-from finetune.recipe.heads import TextTable
+from finetune.recipe.head_options import TextTable
 from finetune.recipe.scripts import load_recipe_function, shipped_recipes
 from finetune.report.curves import MOST_POINTS, Curve, read_curves
 from finetune.report.data import gather

@@ -20,7 +20,7 @@ from finetune.base.terminal import Terminal, make_console
 from finetune.data.digits import load_digits
 from finetune.errors import RunError, StoppedEarly
 from finetune.recipe.execution import Machine, Numerics, Settings
-from finetune.recipe.heads import AnyTable
+from finetune.recipe.head_options import AnyTable
 from finetune.report.examples import examples_of
 from finetune.runs.evaluate import evaluate
 from finetune.store.restore import shipped

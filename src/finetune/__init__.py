@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from finetune.base.signals import StopRequest
 from finetune.errors import FinetuneError, RunError, StoppedEarly, UsageError
-from finetune.recipe.heads import ImageTable, ImageTraining, TextTable, Training, image_head, text_head
+from finetune.recipe.head_options import ImageTable, ImageTraining, TextTable, Training
+from finetune.recipe.heads import image_head, text_head
 from finetune.recipe.spec import (
     Classification,
     Distillation,

@@ -134,7 +134,7 @@ class FinishedRun:
         Raises:
             FinetuneError: see `finetune evaluate`.
         """
-        from finetune.recipe.heads import AnyTable
+        from finetune.recipe.head_options import AnyTable
         from finetune.runs.evaluate import evaluate
         from finetune.store.restore import shipped
         from finetune.store.run_folder import RunFolder

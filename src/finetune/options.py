@@ -9,7 +9,7 @@ import tyro
 
 from finetune.base.words import without_option
 from finetune.errors import UsageError
-from finetune.recipe.heads import AnyTable
+from finetune.recipe.head_options import AnyTable
 from finetune.recipe.spec import Data
 
 # Options that may be left out; without a name of its own, help would show "{None}|INT (default: None)".

@@ -257,7 +257,7 @@ def own_outputs(
     if device.type == "cuda" and not torch.cuda.is_available():
         return None
     module_to_device(network.module, device)
-    forward = trained_forward(network, recipe, numerics, state.frozen.epoch, backbone, device)
+    forward = trained_forward(network, recipe, numerics, state, backbone, device)
     with numerics_put_back(), torch.inference_mode(), autocast(device, numerics.precision):
         set_tf32(numerics.tf32)
         outputs = forward(to_device(samples, device))

@@ -6,6 +6,7 @@ Optimizer, clipping, weight decay and checkpoint all take their parameters from 
 
 import difflib
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,12 +27,17 @@ class Rule:
     Attributes:
         pattern: a module path, or a shell pattern over paths ("features.2*"); what lies below a match is matched too.
         trainable: whether the matched modules train.
-        from_epoch: a trainable rule applies from this epoch on (thaw); before it, its modules are frozen.
+        from_epoch: a trainable rule applies from this epoch on (thaw); before it, its modules are frozen. `NEVER` =
+            from a plateau on that has not come yet.
     """
 
     pattern: str
     trainable: bool = True
     from_epoch: int = 0
+
+
+# Later than any epoch.
+NEVER = sys.maxsize
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -62,7 +68,8 @@ class FreezeMap:
             if rule.pattern != "*" and not any(_matches(rule.pattern, path) for path in paths):
                 nearest = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.0)
                 raise UsageError(
-                    f"freeze rule {rule.pattern!r} matches no module; the nearest are {', '.join(nearest)}"
+                    f"freeze rule {rule.pattern!r} matches no module; the nearest are {', '.join(nearest)}; besides "
+                    "module paths there are head, last, last:N and all"
                 )
         for path, module in self.module.named_modules():
             if any(True for _ in module.parameters(recurse=False)) and self._rule_of(path) is None:
@@ -71,6 +78,11 @@ class FreezeMap:
     def at(self, epoch: int) -> "Freeze":
         """What is frozen in an epoch, counted from 0."""
         return Freeze(self, epoch)
+
+    @property
+    def thaws(self) -> list[int]:
+        """The epochs in which something begins to train, in order; `NEVER` is one where a plateau has not come yet."""
+        return sorted({rule.from_epoch for rule in self.rules if rule.trainable and rule.from_epoch > 0})
 
     @property
     def last_thaw(self) -> int:
@@ -88,12 +100,21 @@ class FreezeMap:
 
     def thaws_before(self, epoch: int) -> int:
         """How many thaws have happened by `epoch`: 0 before the first."""
-        return len({rule.from_epoch for rule in self.rules if rule.trainable and 0 < rule.from_epoch <= epoch})
+        return sum(thaw <= epoch for thaw in self.thaws)
 
     def trains(self, path: str, epoch: int) -> bool:
         """Whether the module at `path` trains in an epoch."""
         rule = self._rule_of(path)
         return rule is not None and rule.trainable and epoch >= rule.from_epoch
+
+    def since(self) -> dict[str, int]:
+        """From which epoch on each parameter trains that ever does, by name."""
+        found = dict[str, int]()
+        for path, module in self.module.named_modules():
+            rule = self._rule_of(path)
+            if rule is not None and rule.trainable:
+                found |= {name: rule.from_epoch for name, _ in module.named_parameters(path, recurse=False)}
+        return found
 
     @property
     def learns_statistics(self) -> bool:

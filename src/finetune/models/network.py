@@ -1,13 +1,15 @@
 """Backbone, weights and head put together."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from finetune.base.device import to_device
 from finetune.base.files import BadFile, copy_file, link_or_copy, read_json, sha256_of_file, write_json
 from finetune.base.plain import Fields
 from finetune.data.order import keyed_generator
@@ -15,7 +17,8 @@ from finetune.data.tokens import PADDING
 from finetune.errors import RunError, UsageError, one_line
 from finetune.models import hub, huggingface, text_encoders
 from finetune.models.backbones import Backbone
-from finetune.models.freeze import FreezeMap, Rule, in_eval
+from finetune.models.blocks import Block, blocks_of, is_within, last_blocks, unread_paths
+from finetune.models.freeze import NEVER, FreezeMap, Rule, in_eval
 from finetune.models.heads import (
     NO_HEAD,
     attach_head,
@@ -30,10 +33,12 @@ from finetune.models.shapes import build_shapes
 from finetune.models.state_dicts import pick
 from finetune.models.weight_files import INDEX_SUFFIX, files_of, hash_of, read_weights
 from finetune.models.weights import Weights, load_backbone_weights, locate
-from finetune.recipe.spec import Trainable
+from finetune.recipe.spec import ALL, AT_PLATEAU, FROZEN, TRAINABLE, Trainable, count_of_last
 
 # Of the largest output: so much may rounding move where a text stands in a larger batch.
 PADDING_SHARE = 1e-3
+# Through the network, to see in which order its modules are entered.
+TRIED_SAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Network:
         new_paths: modules before the head that the pretrained file lacks, as the poolers of some text classifiers are:
             they train like the head.
         picked_text: what a person should know of what was taken of the pretrained file; "" = nothing.
+        example: makes inputs of no meaning, so many samples.
     """
 
     module: nn.Module
@@ -54,6 +60,28 @@ class Network:
     old_class_count: int
     new_paths: tuple[str, ...] = ()
     picked_text: str = ""
+    example: Callable[[int], Tensor] | None = field(default=None, compare=False)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Of its backbone, in the order in which it is thawed: the last one first. Tries the network once."""
+        return blocks_of(self.module, self._new_paths, self._inputs())
+
+    @cached_property
+    def unread(self) -> tuple[str, ...]:
+        """Paths of the modules with parameters that no output depends on, as of a pooler that nothing reads. Tries the
+        network once."""
+        return unread_paths(self.module, self._inputs())
+
+    def _inputs(self) -> Tensor:
+        assert self.example is not None
+        return to_device(self.example(TRIED_SAMPLES), next(self.module.parameters()).device)
+
+    @property
+    def _new_paths(self) -> list[str]:
+        """Of what trains from the beginning."""
+        heads = [self.new_head_path] if self.head_kind == "append" else self.head_paths
+        return [*self.new_paths, *(heads if self.head_kind != NO_HEAD else [])]
 
     @property
     def first_layer_path(self) -> str:
@@ -84,23 +112,62 @@ class Network:
         """Of the head, if there is one."""
         return self.module.get_submodule(self.last_layer_path) if self.head_kind != NO_HEAD else None
 
-    def freeze_map(self, trainable: Trainable) -> FreezeMap:
-        """A recipe's freeze rules, with "head" replaced by the paths of what trains of it.
+    def freeze_map(self, trainable: Trainable, plateaus: Sequence[int] = ()) -> FreezeMap:
+        """A recipe's freeze rules, with "head", "last:2" and "all" replaced by the paths of what is meant.
+
+        Args:
+            plateaus: the epochs that followed the plateaus so far.
 
         Raises:
-            UsageError: a state that is neither "trainable" nor "frozen".
+            UsageError: a state that is none, or more blocks than there are.
         """
-        heads = [self.new_head_path] if self.head_kind == "append" else self.head_paths
-        heads = [*self.new_paths, *(heads if self.head_kind != NO_HEAD else [])]
-        for pattern, state, _ in trainable.rules:
-            if state not in ("trainable", "frozen"):
-                raise UsageError(f"freeze rule {pattern!r}: {state!r} is not allowed; give 'trainable' or 'frozen'")
-        rules = [
-            Rule(path, state == "trainable", epoch)
-            for pattern, state, epoch in trainable.rules
-            for path in (heads if pattern == "head" else [pattern])
-        ]
+        rules = list[Rule]()
+        for pattern, state, number in trainable.rules:
+            if state not in (TRAINABLE, FROZEN, AT_PLATEAU):
+                allowed = f"{TRAINABLE!r}, {FROZEN!r} or {AT_PLATEAU!r}"
+                raise UsageError(f"freeze rule {pattern!r}: {state!r} is not allowed; give {allowed}")
+            epoch = number
+            if state == AT_PLATEAU:
+                epoch = plateaus[number - 1] if 1 <= number <= len(plateaus) else NEVER
+            if pattern == ALL:
+                rules += [Rule(path, trainable=False) for path in self.unread]
+            rules += [Rule(path, state != FROZEN, epoch) for path in self._paths_of(pattern)]
         return FreezeMap(self.module, rules, trainable.batchnorm)
+
+    def _paths_of(self, pattern: str) -> list[str]:
+        """What a rule's pattern stands for; one of the module's own paths for itself."""
+        if pattern == "head":
+            return self._new_paths
+        if pattern == ALL:
+            return ["*"]
+        count = count_of_last(pattern)
+        return last_blocks(self.blocks, count) if count else [pattern]
+
+    def names_of_blocks(self, parameters: Sequence[str]) -> list[str]:
+        """The blocks that hold some of them, the last one first; "the rest" where one is in none."""
+        names = [block.name for block in self.blocks if any(map(block.holds, parameters))]
+        in_none = any(not any(block.holds(name) for block in self.blocks) for name in parameters)
+        return [*names, *(["the rest"] if in_none else [])]
+
+    def lr_factors(self, backbone: float, decay: float) -> dict[str, tuple[str, float]]:
+        """The block of each parameter, and what its learning rate is multiplied with, by name; {} = none of them is.
+
+        Args:
+            backbone: the factor of the last block; what is new has 1.
+            decay: that of each further block, and of what is in none.
+        """
+        if backbone == 1 == decay:
+            return {}
+        found = dict[str, tuple[str, float]]()
+        for name, _ in self.module.named_parameters():
+            if any(is_within(name, path) for path in self._new_paths):
+                found[name] = ("", 1.0)
+                continue
+            depths = (depth for depth, block in enumerate(self.blocks) if block.holds(name))
+            depth = next(depths, len(self.blocks))
+            block = self.blocks[depth].name if depth < len(self.blocks) else "rest"
+            found[name] = (block, backbone * decay**depth)
+        return found
 
 
 def build_network(
@@ -168,7 +235,8 @@ def build_network(
                 module, path, head, class_count, dropout, head_width, measured=not new_paths, unit_rows=unit_rows,
                 one_logit=one_logit,
             )  # fmt: skip
-    return Network(module, head_paths, head, old_class_count, new_paths, picked_text)
+    example = backbone.preprocessing.example
+    return Network(module, head_paths, head, old_class_count, new_paths, picked_text, example)
 
 
 def _check_depth(found: dict[str, Tensor], own: dict[str, Tensor], base_prefix: str, source: str) -> None:

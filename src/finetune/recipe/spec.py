@@ -4,6 +4,7 @@ No import of torch here: help, summaries and search workers make recipes freely.
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 
 from finetune.errors import UsageError
@@ -141,18 +142,34 @@ METRICS = {
 LOWER_IS_BETTER = ("loss", "mae")
 
 
+# States of a freeze rule, and what a pattern of one may be besides a path.
+TRAINABLE, FROZEN, AT_PLATEAU = "trainable", "frozen", "at plateau"
+HEAD, ALL = "head", "all"
+LAST = re.compile(r"last(?::(\d+))?")
+
+
+def count_of_last(pattern: str) -> int:
+    """How many blocks a pattern like "last" or "last:2" stands for; 0 = it is none such."""
+    found = LAST.fullmatch(pattern)
+    return int(found[1] or 1) if found else 0
+
+
 @dataclass(frozen=True)
 class Trainable:
-    """The freeze map: (module pattern, "trainable" or "frozen", from epoch) rules; the first match wins.
+    """The freeze map: (module pattern, state, number) rules; the first match wins.
 
     Attributes:
-        rules: in order; a pattern is a module path or a shell pattern over paths, "head" stands for the new head,
-            and what lies below a match is matched too. The number says from which epoch on, the first being 0.
+        rules: in order; a pattern is a module path or a shell pattern over paths, and what lies below a match is
+            matched too; "head" stands for the new head, "last:2" for the last two blocks of the backbone, "all" for
+            everything that the outputs depend on. Of the states, "trainable" holds from the epoch `number` on, the
+            first being 0, "at plateau" from the epoch behind plateau `number` on, the first being 1; "frozen" always.
         batchnorm: whether BatchNorm layers that train also go on learning their statistics.
+        checked: whether it is an error where a tensor that is to train gets no gradient.
     """
 
     rules: tuple[tuple[str, str, int], ...] = (("head", "trainable", 0), ("*", "frozen", 0))
     batchnorm: bool = False
+    checked: bool = named(True, before=False)
 
 
 @dataclass(frozen=True)
@@ -161,7 +178,9 @@ class Optimizer:
 
     Attributes:
         name: "adamw", "sgd" or any class of torch.optim.
-        lr: learning rate at the schedule's peak.
+        lr: learning rate at the schedule's peak, of what is new.
+        lr_backbone: that of the backbone's last block, as a share of it.
+        lr_decay: what it is multiplied with for each block further from the head.
         weight_decay: for weight matrices; biases and normalisation layers get none.
         momentum: where the optimizer has one.
         clip_norm: the gradient's largest norm; 0 = no clipping.
@@ -175,6 +194,8 @@ class Optimizer:
     momentum: float = 0.9
     clip_norm: float = 0.0
     accumulate: int = 1
+    lr_backbone: float = named(1.0, before=1.0)
+    lr_decay: float = named(1.0, before=1.0)
 
 
 @dataclass(frozen=True)
@@ -187,6 +208,7 @@ class Schedule:
         final_fraction: where "cosine" ends, as a share of the peak.
         step_epochs, factor: "step" multiplies by `factor` every `step_epochs`; "plateau" by `factor` when the
             stop metric has not improved in `patience` validations.
+        warms_thawed: whether the rate of what is thawed rises from zero, over as many steps as that of the whole did.
     """
 
     name: str = "cosine"
@@ -195,6 +217,7 @@ class Schedule:
     step_epochs: int = 10
     factor: float = 0.1
     patience: int = 3
+    warms_thawed: bool = named(True, before=False)
 
 
 @dataclass(frozen=True)
@@ -206,10 +229,12 @@ class Stop:
         patience: stop after so many validations without a new best; 0 = never.
         ties: which of the validations that are equally good is best: "loss" = that with the lowest loss; "first" = the
             first.
+        anew: whether the validations without a new best are counted anew from a thaw on.
     """
 
     metric: str = "auto"
     patience: int = 0
+    anew: bool = named(True, before=False)
     ties: str = named("loss", before="first")
 
 
@@ -291,6 +316,8 @@ def check_ranges(recipe: Recipe) -> None:
         ("dropout", recipe.model.dropout, 0 <= recipe.model.dropout < 1, "0 up to, not including, 1"),
         ("head-width", recipe.model.head_width, recipe.model.head_width >= 1, "1 or more"),
         ("lr", optimizer.lr, 0 < optimizer.lr < float("inf"), "more than 0"),
+        ("lr-backbone", optimizer.lr_backbone, 0 < optimizer.lr_backbone <= 1, "more than 0, up to 1"),
+        ("lr-decay", optimizer.lr_decay, 0 < optimizer.lr_decay <= 1, "more than 0, up to 1"),
         ("weight-decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "0 or more"),
         ("clip-norm", optimizer.clip_norm, optimizer.clip_norm >= 0, "0 (off) or more"),
         ("accumulate", optimizer.accumulate, 1 <= optimizer.accumulate <= recipe.batch_size, "1 up to the batch size"),

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from finetune.recipe.spec import Recipe
+from finetune.recipe.spec import AT_PLATEAU, FROZEN, TRAINABLE, Recipe
 
 # Before one of them on the command line.
 OPTION = "--part"
@@ -46,9 +46,11 @@ class Part:
     def shortened(self, recipe: Recipe) -> Recipe:
         """The recipe on a sample of its data, for few epochs: thaws come one after the other, the rate is reduced in
         each epoch where it is in some, nothing stops it early."""
-        thaws = thaws_of(recipe)
-        when = {epoch: min(number, self.epochs - 1) for number, epoch in enumerate(thaws, 1)} | {0: 0}
-        rules = tuple((pattern, kind, when[epoch]) for pattern, kind, epoch in recipe.trainable.rules)
+        when = {thaw: min(number, self.epochs - 1) for number, thaw in enumerate(thaws_of(recipe), 1)}
+        rules = tuple(
+            (pattern, FROZEN if kind == FROZEN else TRAINABLE, when.get((kind == AT_PLATEAU, number), 0))
+            for pattern, kind, number in recipe.trainable.rules
+        )
         data = recipe.data
         if self.samples:
             data = dataclasses.replace(data, samples=self.samples, train_samples=self.train_samples)
@@ -65,9 +67,9 @@ class Part:
         )
 
 
-def thaws_of(recipe: Recipe) -> list[int]:
-    """The epochs in which something begins to train."""
-    return sorted({epoch for _, _, epoch in recipe.trainable.rules if epoch > 0})
+def thaws_of(recipe: Recipe) -> list[tuple[bool, int]]:
+    """When something begins to train later on, in order: whether at a plateau, and the epoch, or which plateau."""
+    return sorted({(kind == AT_PLATEAU, number) for _, kind, number in recipe.trainable.rules if number > 0})
 
 
 def epochs_of(recipe: Recipe) -> int:

@@ -32,7 +32,7 @@ from finetune.errors import RunError, UsageError
 from finetune.features.known import KnownRows
 from finetune.recipe.data_spec import check_encoding
 from finetune.recipe.execution import Machine, split_config
-from finetune.recipe.heads import AnyTable
+from finetune.recipe.head_options import AnyTable
 from finetune.recipe.serialize import spec_from_plain
 from finetune.recipe.spec import Data as DataSpec
 from finetune.recipe.spec import Distillation, Recipe, Regression
@@ -108,7 +108,7 @@ def evaluate(
     )  # fmt: skip
     forward, rows = _known(setup, judged)
     if forward is None:
-        forward = trained_forward(network, recipe, numerics, state.frozen.epoch, backbone, device)
+        forward = trained_forward(network, recipe, numerics, state, backbone, device)
     network.module.eval()
     # Figures of today, by whatever way the run itself went.
     kind = Regression() if isinstance(recipe.task, Regression) else recipe.task

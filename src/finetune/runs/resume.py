@@ -230,7 +230,7 @@ def resumed_setup(
     loaders = make_loaders(data, machine, device, Contents(data.source, run.contents_file))
     if loaders.train.contents.damaged:
         context.say(f"{run.contents_file} is damaged: image files are compared with what they are from now on")
-    freeze = network.freeze_map(recipe.trainable)
+    freeze = network.freeze_map(recipe.trainable, state.progress.plateaus)
     kept = f"as kept in {run.frozen}"
     return Setup(recipe, numerics, machine, backbone, network, freeze, data, loaders, device, kept, "the run")
 

@@ -60,6 +60,7 @@ from finetune.training.optimizer import check_optimizer, find_optimizer
 from finetune.training.phase import Phase, start_phase
 from finetune.training.setup import Setup, make_loaders
 from finetune.training.teacher import taught
+from finetune.training.thaws import check_thaws, waiting_text
 from finetune.watch.watch import Subject
 
 SHOWN_CLASSES = 10
@@ -249,6 +250,7 @@ def new_setup(plan: Plan) -> tuple[Setup, Weights | None]:
         raise UsageError(f"--one-logit: is for two classes, {recipe.data.place} has {data.class_count}; leave it out")
     check_data_effects(data.source, recipe, plan.chosen)
     freeze = network.freeze_map(recipe.trainable)
+    check_thaws(network, recipe, count_steps(recipe, len(data.split.train), Progress()))
     check_optimizer(freeze.ever_trains(), recipe.optimizer, plan.chosen)
     give_deterministic_pools(network.module, device)
     module_to_device(network.module, device)
@@ -350,6 +352,8 @@ def run_setup(
             f"fp16: {progress.skipped_steps:,} of {progress.step:,} steps moved nothing, as their gradients were too "
             "large for it; --precision bf16 knows no such limit"
         )
+    if waiting := waiting_text(setup.recipe, progress):
+        context.watch.say(waiting)
     context.watch.end(progress.status, f"{progress.status}: {outcome_text(progress.best, progress.finish)}")
     return progress
 

@@ -6,12 +6,13 @@ from finetune.data.source import ArraySource, FileSource
 from finetune.data.texts import TextPipeline
 from finetune.models.stock import exports_text
 from finetune.recipe.serialize import flatten, to_plain
-from finetune.recipe.spec import Distillation
+from finetune.recipe.spec import ALL, Distillation, Recipe
 from finetune.training.advice import counts_text
 from finetune.training.dataset import without_r2
 from finetune.training.finish import reason_against, rows_to_use
 from finetune.training.phase import Phase
 from finetune.training.setup import CHECKED_FILES, Setup
+from finetune.training.thaws import thaws_text
 
 # A longer list of modules says how many more there are.
 SHOWN_MODULES = 6
@@ -24,11 +25,13 @@ def facts_of(run: str, setup: Setup, phase: Phase) -> dict[str, str]:
         "backbone": recipe.model.full_name,
         "weights": setup.weights_text,
         **_frozen_and_trained(setup, phase),
+        **({"thaw": thawed} if (thawed := thaws_text(recipe.trainable)) else {}),
         "features": f"not kept, because {why_not}" if why_not else "kept, the frozen part runs once",
         "data": _data(setup),
         f"{setup.data.source.noun}s": _prepared(setup),
         "training": (
-            f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}, batch {recipe.batch_size}, seed {recipe.seed}"
+            f"{recipe.optimizer.name}, lr {recipe.optimizer.lr:g}{_rates(recipe)}, batch {recipe.batch_size}, seed "
+            f"{recipe.seed}"
         ),
         **_last_stage(setup, phase),
         **({"options": options} if (options := _options(setup)) else {}),
@@ -37,6 +40,16 @@ def facts_of(run: str, setup: Setup, phase: Phase) -> dict[str, str]:
         **({"run folder": run} if run else {}),
         **({"note": "\n".join(notes)} if (notes := notes_on(setup)) else {}),
     }
+
+
+def _rates(recipe: Recipe) -> str:
+    """Of what is not new, in words."""
+    spec, rates = recipe.optimizer, list[str]()
+    if spec.lr_backbone != 1:
+        rates.append(f"of the backbone {spec.lr * spec.lr_backbone:g}")
+    if spec.lr_decay != 1:
+        rates.append(f"of each block further from the head {spec.lr_decay:g} of that")
+    return f" ({', '.join(rates)})" if rates else ""
 
 
 def _last_stage(setup: Setup, phase: Phase) -> dict[str, str]:
@@ -56,7 +69,8 @@ def _last_stage(setup: Setup, phase: Phase) -> dict[str, str]:
 NAMED_ELSEWHERE = {
     "model.backbone", "model.weights", "model.revision", "data.images", "data.texts", "data.image_size",
     "data.max_length", "data.augment", "data.mixup", "data.cutmix", "data.separator", "optimizer.name", "optimizer.lr",
-    "batch_size", "seed", "epochs", "least_steps", "task.kind",
+    "batch_size", "seed", "epochs", "least_steps", "task.kind", "trainable.rules", "optimizer.lr_backbone",
+    "optimizer.lr_decay",
 }  # fmt: skip
 
 
@@ -140,6 +154,8 @@ def _frozen_and_trained(setup: Setup, phase: Phase) -> dict[str, str]:
         return {"frozen": "nothing", "trains": f"everything: {sum(counts[False].values()):,} parameters"}
     modules = sum(1 for path, _ in module.named_modules() if path)
     held = f"{len(phase.held_in_eval)} of {modules} modules in eval mode"
+    if any(pattern == ALL for pattern, *_ in setup.recipe.trainable.rules):
+        held += f"; no output depends on {', '.join(setup.network.unread)}"
     return {
         "frozen": f"{words(counts[True])}, sha256 {phase.frozen_sha256[:12]}; {held}",
         "trains": words(counts[False]),

@@ -34,6 +34,17 @@ def checkpoint_bytes(setup: Setup, trainable: list[str], held_in_eval: list[str]
     return stream.getbuffer().nbytes
 
 
+def _blocks(setup: Setup) -> list[str]:
+    """The blocks of the backbone in the order in which it is thawed, with what they hold."""
+    parameters = dict(setup.network.module.named_parameters())
+    lines = [f"blocks:      {len(setup.network.blocks)}, in the order in which --thaw-last takes them"]
+    for number, block in enumerate(setup.network.blocks, start=1):
+        count = sum(value.numel() for name, value in parameters.items() if block.holds(name))
+        others = f" (and {', '.join(block.paths[1:])})" if len(block.paths) > 1 else ""
+        lines.append(f"  last:{number:<4}   {block.name}{others}, {count:,} parameters")
+    return lines
+
+
 @numerics_put_back()
 @generators_put_back()
 def summary_text(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> str:
@@ -62,6 +73,7 @@ def summary_text(recipe: Recipe, chosen: frozenset[str] = frozenset()) -> str:
             str(table),
             f"backbone:    {backbone.name}, weights {setup.weights_text}",
             f"trainable:   {counts[True]:,} parameters",
+            *_blocks(setup),
             f"frozen:      {counts[False]:,} parameters; {len(held)} modules held in eval mode",
             f"checkpoint:  about {checkpoint_bytes(setup, trainable, held):,} bytes",
         ]

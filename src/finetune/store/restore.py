@@ -169,7 +169,8 @@ def saved_network(run: RunFolder, recipe: Recipe, state: CheckpointState) -> Net
     what = f"checkpoint of {run} does not fit its recipe"
     if kind == "tensors" and tensors is not None:
         _put(module, tensors, what)
-    frozen = network.freeze_map(recipe.trainable).at(state.frozen.epoch).frozen()
+    freeze_map = network.freeze_map(recipe.trainable, state.progress.plateaus)
+    frozen = freeze_map.at(state.frozen.epoch).frozen()
     # Counted here, not by load_state_dict: BatchNorm never reports a missing counter.
     mismatch = set(module.state_dict()) ^ (set(frozen) | set(state.model))
     if mismatch or set(frozen) & set(state.model):

@@ -134,7 +134,8 @@ class Progress:
         reductions: of the learning rate by the plateau schedule.
         extensions: in order, by `resume --epochs`.
         best: of the best validation so far.
-        validations_without_best: in a row.
+        validations_without_best: in a row, since the last thaw.
+        plateaus: the epochs behind those that thawed something.
         loss_sum, loss_samples: the running training loss of the unfinished epoch.
         last_validation: metrics of the newest validation, or {}.
         validated_step: the step of that one; a stop may have come before it, then whoever resumes begins with it.
@@ -160,6 +161,10 @@ class Progress:
     )
     validations_without_best: int = field(
         default=0, metadata=stored("patience", writer="validation", reader="session, validation")
+    )
+    plateaus: list[int] = field(
+        default_factory=list,
+        metadata=stored("plateaus", writer="validation", reader="session, resume, restore", may_lack=True),
     )
     loss_sum: Tensor = field(
         default_factory=lambda: torch.zeros((), dtype=torch.float32),

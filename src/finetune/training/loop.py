@@ -10,7 +10,7 @@ from finetune.models.freeze import learning_statistics
 from finetune.store.state import CheckpointState, Progress
 from finetune.training.context import RunContext
 from finetune.training.last_stage import solve_head
-from finetune.training.optimizer import set_learning_rate
+from finetune.training.optimizer import set_learning_rates
 from finetune.training.phase import Phase
 from finetune.training.schedule import learning_rate
 from finetune.training.session import Session
@@ -53,7 +53,7 @@ def train(
             for batch in session.batches():
                 # ---- One optimizer step ------------------------------------------------------------------------------
                 targets = batch.targets.to(device, non_blocking=True)
-                set_learning_rate(optimizer, learning_rate(recipe, progress, session.steps))
+                set_learning_rates(optimizer, learning_rate(recipe, progress, session.steps), session.warmth)
                 attempt = partial(
                     gradients, phase.feed.forward, session.task, batch.inputs, targets, spec.accumulate, optimizer,
                     scaler, arithmetic, in_twos,
@@ -62,6 +62,7 @@ def train(
                 loss, progress.halvings = in_halves(
                     attempt, at_once, halvings, free, statistics, least, PARTS_NOTE if statistics else ""
                 )
+                session.check_touched()
                 norm = gradient_norm(optimizer, scaler) if (progress.step + 1) % log_every == 0 else None
                 watch.take_gradients()
                 moved = optimizer_step(optimizer, scaler, spec.clip_norm)

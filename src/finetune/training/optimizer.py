@@ -2,8 +2,9 @@
 
 import difflib
 import inspect
-from collections.abc import Collection
-from typing import Protocol, cast
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +44,35 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     return classes[name.lower()]
 
 
+class Pace(NamedTuple):
+    """How fast a parameter learns, beside the schedule.
+
+    Attributes:
+        factor: what the rate is multiplied with.
+        since: the epoch in which it was thawed; 0 = it trains from the beginning.
+        block: of the backbone that it belongs to; "" = none, as the head.
+    """
+
+    factor: float = 1.0
+    since: int = 0
+    block: str = ""
+
+
 def build_optimizer(
-    parameters: dict[str, nn.Parameter], name: str, lr: float, weight_decay: float, momentum: float
+    parameters: dict[str, nn.Parameter],
+    name: str,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    paces: Mapping[str, Pace] = MappingProxyType({}),
 ) -> torch.optim.Optimizer:
-    """An optimizer over named parameters in two groups: matrices, which decay, and vectors, which do not.
+    """An optimizer over named parameters. Those of one pace are in two groups: matrices, which decay, and vectors,
+    which do not.
 
     Args:
         parameters: the trainable ones, by name.
         name: of a class in torch.optim, in any case. It gets those of the other arguments that it takes.
+        paces: by name; of one that is missing the usual one.
 
     Raises:
         UsageError: see `find_optimizer`.
@@ -61,13 +83,14 @@ def build_optimizer(
     arguments: dict[str, object] = {key: value for key, value in offered.items() if key in takes}
     if "fused" in takes and all(value.device.type in FUSED_ON for value in parameters.values()):
         arguments["fused"] = True  # one kernel in place of ten
-    decaying = [key for key, value in parameters.items() if value.ndim >= 2]
-    flat = [key for key, value in parameters.items() if value.ndim < 2]
+    members: dict[tuple[Pace, bool], list[str]] = {}
+    for key, value in parameters.items():
+        members.setdefault((paces.get(key, Pace()), value.ndim < 2), []).append(key)
     groups: list[dict[str, object]] = []
-    for names, decay in ((decaying, weight_decay), (flat, 0.0)):
-        if names:
-            group: dict[str, object] = {"params": [parameters[key] for key in names], "names": names}
-            groups.append(group | ({"weight_decay": decay} if "weight_decay" in takes else {}))
+    # What learns fastest stands first: its rate is the one that is shown.
+    for (pace, is_flat), names in sorted(members.items(), key=lambda one: (-one[0][0].factor, one[0])):
+        group: dict[str, object] = {"params": [parameters[key] for key in names], "names": names, "pace": pace}
+        groups.append(group | ({"weight_decay": 0.0 if is_flat else weight_decay} if "weight_decay" in takes else {}))
     return cast(_MakesOptimizer, kind)(groups, **arguments)
 
 
@@ -118,8 +141,15 @@ def _refusal(parameters: dict[str, nn.Parameter], spec: Spec) -> str:
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """As they are logged: lr; and where there is more than one group, that of each by what is in it."""
     groups = optimizer.param_groups
+    rates = {"lr": groups[0]["lr"]}
+    if len({group["pace"] for group in groups}) > 1:
+        return rates | {f"lr/{_label(group['pace'])}": group["lr"] for group in groups}
     kinds = {f"lr/{'matrices' if group['params'][0].ndim >= 2 else 'vectors'}": group["lr"] for group in groups}
-    return {"lr": groups[0]["lr"]} | (kinds if len(groups) > 1 else {})
+    return rates | (kinds if len(groups) > 1 else {})
+
+
+def _label(pace: Pace) -> str:
+    return pace.block or (f"thawed_{pace.since}" if pace.since else "head")
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, object]:
@@ -153,6 +183,15 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, obje
     optimizer.load_state_dict(current)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, warmth: Callable[[int], float] | None) -> None:
+    """Give each group its rate.
+
+    Args:
+        lr: of what has the factor 1.
+        warmth: epoch of a thaw -> the share of its rate that what was thawed then has by now; None = all of it.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        pace = group["pace"]
+        group["lr"] = lr * pace.factor if pace.factor != 1 else lr
+        if pace.since and warmth is not None:
+            group["lr"] *= warmth(pace.since)

@@ -29,10 +29,11 @@ from finetune.models.network import Network
 from finetune.models.split import CannotSplit, Split, split
 from finetune.recipe.execution import Numerics
 from finetune.recipe.spec import Recipe
-from finetune.store.state import FrozenFacts, numeric_environment
+from finetune.store.state import CheckpointState, FrozenFacts, numeric_environment
 from finetune.tasks.losses import Outputs
 from finetune.training.context import RunContext
-from finetune.training.optimizer import build_optimizer
+from finetune.training.cost import cost_text
+from finetune.training.optimizer import Pace, build_optimizer
 from finetune.training.setup import Setup
 
 CHECKED_SAMPLES = 2
@@ -128,8 +129,9 @@ def start_phase(
     names = freeze.apply()
     parameters = dict(setup.network.module.named_parameters())
     optimizer = build_optimizer(
-        {name: parameters[name] for name in names}, spec.name, spec.lr, spec.weight_decay, spec.momentum
-    )
+        {name: parameters[name] for name in names}, spec.name, spec.lr, spec.weight_decay, spec.momentum,
+        paces_of(setup),
+    )  # fmt: skip
     held = freeze.modes()
     sha256 = freeze.sha256()
     if saved is not None:
@@ -137,6 +139,17 @@ def start_phase(
     kept, halvings = (None, halvings) if saved is None else (saved.features_kept, saved.features_halvings)
     feed = choose_feed(setup, sha256, kept, context.terminal, context.stop, halvings)
     return Phase(freeze, names, optimizer, sha256, held, feed)
+
+
+def paces_of(setup: Setup) -> dict[str, Pace]:
+    """How fast each parameter learns that ever trains, by name; what is missing learns like a head."""
+    spec, since = setup.recipe.optimizer, setup.freeze.since() if setup.recipe.schedule.warms_thawed else {}
+    factors = setup.network.lr_factors(spec.lr_backbone, spec.lr_decay)
+    paces = dict[str, Pace]()
+    for name in since | factors:
+        block, factor = factors.get(name, ("", 1.0))
+        paces[name] = Pace(factor, since.get(name, 0), block)
+    return paces
 
 
 def _check_same(trainable: list[str], frozen_sha256: str, saved: FrozenFacts) -> None:
@@ -188,6 +201,8 @@ def choose_feed(
         terminal.say(f"not bit for bit from here on: features were kept, and now cannot be: {reason}")
     terminal.say(f"features: not kept, the backbone runs in every epoch, because {reason}")
     forward = forward_of_samples(setup.network.module, found, setup.numerics, setup.device)
+    if text := cost_text(setup, forward):
+        terminal.say(text)
     return Feed(forward, *setup.loaders, why_not=reason)
 
 
@@ -271,16 +286,21 @@ def forward_of_samples(
 
 
 def trained_forward(
-    network: Network, recipe: Recipe, numerics: Numerics, epoch: int, backbone: Backbone, device: torch.device
+    network: Network,
+    recipe: Recipe,
+    numerics: Numerics,
+    state: CheckpointState,
+    backbone: Backbone,
+    device: torch.device,
 ) -> Callable[[Tensor], Outputs]:
     """Samples -> logits as the run computed them, everything in eval mode.
 
     Args:
-        epoch: of the checkpoint: says what was frozen.
+        state: the checkpoint: says what was frozen.
     """
     model, found = network.module, None
     if numerics.splits:
-        freeze = network.freeze_map(recipe.trainable).at(epoch)
+        freeze = network.freeze_map(recipe.trainable, state.progress.plateaus).at(state.frozen.epoch)
         freeze.apply()
         freeze.modes()
         found = cut(model, backbone, device)

@@ -29,6 +29,17 @@ def learning_rate(recipe: Recipe, progress: Progress, steps: Steps) -> float:
     return recipe.optimizer.lr * factor * schedule.factor**progress.reductions
 
 
+def warmth(recipe: Recipe, step: int, steps: Steps, since: int) -> float:
+    """What the rate of what was thawed is multiplied with at a step: it rises over its own first steps, as many as the
+    whole began with. Pure, as `schedule_factor`.
+
+    Args:
+        since: the epoch of the thaw.
+    """
+    warmup_steps = round(steps.horizon * recipe.schedule.warmup_fraction)
+    return min((step - since * steps.per_epoch + 1) / max(warmup_steps, 1), 1.0)
+
+
 def schedule_factor(
     name: str,
     step: int,

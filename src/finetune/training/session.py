@@ -1,5 +1,6 @@
 """A training under way: where it stands, and what the loop does between two steps."""
 
+import dataclasses
 import itertools
 import math
 import time
@@ -37,9 +38,13 @@ from finetune.training.nan_guard import Losses
 from finetune.training.optimizer import learning_rates, load_optimizer_state, optimizer_state
 from finetune.training.phase import Phase, start_phase
 from finetune.training.reference import keep_reference, wants_reference
+from finetune.training.schedule import warmth
 from finetune.training.setup import Setup
 from finetune.training.validation import adjustments, record_validation, validate
 
+# Of a phase, on which each tensor that trains must get a gradient; some encoders skip layers by chance.
+LOOKED_BATCHES = 8
+SHOWN_NAMES = 5
 # A validation needs no gradients, so more samples fit at once.
 VALIDATION_BATCHES = 4
 
@@ -120,6 +125,7 @@ class Session:
         self._advice = CurveAdvice(setup.recipe)
         self._last_saved = time.monotonic()
         self.best_model: dict[str, Tensor] = {}
+        self._untouched, self._looked_batches = set(phase.trainable), 0
         self._log = context.open_log(resumed.metrics_file if resumed else None, progress.step)
 
     # ---- The two ends -----------------------------------------------------------------------------------------------
@@ -159,16 +165,50 @@ class Session:
 
     def thaw(self) -> None:
         """Enter the next phase, if one begins in this epoch: its new optimizer takes over the old one's state."""
-        progress = self.progress
-        if self.setup.freeze.at(progress.epoch).number == self.phase.freeze.number:
+        progress, setup = self.progress, self.setup
+        if progress.plateaus:
+            freeze = setup.network.freeze_map(self.recipe.trainable, progress.plateaus)
+            setup = self.setup = dataclasses.replace(setup, freeze=freeze)
+        if setup.freeze.at(progress.epoch).number == self.phase.freeze.number:
             return
-        carried = optimizer_state(self.phase.optimizer)
+        carried, before = optimizer_state(self.phase.optimizer), set(self.phase.trainable)
         self.phase.close()
         self.phase = start_phase(self.setup, progress.epoch, self.context, halvings=self.phase.feed.halvings)
         check_unbroken(self.setup.data, self.phase.feed)
         load_optimizer_state(self.phase.optimizer, carried)
+        if self.recipe.stop.anew:
+            progress.validations_without_best = 0
+        self._untouched, self._looked_batches = set(self.phase.trainable), 0
         progress.history.append({"event": "thaw", "step": progress.step, "epoch": progress.epoch})
-        self.context.watch.say(f"epoch {progress.epoch + 1}: thawed, {len(self.phase.trainable)} tensors train now")
+        added = [name for name in self.phase.trainable if name not in before]
+        what = ", ".join(setup.network.names_of_blocks(added))
+        self.context.watch.say(
+            f"epoch {progress.epoch + 1}: thawed {what}, {len(self.phase.trainable)} tensors train now"
+        )
+
+    def warmth(self, since: int) -> float:
+        """See `schedule.warmth`."""
+        return warmth(self.recipe, self.progress.step, self.steps, since)
+
+    def check_touched(self) -> None:
+        """See that each tensor that is to train gets a gradient, on the first batches of a phase.
+
+        Raises:
+            RunError: some never did.
+        """
+        if not self._untouched or not self.recipe.trainable.checked:
+            return
+        parameters = dict(self.setup.network.module.named_parameters())
+        self._untouched -= {name for name in self._untouched if parameters[name].grad is not None}
+        self._looked_batches += 1
+        if self._untouched and self._looked_batches >= LOOKED_BATCHES:
+            names = sorted(self._untouched)
+            more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+            raise RunError(
+                f"{len(names)} tensor(s) that are to train had no gradient in {self._looked_batches} batches: "
+                f"{', '.join(names[:SHOWN_NAMES])}{more}; the network's outputs do not depend on them: leave them out "
+                "of --train and --thaw, or give all, which does"
+            )
 
     def batches(self) -> Iterator[Batch]:
         """The rest of the epoch: an order that depends on seed and epoch alone, from the position on."""
@@ -247,7 +287,8 @@ class Session:
         progress = self.progress
         if progress.status != "running" or progress.finish.status:
             return ""
-        if 0 < self.recipe.stop.patience <= progress.validations_without_best:
+        thaws_next = bool(progress.plateaus) and progress.plateaus[-1] > self.phase.freeze.epoch
+        if 0 < self.recipe.stop.patience <= progress.validations_without_best and not thaws_next:
             return "stopped early"
         return "finished" if progress.step >= self.steps.end else ""
 

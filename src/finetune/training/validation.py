@@ -11,7 +11,7 @@ from finetune.base.events import Best
 from finetune.base.signals import StopRequest
 from finetune.data.batch import Batch, Request
 from finetune.data.order import batches_from
-from finetune.recipe.spec import LOWER_IS_BETTER, Classification, MultiLabel, Recipe, Regression
+from finetune.recipe.spec import AT_PLATEAU, LOWER_IS_BETTER, Classification, MultiLabel, Recipe, Regression
 from finetune.store.state import Progress
 from finetune.store.steps import extension_at
 from finetune.tasks.conformal import half_width_of
@@ -90,6 +90,15 @@ def adjustments(recipe: Recipe, evaluation: Evaluation) -> Best:
     return found
 
 
+def _thaws_next(recipe: Recipe, progress: Progress) -> bool:
+    """Whether this validation is the end of a plateau, and something waits for one."""
+    if progress.validations_without_best < recipe.schedule.patience:
+        return False
+    waiting = sum(state == AT_PLATEAU for _, state, _ in recipe.trainable.rules) - len(progress.plateaus)
+    is_about_to = bool(progress.plateaus) and progress.plateaus[-1] > progress.epoch
+    return waiting > 0 and not is_about_to
+
+
 def record_validation(recipe: Recipe, progress: Progress, values: dict[str, float], epoch: int, samples: int) -> bool:
     """Take down a validation's figures; whether they are the best so far. Patience and the plateau schedule count the
     metric alone: a tie at a lower loss is no new best to them."""
@@ -107,7 +116,9 @@ def record_validation(recipe: Recipe, progress: Progress, values: dict[str, floa
         progress.validations_without_best = 0
     else:
         progress.validations_without_best += 1
-        if recipe.schedule.name == "plateau" and progress.validations_without_best % recipe.schedule.patience == 0:
+        if _thaws_next(recipe, progress):
+            progress.plateaus.append(progress.epoch + 1)
+        elif recipe.schedule.name == "plateau" and progress.validations_without_best % recipe.schedule.patience == 0:
             # A rate of an extension's own is no step of the schedule, which may come back behind it.
             extension = extension_at(progress, progress.step - 1)
             if extension is None or not (extension["lr"] and extension.get("own_rate", False)):
