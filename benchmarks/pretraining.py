@@ -26,7 +26,7 @@ from finetune.models.network import build_network
 from finetune.models.standardisation import standardise
 from finetune.models.weight_files import read_weights
 from finetune.models.weights import choose_weights
-from finetune.training.optimizer import build_optimizer, set_learning_rate
+from finetune.training.optimizer import build_optimizer, set_learning_rates
 from finetune.training.schedule import schedule_factor
 
 EPOCHS_BY_LABELS = {50: 60, 100: 60, 0: 15}
@@ -78,7 +78,7 @@ def head_accuracy(features: torch.Tensor, source: ArraySource, labels: int, seed
         epoch, position = divmod(step_number, per_epoch)
         batch = train[epoch_order(seed, epoch, len(train))[position * BATCH : (position + 1) * BATCH]]
         factor = schedule_factor("cosine", step_number, epochs * per_epoch, per_epoch, 0.05, 0.01, 10, 0.1)
-        set_learning_rate(optimizer, LEARNING_RATE * factor)
+        set_learning_rates(optimizer, LEARNING_RATE * factor, warmth=None)
         torch.nn.functional.cross_entropy(head(features[batch]), source.targets[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -42,6 +42,7 @@ LATER = {
     "frozen/features_halvings",
     "data/taught_halvings",
     "data/levels",
+    "plateaus",
 }
 
 

@@ -71,7 +71,7 @@ def begun(path, recipe, cache: bool = True) -> list[str]:
     return terminal.lines
 
 
-RULES = (("head", "trainable", 0), ("features.6", "trainable", 1), ("*", "frozen", 0))
+RULES = (("head", "trainable", 0), ("features.7", "trainable", 1), ("*", "frozen", 0))
 
 
 def test_a_pass_that_does_not_fit_is_halved_and_a_larger_machine_computes_the_same_rows_again(

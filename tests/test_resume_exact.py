@@ -211,8 +211,10 @@ def lrs(run: RunFolder) -> list[float]:
 
 
 @pytest.mark.slow
-def test_three_extensions_with_a_thaw_killed_and_rewound_are_exact_each_at_its_rate(tmp_path):
-    rules = (("head", "trainable", 0), ("features.6", "trainable", 3), ("*", "frozen", 0))
+def test_three_extensions_with_a_thaw_killed_and_rewound_are_exact_each_at_its_rate(tmp_path, monkeypatch):
+    # A new run whose thaw comes after its last epoch is refused; one of before may have begun so.
+    monkeypatch.setattr(begin, "check_thaws", lambda *_: None)
+    rules = (("head", "trainable", 0), ("features.7", "trainable", 3), ("*", "frozen", 0))
     # Four steps an epoch.
     recipe = small_recipe(epochs=1, augment="none", trainable=Trainable(rules=rules), batch_size=32)
     more = [{"epochs": 2}, {"epochs": 4, "lr": 1e-3}, {"epochs": 5, "lr": 2e-3}]

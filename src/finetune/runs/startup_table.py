@@ -154,8 +154,9 @@ def _frozen_and_trained(setup: Setup, phase: Phase) -> dict[str, str]:
         return {"frozen": "nothing", "trains": f"everything: {sum(counts[False].values()):,} parameters"}
     modules = sum(1 for path, _ in module.named_modules() if path)
     held = f"{len(phase.held_in_eval)} of {modules} modules in eval mode"
-    if any(pattern == ALL for pattern, *_ in setup.recipe.trainable.rules):
-        held += f"; no output depends on {', '.join(setup.network.unread)}"
+    is_of_all = any(pattern == ALL for pattern, *_ in setup.recipe.trainable.rules)
+    if is_of_all and (unread := setup.network.unread):
+        held += f"; no output depends on {', '.join(unread)}"
     return {
         "frozen": f"{words(counts[True])}, sha256 {phase.frozen_sha256[:12]}; {held}",
         "trains": words(counts[False]),
