@@ -78,7 +78,7 @@ def head_accuracy(features: torch.Tensor, source: ArraySource, labels: int, seed
         epoch, position = divmod(step_number, per_epoch)
         batch = train[epoch_order(seed, epoch, len(train))[position * BATCH : (position + 1) * BATCH]]
         factor = schedule_factor("cosine", step_number, epochs * per_epoch, per_epoch, 0.05, 0.01, 10, 0.1)
-        set_learning_rates(optimizer, LEARNING_RATE * factor, warmth=None)
+        set_learning_rates(optimizer, LEARNING_RATE * factor, warmth=lambda _thawed: 1.0)
         torch.nn.functional.cross_entropy(head(features[batch]), source.targets[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -183,15 +183,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, obje
     optimizer.load_state_dict(current)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, warmth: Callable[[int], float] | None) -> None:
+def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, warmth: Callable[[int], float]) -> None:
     """Give each group its rate.
 
     Args:
         lr: of what has the factor 1.
-        warmth: epoch of a thaw -> the share of its rate that what was thawed then has by now; None = all of it.
+        warmth: epoch of a thaw -> the share of its rate that what was thawed then has by now.
     """
     for group in optimizer.param_groups:
         pace = group["pace"]
-        group["lr"] = lr * pace.factor if pace.factor != 1 else lr
-        if pace.since and warmth is not None:
-            group["lr"] *= warmth(pace.since)
+        group["lr"] = lr * pace.factor * (warmth(pace.since) if pace.since else 1.0)
